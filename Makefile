@@ -1,0 +1,45 @@
+# Quiver: every target sets up what it needs by itself (Python 3.11+, make and a C compiler are enough).
+export PYTHONSAFEPATH = 1
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# PyPI's newer torch builds for Linux bring gigabytes of CUDA libraries; this one runs on the CPU.
+TORCH ?= torch==2.13.0
+
+.PHONY: help setup test test-fast lint proto demo-base clean
+
+help:  ## What can be done here.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "$(TORCH)" > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --progress-bar off $(TORCH)
+	$(BIN)/pip install --quiet --progress-bar off --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready  ## Make .venv with everything in it (about two minutes, mostly downloads).
+
+lint: setup  ## Formatting, types, import arrows, the wire contract.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+test: lint  ## Everything that CI runs: lint and all tests.
+	$(BIN)/pytest
+
+test-fast: setup  ## Unit tests only: seconds.
+	$(BIN)/pytest -m 'not slow'
+
+proto: setup  ## Regenerate the committed gRPC stubs.
+	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto \
+	  --mypy_out=proto --mypy_grpc_out=proto proto/quiver/v1/*.proto
+
+demo-base: setup  ## Make the bundled demo base from nothing (about 25 minutes; the repository holds the result).
+	$(BIN)/python -m quiver_trainer.demo.pretrain trainer/demo/base
+
+clean:  ## Remove the virtual environment and all that was made.
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""What an adapter is: one file per method (config, trainable module, bank), and the artefact on disk."""

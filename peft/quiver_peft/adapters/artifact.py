@@ -1,0 +1,165 @@
+"""The adapter on disk: a Hugging Face PEFT folder with a `quiver.json` beside it. Written atomically, read strictly.
+
+    adapter_config.json        the method's configuration, in PEFT's form
+    adapter_model.safetensors  its tensors
+    quiver.json                schema version, revision, base fingerprint, tokenizer digest, training record (optional)
+
+The revision is the SHA-256 of the first two files: the same bytes are the same adapter, wherever they lie.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from quiver_peft.adapters.adapter import Adapter, PEFTConfig
+from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.adapters.hf_lora import read_hf_lora, write_hf_lora
+from quiver_peft.adapters.lora import LoraModule, LoraWeights
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.errors import AdapterError, BaseMismatchError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+QUIVER_FILE = "quiver.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """One adapter read from disk and validated against a base: host tensors, ready to be placed in the banks."""
+
+    revision: str
+    configs: tuple[PEFTConfig, ...]
+    lora: tuple[LoraWeights, ...]
+    training: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods, in order."""
+        return tuple(str(config.to_dict()["method"]) for config in self.configs)
+
+    def to_module(self) -> Adapter:
+        """The trainable form."""
+        return Adapter([LoraModule.from_weights(config, self.lora) for config in self.configs])
+
+
+def save_adapter(
+    folder: str | Path,
+    base: GPTBase,
+    adapter: Adapter,
+    *,
+    base_name: str = "",
+    tokenizer_digest: str = "",
+    training: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> str:
+    """Write the artefact, replacing the whole folder in one step, and return its revision.
+
+    extra_files: {name: content} to lie beside it, such as a learning curve; they do not belong to the revision.
+    """
+    lora = adapter.lora
+    if lora is None:
+        raise AdapterError("this adapter has no method that can be saved")
+    config, tensors = write_hf_lora(base, lora.config, lora.weights(), base_name)
+    config_bytes = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    weights_bytes = save_tensors(tensors, metadata={"format": "pt"})
+    revision = _revision(config_bytes, weights_bytes)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "revision": revision,
+        "base_fingerprint": base.fingerprint,
+        "tokenizer_digest": tokenizer_digest,
+        "methods": [lora.config.to_dict()],
+        "training": dict(training or {}),
+    }
+    files = {
+        **(extra_files or {}),
+        CONFIG_FILE: config_bytes,
+        WEIGHTS_FILE: weights_bytes,
+        QUIVER_FILE: (json.dumps(record, indent=2) + "\n").encode(),
+    }
+    replace_folder(Path(folder), files)
+    return revision
+
+
+def read_adapter(folder: str | Path, base: GPTBase, tokenizer_digest: str = "") -> AdapterWeights:
+    """Read and validate an adapter for `base`. Raises AdapterError; BaseMismatchError when it belongs to another."""
+    path = Path(folder)
+    config_bytes, weights_bytes = _read_bytes(path / CONFIG_FILE), _read_bytes(path / WEIGHTS_FILE)
+    revision = _revision(config_bytes, weights_bytes)
+    record = _parse_json(path / QUIVER_FILE, _read_bytes(path / QUIVER_FILE)) if (path / QUIVER_FILE).exists() else {}
+    _check_record(path / QUIVER_FILE, record, revision, base, tokenizer_digest)
+    config = _parse_json(path / CONFIG_FILE, config_bytes)
+    tensors = _parse_tensors(path / WEIGHTS_FILE, weights_bytes)
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path / CONFIG_FILE}: peft_type {config.get('peft_type')!r} is not supported; known: LORA")
+    try:
+        lora_config, lora = read_hf_lora(base, config, tensors)
+    except AdapterError as error:
+        raise type(error)(f"{path}: {error}") from None
+    return AdapterWeights(revision, (lora_config,), lora, record.get("training") or {})
+
+
+def _revision(config_bytes: bytes, weights_bytes: bytes) -> str:
+    return hashlib.sha256(config_bytes + b"\0" + weights_bytes).hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: no such file; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from None
+    except OSError as error:
+        raise AdapterError(f"{path}: not readable: {error}") from None
+
+
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise AdapterError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise AdapterError(f"{path}: not a whole safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{path}: tensor {name!r} has type {tensor.dtype}; adapter weights are floating point")
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(f"{path}: tensor {name!r} holds a value that is not finite")
+    return tensors
+
+
+def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: GPTBase, tokenizer_digest: str) -> None:
+    if not record:
+        return
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise AdapterError(
+            f"{path}: schema_version {record.get('schema_version')!r} is not known; this is {SCHEMA_VERSION}"
+        )
+    if record.get("revision") != revision:
+        raise AdapterError(
+            f"{path}: the files beside it are not the ones it describes (revision {str(record.get('revision'))[:12]}, "
+            f"found {revision[:12]}); save or copy the adapter again"
+        )
+    made_for = record.get("base_fingerprint")
+    if made_for and base.fingerprint and made_for != base.fingerprint:
+        raise BaseMismatchError(f"{path}: made for the base {str(made_for)[:12]}, this base is {base.fingerprint[:12]}")
+    tokenizer = record.get("tokenizer_digest")
+    if tokenizer and tokenizer_digest and tokenizer != tokenizer_digest:
+        raise BaseMismatchError(f"{path}: made with another tokenizer than this base's")

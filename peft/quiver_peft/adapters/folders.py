@@ -1,0 +1,56 @@
+"""Replacing a folder in one step: after a crash there is the old one or the new one, never half of either."""
+
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` ({name: content}) to a temporary sibling, flush it to disk, and put it in the place of `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        staging.chmod(0o755)
+        for name, content in files.items():
+            with (staging / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync_folder(staging)
+        _swap_in(staging, folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap_in(staging: Path, folder: Path) -> None:
+    """Afterwards `folder` is the new content; `staging` is what was there before, if anything."""
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = (os.fsencode(staging), os.fsencode(folder))
+    if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return
+    if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    # A file system without exchange: the old folder steps aside for an instant.
+    aside = staging.with_name(staging.name + "-old")
+    folder.rename(aside)
+    staging.rename(folder)
+    shutil.rmtree(aside)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

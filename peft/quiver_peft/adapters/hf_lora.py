@@ -1,0 +1,215 @@
+"""LoRA in Hugging Face PEFT's form: `adapter_config.json` and tensor names, read strictly, written as PEFT writes them.
+
+Format: peft 0.21 `tuners/lora/config.py`, `utils/save_and_load.py`. LoRA tensors are never transposed, not even for
+GPT-2's Conv1D.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quiver_peft.adapters.lora import LoraPEFTConfig, LoraWeights, lora_scale
+from quiver_peft.adapters.targets import Target, matches_module, module_targets
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.errors import AdapterError, BaseMismatchError
+
+PREFIX = "base_model.model."
+_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+_USED = {
+    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_dropout"),
+}
+# Fields that say nothing about the mathematics of inference.
+_HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
+    *("fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config"),
+    *("eva_config", "lora_ga_config", "init_lora_weights", "task_type", "bias"),
+}
+# These initialisations change the base's own weights, so the adapter alone is not the adapter.
+_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "milora")
+
+
+def read_hf_lora(
+    base: GPTBase, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[LoraPEFTConfig, tuple[LoraWeights, ...]]:
+    """Validated weights for `base`.
+
+    Raises AdapterError for a field we cannot honour or a tensor missing, left over or misshapen; BaseMismatchError.
+    """
+    _refuse_unknown_mathematics(config)
+    modules = module_targets(base)
+    expected = [module for module in modules if _is_target(config, module)]
+    if not expected:
+        raise AdapterError(
+            f"adapter_config.json: target_modules {config.get('target_modules')!r} match no linear of this base "
+            f"({base.config.family}: {', '.join(sorted({m.rpartition('.')[2] for m in modules}))})"
+        )
+    factors = _factors_by_module(tensors)
+    for module in factors:
+        if module not in expected:
+            reason = "is not among target_modules" if module in modules else "does not exist in this base"
+            raise AdapterError(f"adapter_model.safetensors: module {module!r} {reason}; nothing may be left unapplied")
+    weights: list[LoraWeights] = []
+    for module in expected:
+        if set(factors.get(module, ())) != {"A", "B"}:
+            raise AdapterError(f"adapter_model.safetensors: lora_A and lora_B of {module!r} must both be there")
+        weights.append(_weights_of(modules[module], factors[module], config))
+    return _our_config(config), fuse_shared_a(weights)
+
+
+def _refuse_unknown_mathematics(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if key in _USED or key in _HARMLESS or not value:
+            continue
+        raise AdapterError(f"adapter_config.json: {key} = {value!r} is not supported (it would change the result)")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"adapter_config.json: bias = {config['bias']!r} is not supported; only 'none' is")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise AdapterError(f"adapter_config.json: task_type = {config['task_type']!r} is not supported; use CAUSAL_LM")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"adapter_config.json: init_lora_weights = {init!r} changed the base's own weights; "
+            "convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise AdapterError(f"adapter_config.json: {key} must be a positive number, not {value!r}")
+
+
+def _is_target(config: Mapping[str, Any], module: str) -> bool:
+    """PEFT's `check_target_module_exists`."""
+    excluded, names = config.get("exclude_modules"), config.get("target_modules") or []
+    try:
+        if excluded and matches_module(excluded, module):
+            return False
+        if not matches_module(names, module):
+            return False
+        layers = config.get("layers_to_transform")
+        if isinstance(names, str) or layers is None or layers == []:
+            return True
+        patterns = config.get("layers_pattern") or r"[^.]*"
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+                return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    except (re.error, TypeError, AttributeError) as error:
+        raise AdapterError(f"adapter_config.json: target_modules or layers_pattern are malformed: {error}") from None
+    return False
+
+
+def _factors_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    factors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise AdapterError(
+                f"adapter_model.safetensors: tensor {name!r} is not a lora_A or lora_B; nothing may be left unapplied"
+            )
+        factors.setdefault(match["module"], {})[match["factor"]] = tensor
+    return factors
+
+
+def _weights_of(target: Target, factors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraWeights:
+    a, b = factors["A"], factors["B"]
+    ranks: dict[str, int] = config.get("rank_pattern") or {}
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    rank_key, alpha_key = target.match(ranks), target.match(alphas)
+    rank = int(config["r"] if rank_key is None else ranks[rank_key])
+    alpha = float(config["lora_alpha"] if alpha_key is None else alphas[alpha_key])
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterError(
+            f"adapter_model.safetensors: {target.name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} "
+            f"do not fit rank {rank} of adapter_config.json"
+        )
+    if (a.shape[1], b.shape[0]) != (target.in_features, target.num_rows):
+        raise BaseMismatchError(
+            f"adapter_model.safetensors: {target.name}: the adapter is for a linear of {a.shape[1]} inputs and "
+            f"{b.shape[0]} outputs, this base has {target.in_features} and {target.num_rows}"
+        )
+    scale = lora_scale(alpha, rank, bool(config.get("use_rslora")))
+    return LoraWeights(target, a.float().contiguous(), b.float().contiguous(), alpha, scale)
+
+
+def _our_config(config: Mapping[str, Any]) -> LoraPEFTConfig:
+    names = config["target_modules"]
+    return LoraPEFTConfig(
+        adapter_dim=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        adapter_dropout=float(config.get("lora_dropout") or 0.0),
+        dropout_position="pre",
+        target_modules=names if isinstance(names, str) else tuple(sorted(names)),
+        variant="canonical",
+        use_rslora=bool(config.get("use_rslora")),
+        rank_pattern=dict(config.get("rank_pattern") or {}),
+        alpha_pattern=dict(config.get("alpha_pattern") or {}),
+    )
+
+
+def fuse_shared_a(weights: Sequence[LoraWeights]) -> tuple[LoraWeights, ...]:
+    """Modules of one fused linear that share one A become one target again: NeMo's variant, cheaper to serve."""
+    by_site: dict[str, list[LoraWeights]] = {}
+    for item in weights:
+        by_site.setdefault(item.target.site, []).append(item)
+    result: list[LoraWeights] = []
+    for site, items in by_site.items():
+        first = items[0]
+        adjacent = all(a.target.rows[1] == b.target.rows[0] for a, b in pairwise(items))
+        shared = all(item.scale == first.scale and torch.equal(item.a, first.a) for item in items)
+        if len(items) > 1 and adjacent and shared:
+            rows = (first.target.rows[0], items[-1].target.rows[1])
+            target = Target(site, site, "", rows, first.target.in_features)
+            items = [LoraWeights(target, first.a, torch.cat([item.b for item in items]), first.alpha, first.scale)]
+        result += items
+    return tuple(result)
+
+
+def write_hf_lora(
+    base: GPTBase, config: LoraPEFTConfig, weights: Sequence[LoraWeights], base_name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and its tensors. A fused target writes its A once for each module of the checkpoint."""
+    modules = module_targets(base)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for item in weights:
+        start, end = item.target.rows
+        for module, target in modules.items():
+            inside = start <= target.rows[0] and target.rows[1] <= end
+            if target.site != item.target.site or not inside:
+                continue
+            b = item.b[target.rows[0] - start : target.rows[1] - start]
+            # Cloned: safetensors refuses two names for one memory.
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = item.a.clone()
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = b.clone()
+            ranks[module], alphas[module] = item.a.shape[0], item.alpha
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.adapter_dropout,
+        "use_rslora": config.use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": base.config.family == "gpt2",
+        "target_modules": _shortest_names(list(ranks), list(modules)),
+        "rank_pattern": {re.escape(module): r for module, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(module): a for module, a in alphas.items() if a != alpha},
+    }, tensors
+
+
+def _shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Module endings where they mean exactly the chosen modules, else their full names."""
+    for depth in (1, 2):
+        endings = sorted({".".join(module.split(".")[-depth:]) for module in chosen})
+        if [m for m in modules if matches_module(endings, m)] == [m for m in modules if m in set(chosen)]:
+            return endings
+    return sorted(chosen)

@@ -1,0 +1,116 @@
+"""Which rows of which linear an adapter acts on: NeMo's places and Hugging Face's module names, resolved on a base."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.sites import Linear
+from quiver_peft.errors import AdapterError
+
+# NeMo `peft_config.py`: target_modules and their shorthands -> kinds of sites.
+NEMO_PLACES: dict[str, tuple[str, ...]] = {
+    "attention_qkv": ("attention.qkv",),
+    "attention_dense": ("attention.out",),
+    "mlp_fc1": ("mlp.up",),
+    "mlp_fc2": ("mlp.down",),
+    "attention": ("attention.qkv", "attention.out"),
+    "mlp": ("mlp.up", "mlp.down"),
+    "all": ("attention.qkv", "attention.out", "mlp.up", "mlp.down"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows [start, end) of the linear at a site; part "" means all of them.
+
+    name: the module's name in the base's checkpoint, or the site's where it spans several modules.
+    """
+
+    name: str
+    site: str
+    part: str
+    rows: tuple[int, int]
+    in_features: int
+
+    @property
+    def num_rows(self) -> int:
+        """N of the formulas."""
+        return self.rows[1] - self.rows[0]
+
+    @classmethod
+    def of(cls, name: str, linear: Linear, part: str) -> "Target":
+        """The target of a checkpoint's module name."""
+        rows = linear.parts[part] if part else (0, linear.out_features)
+        return cls(name, linear.site.name, part, rows, linear.in_features)
+
+    def match(self, patterns: Mapping[str, object]) -> str | None:
+        """The first key that matches the end of the name, as Hugging Face's `get_pattern_key` does."""
+        return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", self.name)), None)
+
+
+def module_targets(base: GPTBase) -> dict[str, Target]:
+    """Every module name of the base's checkpoint that an adapter may name -> its target."""
+    return {name: Target.of(name, linear, part) for name, (linear, part) in base.checkpoint_linears().items()}
+
+
+def matches_module(names: Sequence[str] | str, module: str) -> bool:
+    """Hugging Face's rule (`check_target_module_exists`): a string is a regular expression, a list holds endings."""
+    if isinstance(names, str):
+        return names == "all-linear" or re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+def resolve_targets(base: GPTBase, names: Sequence[str] | str, *, fused: bool) -> list[Target]:
+    """The targets that `names` mean on this base, in the order of its linears, each once.
+
+    fused: a NeMo place is one target over all its parts, else one target for each module of the checkpoint in it.
+    Raises AdapterError for a name that matches nothing.
+    """
+    modules = module_targets(base)
+    if isinstance(names, str) and names not in NEMO_PLACES:
+        found = [target for module, target in modules.items() if matches_module(names, module)]
+        _require(bool(found), names, modules)
+        return found
+    chosen: dict[tuple[str, str], Target] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name in NEMO_PLACES:
+            matched = _place_targets(base, modules, name, fused)
+        else:
+            matched = [target for module, target in modules.items() if matches_module([name], module)]
+        _require(bool(matched), name, modules)
+        chosen.update({(target.site, target.part): target for target in matched})
+    _refuse_overlap(chosen.values())
+    return list(chosen.values())
+
+
+def _place_targets(base: GPTBase, modules: Mapping[str, Target], place: str, fused: bool) -> list[Target]:
+    kinds = NEMO_PLACES[place]
+    linears = [linear for linear in base.linears() if linear.site.kind in kinds]
+    if not fused:
+        sites = {linear.site.name for linear in linears}
+        return [target for target in modules.values() if target.site in sites]
+    # A linear that is one module of the checkpoint keeps that module's name.
+    whole = {target.site: target for target in modules.values() if not target.part}
+    return [whole.get(linear.site.name) or Target.of(linear.site.name, linear, "") for linear in linears]
+
+
+def _require(found: bool, name: str, modules: Iterable[str]) -> None:
+    if not found:
+        endings = sorted({module.rpartition(".")[2] for module in modules})
+        raise AdapterError(
+            f"target_modules: {name!r} matches no linear of this base; "
+            f"use one of {', '.join(NEMO_PLACES)} or a module name such as {', '.join(endings)}"
+        )
+
+
+def _refuse_overlap(targets: Iterable[Target]) -> None:
+    parts: dict[str, set[str]] = {}
+    for target in targets:
+        parts.setdefault(target.site, set()).add(target.part)
+    for site, names in parts.items():
+        if "" in names and len(names) > 1:
+            raise AdapterError(
+                f"target_modules: {site} is named as a whole and by its parts; "
+                "with variant 'nemo' name the place only, or choose variant 'canonical'"
+            )

@@ -1,0 +1,139 @@
+"""Reading and writing Hugging Face folders: a stream of (name, tensor) through a rename table, then a leftovers check.
+
+Peak memory of reading: the model itself and one tensor (safetensors files are mapped, not read whole).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quiver_peft.base.families import FAMILIES, Rename
+from quiver_peft.base.sites import Linear
+from quiver_peft.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a base is a Hugging Face folder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json with the stop tokens of generation_config.json, which is where newer models keep them all."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in FAMILIES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not supported; "
+            f"known: {', '.join(FAMILIES)}"
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{folder / 'config.json'}: quantization_config is not supported; use plain weights")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        eos = read_json(generation).get("eos_token_id")
+        config["eos_token_id"] = config.get("eos_token_id") if eos is None else eos
+    return config
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, sharded or single. Raises CheckpointError."""
+    if (folder / _INDEX).is_file():
+        weight_map: dict[str, str] = read_json(folder / _INDEX).get("weight_map", {})
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise CheckpointError(f"{folder / _INDEX}: names the shard {name!r}, which is not in the folder")
+        return [folder / name for name in names]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    raise CheckpointError(f"{folder}: no {_SINGLE} and no {_INDEX}; pickled checkpoints (.bin) are not read")
+
+
+def stream_tensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor of some safetensors files, one in memory at a time."""
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _target(model: nn.Module, rename: Rename) -> Tensor:
+    """The rows of the parameter that a checkpoint tensor fills, as a view."""
+    module_name, _, parameter_name = rename.ours.rpartition(".")
+    module = model.get_submodule(module_name)
+    parameter: Tensor = getattr(module, parameter_name).data
+    if not rename.part:
+        return parameter
+    assert isinstance(module, Linear)
+    start, end = module.parts[rename.part]
+    return parameter[start:end]
+
+
+def load_checkpoint(model: nn.Module, folder: Path, renames: list[Rename]) -> None:
+    """Fill every parameter of `model` in place. Raises CheckpointError for a tensor missing, left over or misshapen."""
+    family = FAMILIES[read_config(folder)["model_type"]]
+    table = {rename.theirs: rename for rename in renames}
+    paths = shard_paths(folder)
+    for name, tensor in stream_tensors(paths):
+        full_name = name if name in table else family.prefix + name
+        if full_name not in table:
+            # A tied head is sometimes stored a second time; the embedding stands for it.
+            if name.endswith(family.ignored) or name == "lm_head.weight":
+                continue
+            raise CheckpointError(f"{folder}: tensor {name!r} has no place in this architecture")
+        rename = table.pop(full_name)
+        target = _target(model, rename)
+        tensor = tensor.T if rename.transposed else tensor
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"{folder}: tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
+            )
+        target.copy_(tensor)
+    if table:
+        raise CheckpointError(f"{folder}: {len(table)} tensors are missing, the first is {next(iter(table))!r}")
+
+
+def save_checkpoint(model: nn.Module, folder: Path, renames: list[Rename], dtype: torch.dtype) -> None:
+    """Write the model's weights as `model.safetensors` under the family's own names. config.json is the caller's."""
+    tensors = {}
+    for rename in renames:
+        tensor = _target(model, rename)
+        tensors[rename.theirs] = (tensor.T if rename.transposed else tensor).to("cpu", dtype).contiguous().clone()
+    save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
+
+
+def fingerprint(folder: Path) -> str:
+    """What identifies a base: SHA-256 over every tensor's name, shape, type and first and last 16 KiB.
+
+    Sampled, so that it costs milliseconds per gigabyte; two trainings of the same architecture differ everywhere.
+    It does not depend on how the checkpoint is sharded, nor on the type it is served in.
+    """
+    digests: list[bytes] = []
+    for name, tensor in stream_tensors(shard_paths(folder)):
+        flat = tensor.reshape(-1)
+        count = 16384 // tensor.element_size()
+        digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        for piece in (flat[:count], flat[-count:]):
+            digest.update(piece.contiguous().view(torch.uint8).numpy().tobytes())
+        digests.append(name.encode() + b"\0" + digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

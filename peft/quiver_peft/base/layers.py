@@ -1,0 +1,170 @@
+"""The small parts a base is built of: norms, activations, rotary positions, attention and MLP sub-layers.
+
+Legend of shapes used in this room: T tokens, B sequences, S tokens of a sequence, D hidden size, K inputs and N outputs
+of a linear, H query heads, G key-value heads, E head size, F feed-forward size, V vocabulary, L layers.
+`*` stands for any leading dimensions: [T] while serving (rows packed, no padding), [B, S] while training.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quiver_peft.base.attention import Attend
+from quiver_peft.base.config import GPTConfig, RopeConfig
+from quiver_peft.base.sites import Linear, Seam, Site
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, statistics in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [*, D] -> [*, D]."""
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """The norm that the configuration names."""
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, config.norm_eps)
+
+
+def activate(kind: str, x: Tensor) -> Tensor:
+    """The activation that the configuration names, elementwise."""
+    if kind == "silu":
+        return F.silu(x)
+    if kind == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def rope_frequencies(rope: RopeConfig) -> Tensor:
+    """Inverse frequencies, [rope.dim / 2] fp32. Formulas: transformers `modeling_rope_utils.py`."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+    inverse = 1.0 / (rope.theta**exponents)
+    if rope.kind == "linear":
+        return inverse / rope.factor
+    if rope.kind == "llama3":
+        return _llama3_frequencies(rope, inverse)
+    if rope.kind == "yarn":
+        return _yarn_frequencies(rope, inverse)
+    return inverse
+
+
+def _llama3_frequencies(rope: RopeConfig, inverse: Tensor) -> Tensor:
+    """Long wave lengths are stretched by `factor`, short ones kept, those between blended."""
+    wave_lengths = 2 * math.pi / inverse
+    longest_kept = rope.original_max_positions / rope.high_freq_factor
+    shortest_stretched = rope.original_max_positions / rope.low_freq_factor
+    blend = (rope.original_max_positions / wave_lengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - blend) * inverse / rope.factor + blend * inverse
+    scaled = torch.where(wave_lengths > shortest_stretched, inverse / rope.factor, blended)
+    return torch.where(wave_lengths < longest_kept, inverse, scaled)
+
+
+def _yarn_frequencies(rope: RopeConfig, inverse: Tensor) -> Tensor:
+    """Interpolates slow dimensions, keeps fast ones, ramps between (Peng et al. 2023, section 3.2)."""
+
+    def dimension_of(num_rotations: float) -> float:
+        return (rope.dim * math.log(rope.original_max_positions / (num_rotations * 2 * math.pi))) / (
+            2 * math.log(rope.theta)
+        )
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return inverse / rope.factor * ramp + inverse * (1 - ramp)
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of a model's rotary positions, computed once for each forward."""
+
+    def __init__(self, rope: RopeConfig) -> None:
+        super().__init__()
+        self.attention_factor = rope.attention_factor
+        # Kept out of the state dict: it follows from the configuration. Kept in fp32 whatever the model's dtype.
+        self.frequencies = rope_frequencies(rope)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions: [*] int64 -> cos, sin: [*, 1, dim], to be broadcast over heads."""
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[..., None].float() * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+        return (
+            (angles.cos() * self.attention_factor).to(dtype),
+            (angles.sin() * self.attention_factor).to(dtype),
+        )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first `dim` features of every head, the two halves being the pairs. x: [*, H, E]."""
+    dim = cos.shape[-1]
+    turned, rest = x[..., :dim], x[..., dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+class Attention(nn.Module):
+    """Self-attention with fused query, key and value; keys and values go through `attend`, which may cache them."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.site = Site.in_layer(layer, "attention")
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = Linear(
+            Site.in_layer(layer, "attention.qkv"),
+            config.hidden_size,
+            {"q": q_size, "k": kv_size, "v": kv_size},
+            config.qkv_bias,
+        )
+        self.out = Linear(Site.in_layer(layer, "attention.out"), q_size, {"out": config.hidden_size}, config.out_bias)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend, seam: Seam) -> Tensor:
+        """x: [*, D] -> [*, D]."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(seam.linear(self.qkv, x)))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return seam.linear(self.out, attend(self.layer, q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    """Feed-forward sub-layer; with `gated_mlp` act(gate) · up (Shazeer 2020)."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gated = config.gated_mlp
+        self.site = Site.in_layer(layer, "mlp")
+        parts = {"gate": config.ffn_size} if config.gated_mlp else {}
+        self.up = Linear(
+            Site.in_layer(layer, "mlp.up"),
+            config.hidden_size,
+            {**parts, "up": config.ffn_size},
+            config.mlp_bias,
+        )
+        self.down = Linear(
+            Site.in_layer(layer, "mlp.down"), config.ffn_size, {"down": config.hidden_size}, config.mlp_bias
+        )
+
+    def forward(self, x: Tensor, seam: Seam) -> Tensor:
+        """x: [*, D] -> [*, D]."""
+        parts = self.up.split(seam.linear(self.up, x))
+        inner = activate(self.activation, parts[0])
+        return seam.linear(self.down, inner * parts[1] if self.gated else inner)

@@ -1,0 +1,97 @@
+"""The seam: the named places of a base where an adapter may act, and the protocol it acts through.
+
+The base knows places, not methods. It calls a `Seam` around each linear, after each sub-layer and on the embedding;
+`NO_ADAPTERS` is the identity. The trainer passes one adapter's trainable modules, the server passes the banks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place in the base.
+
+    name: unique, e.g. "layers.3.attention.qkv", "layers.3.mlp", "embedding".
+    kind: the name without the layer, e.g. "attention.qkv".
+    layer: which layer, or -1 outside of the layers.
+    """
+
+    name: str
+    kind: str
+    layer: int
+
+    @classmethod
+    def in_layer(cls, layer: int, kind: str) -> "Site":
+        """The site of `kind` in layer `layer`."""
+        return cls(f"layers.{layer}.{kind}", kind, layer)
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b at a site; several projections of one input may be fused into its rows.
+
+    weight: [N, K]. bias: [N] or None. parts: {name: (first row, end row)} of the fused projections, in order;
+    a linear that is not fused has one part.
+    """
+
+    def __init__(self, site: Site, in_features: int, parts: dict[str, int], bias: bool) -> None:
+        super().__init__()
+        self.site = site
+        self.in_features = in_features
+        self.parts: dict[str, tuple[int, int]] = {}
+        out_features = 0
+        for name, width in parts.items():
+            self.parts[name] = (out_features, out_features + width)
+            out_features += width
+        self.out_features = out_features
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(out_features, in_features), std=0.02))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [*, K] -> [*, N]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def split(self, y: Tensor) -> Sequence[Tensor]:
+        """y: [*, N] -> one [*, width] view for each part."""
+        # One split, not several slices: the backward pass of a slice fills a whole [*, N] with zeros.
+        return y.split([end - start for start, end in self.parts.values()], dim=-1)
+
+
+class Seam(Protocol):
+    """What an adapter (one while training, a bank of many while serving) does at the sites of a base."""
+
+    def embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Word embeddings. tokens: [*] int64 -> [*, D]."""
+        ...
+
+    def linear(self, linear: Linear, x: Tensor) -> Tensor:
+        """A linear with whatever the adapters add around it. x: [*, K] -> [*, N]."""
+        ...
+
+    def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
+        """What is added to the residual stream. out (of the sub-layer) and residual (before it): [*, D] -> [*, D]."""
+        ...
+
+
+class NoAdapters:
+    """The identity seam: the bare base."""
+
+    def embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+        """The base's own word embeddings."""
+        return embedding(tokens)
+
+    def linear(self, linear: Linear, x: Tensor) -> Tensor:
+        """The base's own linear."""
+        return linear(x)
+
+    def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
+        """The sub-layer's own output."""
+        return out
+
+
+NO_ADAPTERS: Seam = NoAdapters()

@@ -1,0 +1,80 @@
+"""Greedy decoding of many prompts at once with the paged cache: for evaluation and prediction outside of a server."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
+from quiver_peft.base.sites import NO_ADAPTERS, Seam
+
+BLOCK_TOKENS = 16
+
+
+@dataclass
+class _Row:
+    index: int
+    prompt: Sequence[int]
+    blocks: list[int]
+    generated: list[int] = field(default_factory=list[int])
+
+
+def greedy_decode(
+    base: GPTBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    seam: Seam = NO_ADAPTERS,
+    max_rows: int = 32,
+    on_finished: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, its stop token left out.
+
+    Rows are decoded `max_rows` at a time; a finished row makes room for the next prompt at once.
+    on_finished: called with the number of new tokens whenever a row ends.
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+    blocks_per_row = -(-longest // BLOCK_TOKENS)
+    weight = base.embedding.weight
+    kv = PagedKV(base.config, max_rows * blocks_per_row, BLOCK_TOKENS, weight.dtype, weight.device)
+    free = [list(range(i * blocks_per_row, (i + 1) * blocks_per_row)) for i in range(max_rows)]
+    waiting = iter([_Row(i, prompt, []) for i, prompt in enumerate(prompts)])
+    running: list[_Row] = []
+    results: list[list[int]] = [[] for _ in prompts]
+    while running := running + _admit(waiting, free):
+        for row, token in zip(running, _step(base, kv, running, seam), strict=True):
+            if token not in stop_ids:
+                row.generated.append(token)
+            if token in stop_ids or len(row.generated) == max_new_tokens:
+                results[row.index] = row.generated
+                free.append(row.blocks)
+                row.blocks = []
+                if on_finished is not None:
+                    on_finished(len(row.generated))
+        running = [row for row in running if row.blocks]
+    return results
+
+
+def _admit(waiting: Iterator[_Row], free: list[list[int]]) -> list[_Row]:
+    """As many new rows as there is room for."""
+    admitted: list[_Row] = []
+    while free and (row := next(waiting, None)) is not None:
+        row.blocks = free.pop()
+        admitted.append(row)
+    return admitted
+
+
+@torch.inference_mode()
+def _step(base: GPTBase, kv: PagedKV, rows: Sequence[_Row], seam: Seam) -> list[int]:
+    """One new token for each row: rows without any yet bring their whole prompt."""
+    new = [[row.generated[-1]] if row.generated else list(row.prompt) for row in rows]
+    lengths = [len(row.prompt) + len(row.generated) for row in rows]
+    device = kv.keys.device
+    layout = PagedLayout([len(ids) for ids in new], lengths, [row.blocks for row in rows], BLOCK_TOKENS, device)
+    tokens = torch.tensor([token for ids in new for token in ids], device=device)
+    positions = torch.cat([torch.arange(end - len(ids), end) for ids, end in zip(new, lengths, strict=True)])
+    hidden = base(tokens, positions.to(device), PagedAttention(kv, layout), seam)
+    last = torch.tensor([len(ids) for ids in new]).cumsum(0) - 1
+    return base.logits(hidden[last.to(device)]).argmax(-1).tolist()

@@ -1,0 +1,25 @@
+"""The exception tree of the peft room: one class for each way a caller can react.
+
+    QuiverError                    anything this project raises on purpose
+    ├── CheckpointError            a base folder cannot be read as a model we know
+    └── AdapterError               an adapter folder or configuration is malformed: mend the adapter
+        └── BaseMismatchError      a well-formed adapter, but made for another base: choose the other base
+
+Messages name the file, the tensor or field, the value found and the rule it breaks.
+"""
+
+
+class QuiverError(Exception):
+    """Anything this project raises on purpose; its text is meant for people."""
+
+
+class CheckpointError(QuiverError):
+    """A base folder cannot be read: a missing file, an unknown architecture, a tensor too many or too few."""
+
+
+class AdapterError(QuiverError):
+    """An adapter folder or an adapter configuration breaks a rule; nothing was applied."""
+
+
+class BaseMismatchError(AdapterError):
+    """The adapter is well-formed but was made for another base."""

@@ -1,0 +1,103 @@
+"""A base together with its one trainable adapter: the library as its users write it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quiver_peft.adapters.adapter import Adapter, PEFTConfig
+from quiver_peft.adapters.artifact import read_adapter, save_adapter
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.sites import NO_ADAPTERS, Seam
+from quiver_peft.errors import AdapterError
+
+
+class GPT(nn.Module):
+    """A decoder-only model that can be fine-tuned as a whole, or frozen with an adapter (API of NeMo's PEFT guide).
+
+    base: the definition and its weights. adapter: None until `add_adapter` or `load_adapters`.
+    """
+
+    def __init__(self, base: GPTBase) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter: Adapter | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "GPT":
+        """Read a Hugging Face folder. Raises CheckpointError."""
+        return cls(GPTBase.from_pretrained(folder, dtype=dtype, device=device))
+
+    @property
+    def seam(self) -> Seam:
+        """The adapter, or the identity."""
+        return NO_ADAPTERS if self.adapter is None else self.adapter
+
+    def add_adapter(self, configs: PEFTConfig | Sequence[PEFTConfig]) -> None:
+        """Freeze the base and add a new adapter of one or several methods. The model's answers do not change yet.
+
+        Raises AdapterError when there is an adapter already or a configuration does not fit the base.
+        """
+        if self.adapter is not None:
+            raise AdapterError("this model has an adapter already; load the base again to start another one")
+        self._set(Adapter.create(self.base, [configs] if isinstance(configs, PEFTConfig) else configs))
+
+    def load_adapters(self, folder: str | Path) -> None:
+        """Freeze the base and put the adapter of an artefact on it; its configuration comes with it.
+
+        Raises AdapterError or BaseMismatchError; the model is then as it was.
+        """
+        self._set(read_adapter(folder, self.base).to_module())
+
+    def _set(self, adapter: Adapter) -> None:
+        self.base.requires_grad_(False)
+        reference = self.base.embedding.weight
+        # Adapters stay in fp32 beside a half-precision base, as Hugging Face PEFT keeps them.
+        self.adapter = adapter.to(reference.device)
+        self.adapter.train(self.training)
+
+    def freeze(self) -> None:
+        """Nothing is trainable any more, and dropout is off: the state to predict in."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimiser should get: the adapter's parameters, or all of them where there is no adapter."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def save_adapter(
+        self,
+        folder: str | Path,
+        *,
+        base_name: str = "",
+        tokenizer_digest: str = "",
+        training: Mapping[str, Any] | None = None,
+        extra_files: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """Write the adapter alone, atomically, and return its revision (see `save_adapter` of the artefact).
+
+        Raises AdapterError without an adapter.
+        """
+        if self.adapter is None:
+            raise AdapterError("this model has no adapter to save; call add_adapter or load_adapters first")
+        return save_adapter(
+            folder,
+            self.base,
+            self.adapter,
+            base_name=base_name,
+            tokenizer_digest=tokenizer_digest,
+            training=training,
+            extra_files=extra_files,
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Next-token logits of whole sequences, padded on the right if at all. tokens: [B, S] -> [B, S, V]."""
+        return self.base.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Final hidden states, for callers that need logits of a few rows only. tokens: [B, S] -> [B, S, D]."""
+        return self.base(tokens, seam=self.seam)

@@ -1,0 +1,61 @@
+"""The client of a Quiver server: `from quiver import Client, AsyncClient`.
+
+The names load on first use, so that `quiver serve` reaches the server's own code without loading gRPC before.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quiver.aio import AsyncClient
+    from quiver.client import Client
+    from quiver.errors import (
+        AccessDenied,
+        AdapterNotFound,
+        BaseMismatch,
+        CallCancelled,
+        DeadlineExceeded,
+        InvalidRequest,
+        QuiverClientError,
+        ServerBusy,
+        ServerInternal,
+        ServerUnavailable,
+    )
+    from quiver.results import Adapter, AdapterState, FinishReason, Generation, Model, Piece
+
+__all__ = [
+    "AccessDenied",
+    "Adapter",
+    "AdapterNotFound",
+    "AdapterState",
+    "AsyncClient",
+    "BaseMismatch",
+    "CallCancelled",
+    "Client",
+    "DeadlineExceeded",
+    "FinishReason",
+    "Generation",
+    "InvalidRequest",
+    "Model",
+    "Piece",
+    "QuiverClientError",
+    "ServerBusy",
+    "ServerInternal",
+    "ServerUnavailable",
+]
+
+_RESULTS = frozenset({"Adapter", "AdapterState", "FinishReason", "Generation", "Model", "Piece"})
+
+
+def _module_of(name: str) -> str:
+    if name == "Client":
+        return "quiver.client"
+    if name == "AsyncClient":
+        return "quiver.aio"
+    return "quiver.results" if name in _RESULTS else "quiver.errors"
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_module_of(name)), name)

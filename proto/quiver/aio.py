@@ -1,0 +1,146 @@
+"""The client of a Quiver server for asyncio code: `quiver.client` with `await`."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+
+from quiver import channel, response_messages
+from quiver.errors import error_from_rpc
+from quiver.request_messages import GenerateOptions, generate_request, routing_metadata
+from quiver.results import Adapter, Generation, Model, Piece, Tokens
+from quiver.v1 import adapters_pb2, generation_pb2, model_pb2
+from quiver.v1.adapters_pb2_grpc import AdapterServiceStub
+from quiver.v1.generation_pb2_grpc import GenerationServiceStub
+from quiver.v1.model_pb2_grpc import ModelServiceStub
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class AsyncClient:
+    """A connection to one server, made and used inside one running event loop.
+
+        async with AsyncClient("localhost:50051") as client:
+            async for piece in client.stream("Where is my order?", adapter="support"):
+                print(piece.text, end="")
+
+    Every method raises a `quiver.QuiverClientError` when the call fails.
+    """
+
+    def __init__(self, target: str = channel.DEFAULT_TARGET, *, timeout_seconds: float | None = None) -> None:
+        """Connects at the first call. `timeout_seconds` bounds each call, a whole stream too; None: no bound."""
+        self._target = target
+        self._timeout_seconds = timeout_seconds
+        self._channel = grpc.aio.insecure_channel(target, options=channel.CHANNEL_OPTIONS)
+        self._generation = GenerationServiceStub(self._channel)
+        self._adapters = AdapterServiceStub(self._channel)
+        self._model = ModelServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection and cancels the calls that run on it."""
+        await self._channel.close()
+
+    async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
+        """Answers `prompt` (text or token ids). The options are those of `GenerateOptions`."""
+        request = generate_request(prompt, **options)
+        answer = await self._call(self._generation.Generate, request, routing_metadata(request.adapter_id))
+        return response_messages.generation(answer)
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncGenerator[Piece, None]:
+        """Answers `prompt` piece by piece; the call begins with the first piece asked for.
+
+        Leaving the loop early, or closing the generator, cancels the call.
+        """
+        return self._pieces(generate_request(prompt, **options))
+
+    async def _pieces(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[Piece, None]:
+        metadata = routing_metadata(request.adapter_id)
+        call = self._generation.GenerateStream(request, timeout=self._timeout_seconds, metadata=metadata)
+        try:
+            async for message in call:
+                yield response_messages.piece(message)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, self._target) from error
+        finally:
+            call.cancel()
+
+    async def tokenize(self, text: str, *, pieces: bool = False) -> Tokens:
+        """The token ids that `generate` would use for `text`; with `pieces` also the vocabulary's spelling."""
+        request = generation_pb2.TokenizeRequest(text=text, pieces=pieces)
+        return response_messages.tokens(await self._call(self._generation.Tokenize, request))
+
+    async def load_adapter(self, adapter_id: str, *, source: str = "", pin: bool = False) -> Adapter:
+        """Brings an adapter into memory and returns when it can serve.
+
+        `source` is a path or URI under a folder that the server allows; "": its own store. `pin` keeps it in
+        memory however long it is unused.
+        """
+        request = adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, source=source, pin=pin)
+        return response_messages.adapter((await self._call(self._adapters.LoadAdapter, request)).adapter)
+
+    async def unload_adapter(self, adapter_id: str) -> int:
+        """Takes an adapter out of memory when its last request has ended. Returns the bytes given back."""
+        request = adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id)
+        return (await self._call(self._adapters.UnloadAdapter, request)).freed_bytes
+
+    async def get_adapter(self, adapter_id: str) -> Adapter:
+        """Describes one adapter."""
+        request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)
+        return response_messages.adapter((await self._call(self._adapters.GetAdapter, request)).adapter)
+
+    async def list_adapters(self) -> list[Adapter]:
+        """Describes every adapter that the server knows, in the order of their ids."""
+        answer = await self._call(self._adapters.ListAdapters, adapters_pb2.ListAdaptersRequest())
+        return [response_messages.adapter(message) for message in answer.adapters]
+
+    async def get_model(self) -> Model:
+        """Describes the base model and the server's limits."""
+        return response_messages.model(await self._call(self._model.GetModel, model_pb2.GetModelRequest()))
+
+    async def is_healthy(self) -> bool:
+        """Whether a server answers and can take requests now. Never raises."""
+        return await self._is_serving(channel.HEALTH_CHECK_TIMEOUT_SECONDS)
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Returns as soon as the server is healthy; raises `ServerUnavailable` when `seconds` have passed."""
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            if await self._is_serving(min(remaining, channel.HEALTH_CHECK_TIMEOUT_SECONDS)):
+                return
+            await asyncio.sleep(channel.READY_POLL_SECONDS)
+        raise channel.not_ready(self._target, seconds)
+
+    async def _is_serving(self, timeout_seconds: float) -> bool:
+        check = self._channel.unary_unary(channel.HEALTH_CHECK_METHOD)
+        try:
+            answer = await check(channel.HEALTH_CHECK_REQUEST, timeout=timeout_seconds)
+        except grpc.RpcError:
+            return False
+        return answer == channel.HEALTH_CHECK_SERVING
+
+    async def _call(
+        self,
+        method: "grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]",
+        request: _Request,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> _Response:
+        try:
+            return await method(request, timeout=self._timeout_seconds, metadata=metadata)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, self._target) from error

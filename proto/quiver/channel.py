@@ -1,0 +1,34 @@
+"""How both clients connect: the channel's options, and the standard health check."""
+
+import grpc
+
+from quiver.errors import ServerUnavailable
+
+DEFAULT_TARGET = "localhost:50051"
+
+_MAX_RECEIVE_BYTES = 64 * 2**20
+# Find a dead connection within 50 s while a call is running. Servers end connections that ping much oftener.
+_KEEPALIVE_SECONDS = 30
+_KEEPALIVE_TIMEOUT_SECONDS = 20
+# gRPC's own bound of 120 s would leave `wait_until_ready` waiting long after the server came up.
+_MAX_RECONNECT_BACKOFF_SECONDS = 2
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES),
+    ("grpc.keepalive_time_ms", _KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_SECONDS * 1000),
+    ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_SECONDS * 1000),
+)
+
+# grpc.health.v1 in bytes, so that the client needs no further package: a HealthCheckRequest for the whole
+# server is empty, and a HealthCheckResponse that says SERVING (1) is its field 1 as a varint.
+HEALTH_CHECK_METHOD = "/grpc.health.v1.Health/Check"
+HEALTH_CHECK_REQUEST = b""
+HEALTH_CHECK_SERVING = b"\x08\x01"
+HEALTH_CHECK_TIMEOUT_SECONDS = 5.0
+READY_POLL_SECONDS = 0.1
+
+
+def not_ready(target: str, seconds: float) -> ServerUnavailable:
+    """The error of a `wait_until_ready` that waited in vain."""
+    return ServerUnavailable(f"the server at {target} was not ready within {seconds:g} s", grpc.StatusCode.UNAVAILABLE)

@@ -1,0 +1,197 @@
+"""The `quiver` commands that talk to a server, and the help that names all commands."""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+
+from quiver import channel, terminal
+from quiver.client import Client
+from quiver.dispatch import run_room
+from quiver.request_messages import GenerateOptions
+
+_EXAMPLES = """
+Examples:
+
+  quiver train recipes/routing.yaml
+
+  quiver serve --base models/base --adapters adapters
+
+  quiver generate "Where is my order?" --adapter routing
+
+  quiver adapters list
+"""
+
+app = typer.Typer(
+    help="One frozen base model, many hot-swappable adapters, one batch.",
+    epilog=_EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+adapters_app = typer.Typer(help="List, load, unload and look at a server's adapters.", no_args_is_help=True)
+app.add_typer(adapters_app, name="adapters")
+
+Server = Annotated[str, typer.Option(envvar="QUIVER_SERVER", metavar="HOST:PORT", help="The server to ask.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AdapterId = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter's id.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"quiver {version('quiver')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _app_options(  # pyright: ignore[reportUnusedFunction]  # Typer calls it
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def train(context: typer.Context) -> None:
+    """Train an adapter from a YAML recipe."""
+    raise typer.Exit(run_room("train", context.args))
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def predict(context: typer.Context) -> None:
+    """Write an adapter's answers for a JSONL file."""
+    raise typer.Exit(run_room("predict", context.args))
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def serve(context: typer.Context) -> None:
+    """Serve a base model and its adapters over gRPC."""
+    raise typer.Exit(run_room("serve", context.args))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help='The prompt. "-", or none and no --file: standard input.')
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    adapter: Annotated[str, typer.Option(help="Adapter id; none: the base model alone.")] = "",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.")] = None,
+    stream: Annotated[bool, typer.Option(help="Print the text while it is generated.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+    server: Server = channel.DEFAULT_TARGET,
+) -> None:
+    """Answer a prompt."""
+    text = _read_prompt(prompt, file)
+    options = GenerateOptions(
+        adapter=adapter, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop
+    )
+    with terminal.connected(server) as client:
+        if as_json:
+            terminal.print_json(client.generate(text, **options))
+        elif stream:
+            _print_stream(client, text, options)
+        else:
+            print(client.generate(text, **options).text)
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from the command line, or a file or standard input less its last newline."""
+    if file is not None:
+        if prompt is not None:
+            raise typer.BadParameter("give either PROMPT or --file, not both")
+        try:
+            return file.read_text("utf-8").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise typer.BadParameter(f"cannot read {file}: {error}") from None
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter('give a PROMPT, a --file, or "-" to type one')
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _print_stream(client: Client, prompt: str, options: GenerateOptions) -> None:
+    try:
+        for piece in client.stream(prompt, **options):
+            print(piece.text, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+@app.command()
+def model(server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> None:
+    """Describe the server's base model."""
+    with terminal.connected(server) as client:
+        description = client.get_model()
+    if as_json:
+        terminal.print_json(description)
+    else:
+        terminal.print_fields(description)
+
+
+@app.command()
+def health(server: Server = channel.DEFAULT_TARGET) -> None:
+    """Exit 0 when the server can take requests, 1 when not."""
+    with Client(server) as client:
+        healthy = client.is_healthy()
+    print(f"{server} is {'serving' if healthy else 'not serving'}", file=sys.stdout if healthy else sys.stderr)
+    raise typer.Exit(0 if healthy else 1)
+
+
+@adapters_app.command("list")
+def list_adapters(server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> None:
+    """Show every adapter that the server knows."""
+    with terminal.connected(server) as client:
+        adapters = client.list_adapters()
+    if as_json:
+        terminal.print_json(adapters)
+    else:
+        terminal.print_adapters(adapters)
+
+
+@adapters_app.command("show")
+def show_adapter(adapter_id: AdapterId, server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> None:
+    """Show one adapter with everything the server knows about it."""
+    with terminal.connected(server) as client:
+        adapter = client.get_adapter(adapter_id)
+    if as_json:
+        terminal.print_json(adapter)
+    else:
+        terminal.print_fields(adapter)
+
+
+@adapters_app.command("load")
+def load_adapter(
+    adapter_id: AdapterId,
+    source: Annotated[str, typer.Option(help="Path or URI as the server sees it; none: its store.")] = "",
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it in memory when unused.")] = False,
+    server: Server = channel.DEFAULT_TARGET,
+    as_json: AsJson = False,
+) -> None:
+    """Bring an adapter into the server's memory."""
+    with terminal.connected(server) as client:
+        adapter = client.load_adapter(adapter_id, source=source, pin=pin)
+    if as_json:
+        terminal.print_json(adapter)
+    else:
+        revision = terminal.short_revision(adapter.revision)
+        print(f"{adapter.id} is {adapter.state}: {', '.join(adapter.methods)}, revision {revision}")
+
+
+@adapters_app.command("unload")
+def unload_adapter(adapter_id: AdapterId, server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> None:
+    """Take an adapter out of the server's memory."""
+    with terminal.connected(server) as client:
+        freed_bytes = client.unload_adapter(adapter_id)
+    print(f'{{"freed_bytes": {freed_bytes}}}' if as_json else f"{adapter_id}: {decimal(freed_bytes)} given back")

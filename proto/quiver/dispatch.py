@@ -1,0 +1,45 @@
+"""Hands `quiver serve`, `quiver train` and `quiver predict` to the packages that implement them.
+
+Standard library only: the server installs its SIGTERM handler in `quiver_server.main`, and nothing slow may
+be imported before it.
+"""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+
+class Room(NamedTuple):
+    """A package that implements commands, and the extra of `pip install` that brings what it needs."""
+
+    module: str  # has `main(argv: list[str]) -> int`
+    extra: str
+
+
+ROOMS = {
+    "serve": Room("quiver_server.main", "server"),
+    "train": Room("quiver_trainer.train_cli", "trainer"),
+    "predict": Room("quiver_trainer.predict_cli", "trainer"),
+}
+
+
+def run_room(command: str, arguments: list[str]) -> int:
+    """Runs `command` with `arguments` untouched. Returns its exit code; 2 when a package is not installed."""
+    room = ROOMS[command]
+    try:
+        exit_code: int = importlib.import_module(room.module).main(arguments)
+    except ModuleNotFoundError as error:
+        if _is_our_own_fault(error.name or "", room):
+            raise
+        print(
+            f"quiver {command} needs the {room.extra} packages: pip install 'quiver[{room.extra}]' ({error})",
+            file=sys.stderr,
+        )
+        return 2
+    return exit_code
+
+
+def _is_our_own_fault(missing: str, room: Room) -> bool:
+    """Whether the missing module should be there: one inside a package of ours that is itself installed."""
+    package = room.module.partition(".")[0]
+    return missing != package and missing.partition(".")[0] in (package, "quiver", "quiver_peft")

@@ -1,0 +1,135 @@
+"""From Python arguments to request messages and call metadata, for the sync and the async client alike."""
+
+from collections.abc import Iterable, Sequence
+from typing import TypedDict, Unpack
+
+import grpc
+
+from quiver.errors import InvalidRequest
+from quiver.v1 import generation_pb2
+
+ADAPTER_METADATA_KEY = "x-adapter-id"
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`; an option left out or None takes the server's default."""
+
+    adapter: str  # an id, "id@revision" or an alias; "": the base model alone
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    temperature: float | None  # 0: greedy (the default)
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    n: int | None  # number of candidates
+    stop: str | Sequence[str] | None  # end when the text contains (one of) these
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool
+    include_stop_string: bool
+    logprobs: bool
+    top_logprobs: int | None  # alternatives per token; implies logprobs
+    prompt_logprobs: bool
+    request_id: str
+
+
+def generate_request(prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> generation_pb2.GenerateRequest:
+    """The message for `prompt` (text or token ids).
+
+    Raises `TypeError` for an unknown option or a value of the wrong type, and `InvalidRequest` for a value
+    that its field cannot hold, such as a negative count. Every other rule is the server's.
+    """
+    unknown = sorted(set(options) - GenerateOptions.__annotations__.keys())
+    if unknown:
+        known = ", ".join(GenerateOptions.__annotations__)
+        raise TypeError(f"unknown option {unknown[0]!r}; the options are: {known}")
+    _check_counts(prompt, options)
+    try:
+        request = generation_pb2.GenerateRequest(
+            adapter_id=options.get("adapter", ""),
+            sampling=_sampling(options),
+            stopping=_stopping(options),
+            output=_output(options),
+            request_id=options.get("request_id", ""),
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
+    except UnicodeEncodeError as error:
+        raise _invalid(f"a text of the request is not valid Unicode: {error}") from error
+    return request
+
+
+def _check_counts(prompt: str | Sequence[int], options: GenerateOptions) -> None:
+    """Refuses what an unsigned field cannot hold: protobuf's own error would not name the option."""
+    counts: dict[str, int | Sequence[int] | None] = {
+        "prompt": None if isinstance(prompt, str) else prompt,
+        "max_new_tokens": options.get("max_new_tokens"),
+        "min_new_tokens": options.get("min_new_tokens"),
+        "top_k": options.get("top_k"),
+        "n": options.get("n"),
+        "stop_token_ids": options.get("stop_token_ids"),
+        "top_logprobs": options.get("top_logprobs"),
+    }
+    for name, value in counts.items():
+        if value is not None:
+            _check_unsigned(name, value, num_bits=32)
+    _check_unsigned("seed", options.get("seed") or 0, num_bits=64)
+
+
+def _check_unsigned(name: str, value: int | Sequence[int], num_bits: int) -> None:
+    for number in value if isinstance(value, Iterable) else (value,):
+        if not 0 <= number < 2**num_bits:
+            raise _invalid(f"{name} is {number}: it must lie between 0 and 2^{num_bits} - 1")
+
+
+def _invalid(message: str) -> InvalidRequest:
+    return InvalidRequest(message, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+def _output(options: GenerateOptions) -> generation_pb2.Output:
+    return generation_pb2.Output(
+        logprobs=options.get("logprobs", False),
+        top_logprobs=options.get("top_logprobs") or 0,
+        prompt_logprobs=options.get("prompt_logprobs", False),
+    )
+
+
+def _sampling(options: GenerateOptions) -> generation_pb2.Sampling:
+    return generation_pb2.Sampling(
+        temperature=options.get("temperature") or 0.0,
+        top_k=options.get("top_k") or 0,
+        top_p=options.get("top_p"),
+        min_p=options.get("min_p") or 0.0,
+        repetition_penalty=options.get("repetition_penalty"),
+        presence_penalty=options.get("presence_penalty") or 0.0,
+        frequency_penalty=options.get("frequency_penalty") or 0.0,
+        seed=options.get("seed"),
+        n=options.get("n"),
+    )
+
+
+def _stopping(options: GenerateOptions) -> generation_pb2.Stopping:
+    stop = options.get("stop") or ()
+    return generation_pb2.Stopping(
+        max_new_tokens=options.get("max_new_tokens"),
+        min_new_tokens=options.get("min_new_tokens") or 0,
+        strings=[stop] if isinstance(stop, str) else stop,
+        token_ids=options.get("stop_token_ids") or (),
+        ignore_eos=options.get("ignore_eos", False),
+        include_stop_string=options.get("include_stop_string", False),
+    )
+
+
+def routing_metadata(adapter_id: str) -> tuple[tuple[str, str], ...]:
+    """The metadata by which a proxy sends requests for one adapter to the same replica.
+
+    Empty for the base, and for an id that metadata cannot carry: any replica can refuse that one.
+    """
+    if not adapter_id or not adapter_id.isascii() or not adapter_id.isprintable():
+        return ()
+    return ((ADAPTER_METADATA_KEY, adapter_id),)

@@ -1,0 +1,107 @@
+"""What the client commands print: tables and JSON on standard output, errors on standard error."""
+
+import json
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from quiver.client import Client
+from quiver.errors import QuiverClientError
+from quiver.results import Adapter, AdapterState
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_STATE_STYLES = {
+    AdapterState.RESIDENT: "green",
+    AdapterState.LOADING: "yellow",
+    AdapterState.FAILED: "red",
+}
+_SHORT_REVISION_CHARACTERS = 12
+_PIPE_WIDTH = 2000
+
+
+@contextmanager
+def connected(server: str) -> Generator[Client, None, None]:
+    """A client of `server`; a failed call ends the command with its message and exit code 1."""
+    with Client(server) as client:
+        try:
+            yield client
+        except QuiverClientError as error:
+            typer.echo(f"quiver: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+def print_json(value: "DataclassInstance | Sequence[DataclassInstance]") -> None:
+    """Prints one result, or a list of them, as JSON."""
+    data: Any = [asdict(item) for item in value] if isinstance(value, Sequence) else asdict(value)
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_adapters(adapters: Sequence[Adapter]) -> None:
+    """Prints a table with one row per adapter, then why those that failed did."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("adapter", "state", "methods", "revision"):
+        table.add_column(heading, no_wrap=heading != "methods")
+    for heading in ("device", "host", "running", "waiting"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for adapter in adapters:
+        table.add_row(*_row(adapter))
+    console = _console()
+    console.print(table)
+    for adapter in adapters:
+        if adapter.failure_reason:
+            console.print(f"{adapter.id} failed: {adapter.failure_reason}", soft_wrap=True)
+
+
+def _row(adapter: Adapter) -> tuple[str | Text, ...]:
+    pin = " (pinned)" if adapter.pinned else ""
+    return (
+        adapter.id,
+        Text(adapter.state + pin, style=_STATE_STYLES.get(adapter.state, "")),
+        ", ".join(adapter.methods),
+        short_revision(adapter.revision),
+        decimal(adapter.device_bytes),
+        decimal(adapter.host_bytes),
+        str(adapter.running),
+        str(adapter.waiting),
+    )
+
+
+def print_fields(value: "DataclassInstance") -> None:
+    """Prints one result with a field a line, leaving out empty ones."""
+    table = Table.grid(padding=(0, 2))
+    for name, field in asdict(value).items():
+        if field not in ("", ()):
+            table.add_row(name.removesuffix("_bytes").replace("_", " "), _field_text(name, field))
+    _console().print(table)
+
+
+def _field_text(name: str, field: Any) -> str:
+    if isinstance(field, bool):
+        return "yes" if field else "no"
+    if name.endswith("_bytes"):
+        return decimal(field)
+    if isinstance(field, int):
+        return f"{field:,}"
+    return ", ".join(field) if isinstance(field, tuple) else str(field)
+
+
+def short_revision(revision: str) -> str:
+    """The first characters of a revision: enough for people, and for "id@revision" in a request."""
+    return revision[:_SHORT_REVISION_CHARACTERS]
+
+
+def _console() -> Console:
+    # What a server sends is text, never markup. A pipe has no width: do not cut ids to fit one.
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(markup=False, highlight=False, emoji=False, width=width)

@@ -1,0 +1,1 @@
+"""The trainer: JSONL in, adapter folder out."""

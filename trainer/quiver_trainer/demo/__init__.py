@@ -1,0 +1,1 @@
+"""The generated world of the demo: a fictional shop, its support desk, and the text the demo base is trained on."""
