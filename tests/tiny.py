@@ -6,7 +6,7 @@ of 0.02 even a wrong position moves the logits so little that tests pass vacuous
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -192,7 +192,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 @contextmanager
-def _their_deprecations() -> Iterator[None]:
+def _their_deprecations() -> Generator[None]:
     """PEFT calls what transformers deprecates: not ours to mend, and warnings are errors here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

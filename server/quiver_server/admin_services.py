@@ -1,0 +1,111 @@
+"""The gRPC face of the adapters and of the model: what is here, and bringing adapters in and out."""
+
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import grpc
+
+from quiver.v1 import adapters_pb2, adapters_pb2_grpc, model_pb2, model_pb2_grpc
+from quiver_server.adapter_store import AdapterStore, Entry, State
+from quiver_server.errors import RequestError
+from quiver_server.service import refuse
+
+T = TypeVar("T")
+
+_STATES = {
+    State.REGISTERED: adapters_pb2.Adapter.STATE_REGISTERED,
+    State.LOADING: adapters_pb2.Adapter.STATE_LOADING,
+    State.RESIDENT: adapters_pb2.Adapter.STATE_RESIDENT,
+    State.FAILED: adapters_pb2.Adapter.STATE_FAILED,
+}
+
+
+async def _or_refuse(work: Awaitable[T], context: "grpc.aio.ServicerContext[Any, Any]") -> T:
+    try:
+        return await work
+    except RequestError as error:
+        await refuse(context, error)
+        raise  # `refuse` ends the call; this line tells the type checker so
+
+
+def adapter_message(entry: Entry) -> adapters_pb2.Adapter:
+    """An adapter as the wire describes it."""
+    message = adapters_pb2.Adapter(
+        id=entry.id,
+        source=str(entry.folder),
+        state=_STATES[entry.state],
+        pinned=entry.pinned,
+        waiting=entry.num_waiting,
+    )
+    if entry.failure is not None:
+        message.failure_reason = str(entry.failure)
+    if (resident := entry.resident) is not None:
+        message.revision = resident.revision
+        message.methods.extend(resident.methods)
+        message.device_bytes = resident.num_bytes
+        message.parameters = resident.num_parameters
+        message.rank = resident.max_rank
+        message.running = resident.num_leases
+    return message
+
+
+class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
+    """`quiver.v1.AdapterService`."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+
+    async def LoadAdapter(  # noqa: N802 - the names are the wire's
+        self,
+        request: adapters_pb2.LoadAdapterRequest,
+        context: "grpc.aio.ServicerContext[adapters_pb2.LoadAdapterRequest, adapters_pb2.LoadAdapterResponse]",
+    ) -> adapters_pb2.LoadAdapterResponse:
+        """Bring an adapter into memory."""
+        load = self._store.load(request.adapter_id, request.source, request.pin)
+        entry = await _or_refuse(load, context)
+        return adapters_pb2.LoadAdapterResponse(adapter=adapter_message(entry))
+
+    async def UnloadAdapter(  # noqa: N802
+        self,
+        request: adapters_pb2.UnloadAdapterRequest,
+        context: "grpc.aio.ServicerContext[adapters_pb2.UnloadAdapterRequest, adapters_pb2.UnloadAdapterResponse]",
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        """Take an adapter out of memory."""
+        freed = await _or_refuse(self._store.unload(request.adapter_id), context)
+        return adapters_pb2.UnloadAdapterResponse(freed_bytes=freed)
+
+    async def GetAdapter(  # noqa: N802
+        self,
+        request: adapters_pb2.GetAdapterRequest,
+        context: "grpc.aio.ServicerContext[adapters_pb2.GetAdapterRequest, adapters_pb2.GetAdapterResponse]",
+    ) -> adapters_pb2.GetAdapterResponse:
+        """Describe one adapter."""
+
+        async def find() -> Entry:
+            return self._store.find(request.adapter_id)
+
+        entry = await _or_refuse(find(), context)
+        return adapters_pb2.GetAdapterResponse(adapter=adapter_message(entry))
+
+    async def ListAdapters(  # noqa: N802
+        self,
+        request: adapters_pb2.ListAdaptersRequest,
+        context: "grpc.aio.ServicerContext[adapters_pb2.ListAdaptersRequest, adapters_pb2.ListAdaptersResponse]",
+    ) -> adapters_pb2.ListAdaptersResponse:
+        """Describe every adapter."""
+        return adapters_pb2.ListAdaptersResponse(adapters=[adapter_message(e) for e in self._store.entries()])
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """`quiver.v1.ModelService`. description: made once, it never changes."""
+
+    def __init__(self, description: model_pb2.GetModelResponse) -> None:
+        self._description = description
+
+    async def GetModel(  # noqa: N802
+        self,
+        request: model_pb2.GetModelRequest,
+        context: "grpc.aio.ServicerContext[model_pb2.GetModelRequest, model_pb2.GetModelResponse]",
+    ) -> model_pb2.GetModelResponse:
+        """Describe the base."""
+        return self._description

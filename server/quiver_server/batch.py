@@ -1,0 +1,73 @@
+"""From a plan to tensors: one packed batch, no padding. T tokens, R rows whose logits are wanted."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quiver_peft.adapters.banks import RowGroup
+from quiver_peft.base.paged import PagedLayout
+from quiver_server.scheduler import ScheduledChunk
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What the model is given in one step.
+
+    tokens, positions: [T] int64. layout: where their keys and values lie. groups: rows of one adapter each.
+    logit_rows: [R] int64, rows of the batch; `logit_counts` says how many of them each chunk has, in order.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    layout: PagedLayout
+    groups: list[RowGroup]
+    logit_rows: Tensor
+    logit_counts: list[int]
+
+
+def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.device) -> StepBatch:
+    """The tensors of one step; chunks are ordered by slot."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    groups: list[RowGroup] = []
+    logit_rows: list[int] = []
+    logit_counts: list[int] = []
+    for chunk in chunks:
+        sequence, first_row = chunk.sequence, len(tokens)
+        start = sequence.num_cached_tokens
+        end = start + chunk.num_new_tokens
+        tokens += sequence.tokens(start, end)
+        positions += range(start, end)
+        if groups and groups[-1].slot == sequence.slot:
+            groups[-1] = groups[-1]._replace(end=len(tokens))
+        else:
+            groups.append(RowGroup(sequence.slot, first_row, len(tokens)))
+        wanted = _wanted_rows(chunk)
+        logit_rows += range(len(tokens) - wanted, len(tokens))
+        logit_counts.append(wanted)
+    layout = PagedLayout(
+        [chunk.num_new_tokens for chunk in chunks],
+        [chunk.sequence.num_cached_tokens + chunk.num_new_tokens for chunk in chunks],
+        [chunk.sequence.blocks for chunk in chunks],
+        block_size,
+        device,
+    )
+    return StepBatch(
+        torch.tensor(tokens, device=device),
+        torch.tensor(positions, device=device),
+        layout,
+        groups,
+        torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        logit_counts,
+    )
+
+
+def _wanted_rows(chunk: ScheduledChunk) -> int:
+    """How many of a chunk's last rows need logits: all for prompt log-probabilities, else only the one to draw from."""
+    sequence = chunk.sequence
+    still_in_prompt = sequence.num_cached_tokens < len(sequence.prompt)
+    if sequence.params.prompt_logprobs and not sequence.generated and still_in_prompt:
+        return chunk.num_new_tokens
+    return 1 if chunk.completes else 0

@@ -1,0 +1,56 @@
+"""The command line of `quiver serve`."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from quiver_server.config import ServerConfig
+
+_EPILOG = (
+    "Example:  quiver serve --base models/llama --adapters adapters/   then   quiver generate --adapter mine 'Hello'"
+)
+
+
+def _serve(
+    base: Annotated[Path, typer.Option(help="The frozen base: a Hugging Face folder.")],
+    adapters: Annotated[Path, typer.Option(help="Each of its subfolders is an adapter; its name is the adapter id.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="gRPC port; 0 lets the system choose.", min=0, max=65535)] = 50051,
+    metrics_port: Annotated[int, typer.Option(help="Prometheus port; -1: none.", min=-1, max=65535)] = 9464,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU.")] = "auto",
+    kv_memory_mib: Annotated[int, typer.Option(help="Memory for keys and values.", min=1)] = 512,
+    adapter_memory_mib: Annotated[int, typer.Option(help="Memory for resident adapters.", min=1)] = 256,
+    max_running: Annotated[int, typer.Option(help="Sequences in one batch.", min=1)] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Sequences in the queue; more are refused.", min=0)] = 512,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step; long prompts are cut.", min=1)] = 512,
+    default_max_new_tokens: Annotated[int, typer.Option(help="Where a request does not say.", min=1)] = 128,
+    grace_seconds: Annotated[float, typer.Option(help="How long SIGTERM lets running requests finish.")] = 30.0,
+) -> None:
+    """Serve one frozen base and any number of its adapters over gRPC."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = ServerConfig(
+        base, adapters, host, port, metrics_port, device, dtype, kv_memory_mib, adapter_memory_mib,
+        max_running, max_waiting, max_step_tokens, default_max_new_tokens, grace_seconds,
+    )  # fmt: skip
+    from quiver_server.serve import serve
+
+    raise typer.Exit(serve(config))
+
+
+def run(argv: list[str]) -> int:
+    """Parse and serve; returns the exit code: 0 drained, 1 could not start, 2 misused."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=_EPILOG)(_serve)
+    try:
+        app(argv, prog_name="quiver serve", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        return error.exit_code
+    return 0

@@ -1,0 +1,24 @@
+"""The server's configuration: flat, frozen, made once from the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What `quiver serve` was asked for. Memory in MiB, the rest in tokens, rows and seconds as the names say."""
+
+    base: Path
+    adapters: Path
+    host: str
+    port: int
+    metrics_port: int
+    device: str
+    dtype: str
+    kv_memory_mib: int
+    adapter_memory_mib: int
+    max_running: int
+    max_waiting: int
+    max_step_tokens: int
+    default_max_new_tokens: int
+    grace_seconds: float

@@ -1,0 +1,172 @@
+"""The step loop in its own thread: schedule, prepare, run, sample, postprocess."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from quiver_server.batch import StepBatch, prepare_batch
+from quiver_server.errors import EngineFaultError
+from quiver_server.metrics import Metrics
+from quiver_server.request import FinishReason, Sequence, TokenEvent, TokenLogprob
+from quiver_server.runner import Runner
+from quiver_server.sampler import logprobs_of, sample
+from quiver_server.scheduler import ScheduledChunk, Scheduler
+
+log = logging.getLogger(__name__)
+
+Delivery = list[tuple[Sequence, TokenEvent]]
+
+
+class Engine:
+    """Runs sequences until they end. `submit` and `cancel` may be called from any thread.
+
+    deliver: takes a step's events, once a step, called from the engine's thread.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        block_size: int,
+        device: torch.device,
+        metrics: Metrics,
+        deliver: Callable[[Delivery], None],
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._block_size = block_size
+        self._device = device
+        self._metrics = metrics
+        self._deliver = deliver
+        self._wakeup = threading.Condition()
+        self._submitted: list[Sequence] = []
+        self._cancelled: list[Sequence] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin stepping."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the running step; sequences that are left get no more events."""
+        with self._wakeup:
+            self._stopping = True
+            self._wakeup.notify()
+        self._thread.join()
+
+    def submit(self, sequence: Sequence) -> None:
+        """A sequence enters the queue."""
+        with self._wakeup:
+            self._submitted.append(sequence)
+            self._wakeup.notify()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """The sequence's row is gone before the next step; a last event without token and error says so."""
+        with self._wakeup:
+            self._cancelled.append(sequence)
+            self._wakeup.notify()
+
+    def _loop(self) -> None:
+        while self._take_commands():
+            self.step()
+
+    def _take_commands(self) -> bool:
+        """Sleep until there is work, then let the new in and the cancelled out; False when the engine is to stop."""
+        scheduler = self._scheduler
+        with self._wakeup:
+            while not (self._stopping or self._submitted or self._cancelled or scheduler.running or scheduler.waiting):
+                self._metrics.observe_load(scheduler)
+                self._wakeup.wait()
+            for sequence in self._submitted:
+                scheduler.add(sequence)
+            cancelled = self._cancelled
+            self._submitted, self._cancelled = [], []
+        for sequence in cancelled:
+            scheduler.remove(sequence)
+        if cancelled:
+            self._deliver([(sequence, TokenEvent(None)) for sequence in cancelled])
+        return not self._stopping
+
+    def step(self) -> None:
+        """One pass of the engine."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return
+        started = time.perf_counter()
+        try:
+            batch = prepare_batch(chunks, self._block_size, self._device)
+            logits = self._runner.run(batch)
+            events = self._postprocess(chunks, batch, logits)
+        except Exception as error:
+            events = self._fail(chunks, error)
+        self._metrics.observe_step(time.perf_counter() - started, self._scheduler)
+        self._deliver(events)
+
+    def _postprocess(self, chunks: Seq[ScheduledChunk], batch: StepBatch, logits: Tensor) -> Delivery:
+        """Draw tokens for the chunks that are complete, note what is cached, and let go of what ended."""
+        rows = torch.split(logits, batch.logit_counts)
+        complete = [i for i, chunk in enumerate(chunks) if chunk.completes]
+        drawn: list[int] = []
+        if complete:
+            last = torch.stack([rows[i][-1] for i in complete])
+            drawn = sample(last, [chunks[i].sequence for i in complete])
+        tokens = dict(zip(complete, drawn, strict=True))
+        events: Delivery = []
+        for i, chunk in enumerate(chunks):
+            sequence = chunk.sequence
+            if not sequence.started:
+                sequence.started = True
+                sequence.on_started()
+            _note_prompt_logprobs(chunk, rows[i])
+            sequence.num_cached_tokens += chunk.num_new_tokens
+            if i in tokens:
+                events.append((sequence, self._append(sequence, tokens[i], rows[i][-1:])))
+        return events
+
+    def _append(self, sequence: Sequence, token: int, logits: Tensor) -> TokenEvent:
+        """logits: [1, V], those the token was drawn from."""
+        num_top = sequence.params.num_top_logprobs
+        logprob = None if num_top is None else logprobs_of(logits, [token], num_top)[0]
+        prompt_logprobs = () if sequence.generated else tuple(sequence.prompt_logprobs)
+        sequence.generated.append(token)
+        reason = _finish_reason(sequence, token)
+        if reason is not None:
+            self._scheduler.remove(sequence)
+        return TokenEvent(token, logprob, prompt_logprobs, reason)
+
+    def _fail(self, chunks: Seq[ScheduledChunk], error: Exception) -> Delivery:
+        """A step failed: its sequences are told and dropped, everyone else goes on."""
+        log.error("a step of %d sequences failed", len(chunks), exc_info=error)
+        fault = EngineFaultError(f"the engine could not compute this request: {type(error).__name__}: {error}")
+        for chunk in chunks:
+            self._scheduler.remove(chunk.sequence)
+        return [(chunk.sequence, TokenEvent(None, error=fault)) for chunk in chunks]
+
+
+def _note_prompt_logprobs(chunk: ScheduledChunk, logits: Tensor) -> None:
+    """logits: [rows of this chunk that were wanted, V]. Row i of the prompt tells how likely token i + 1 was."""
+    sequence = chunk.sequence
+    if not sequence.params.prompt_logprobs or sequence.generated:
+        return
+    first = sequence.num_cached_tokens + 1
+    following = sequence.prompt[first : first + chunk.num_new_tokens]
+    # A sequence that stepped back is computed again: what is known already is not noted twice.
+    known: list[TokenLogprob] = sequence.prompt_logprobs[: first - 1]
+    num_top = sequence.params.num_top_logprobs or 0
+    sequence.prompt_logprobs = known + logprobs_of(logits[: len(following)], following, num_top)
+
+
+def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
+    params = sequence.params
+    if token in params.eos_ids:
+        return FinishReason.EOS
+    if token in params.stop_ids:
+        return FinishReason.STOP_TOKEN
+    return FinishReason.LENGTH if len(sequence.generated) >= params.max_new_tokens else None

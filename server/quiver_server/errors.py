@@ -1,0 +1,74 @@
+"""What a request can be refused for: one class for each way a caller can react, each with its gRPC status.
+
+RequestError                 the request's own failure; nobody else notices
+├── InvalidRequestError      INVALID_ARGUMENT: a field has an impossible value
+├── UnknownAdapterError      NOT_FOUND: no adapter has this id or revision
+├── MalformedAdapterError    INVALID_ARGUMENT: the adapter's folder breaks a rule
+├── OtherBaseError           FAILED_PRECONDITION: the adapter was made for another base
+├── BusyError                RESOURCE_EXHAUSTED: the queue or the adapter memory is full; carries a retry hint
+├── DrainingError            UNAVAILABLE: the server is stopping
+└── EngineFaultError         INTERNAL: a step of the engine failed
+"""
+
+import grpc
+
+
+class RequestError(Exception):
+    """A failure that belongs to one request. `field`: the request's field that it is about, if any."""
+
+    code = grpc.StatusCode.INTERNAL
+    reason = "INTERNAL"
+    retry_after_seconds: float | None = None
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidRequestError(RequestError):
+    """A field has an impossible value."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+
+class UnknownAdapterError(RequestError):
+    """No adapter has this id or revision."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "UNKNOWN_ADAPTER"
+
+
+class MalformedAdapterError(RequestError):
+    """The adapter's folder breaks a rule."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "MALFORMED_ADAPTER"
+
+
+class OtherBaseError(RequestError):
+    """The adapter was made for another base."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "OTHER_BASE"
+
+
+class BusyError(RequestError):
+    """No room now; the same request may succeed later."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "BUSY"
+    retry_after_seconds = 1.0
+
+
+class DrainingError(RequestError):
+    """The server is stopping."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "DRAINING"
+
+
+class EngineFaultError(RequestError):
+    """A step of the engine failed; the engine goes on with other requests."""
+
+    reason = "ENGINE_FAULT"

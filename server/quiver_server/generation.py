@@ -1,0 +1,167 @@
+"""One request from admission to its last piece: lease an adapter, run its candidates, turn tokens into text."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+
+from quiver_peft.adapters.banks import BASE_SLOT
+from quiver_peft.tokenizer import Tokenizer
+from quiver_server.adapter_store import AdapterStore, Resident
+from quiver_server.engine import Delivery, Engine
+from quiver_server.errors import BusyError, DrainingError
+from quiver_server.metrics import Metrics
+from quiver_server.request import FinishReason, Sequence, TokenEvent, TokenLogprob
+from quiver_server.text_stream import TextStream
+from quiver_server.wire import Asked
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to one candidate."""
+
+    index: int
+    text: str
+    token_id: int
+    logprob: TokenLogprob | None
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(eq=False)
+class Candidate:
+    """One candidate: its sequence in the engine and its text."""
+
+    sequence: Sequence
+    text: TextStream
+    gone: asyncio.Event  # set once the engine has let go of the sequence
+    ended: bool = False
+
+    def push(self, event: TokenEvent) -> Piece:
+        """The piece that an event makes; `ended` afterwards tells whether it was the last."""
+        token = event.token_id
+        assert token is not None
+        reason = event.finish_reason
+        text = "" if reason in (FinishReason.EOS, FinishReason.STOP_TOKEN) else self.text.push(token)
+        if reason is not None and not self.text.stopped:
+            text += self.text.finish()
+        if self.text.stopped:
+            reason = FinishReason.STOP_STRING
+        self.ended = reason is not None
+        return Piece(self.sequence.index, text, token, event.logprob, event.prompt_logprobs, reason)
+
+
+class Session:
+    """One admitted request. adapter: None for the base. Times are of the monotonic clock."""
+
+    def __init__(self, asked: Asked, arrival_seconds: float) -> None:
+        self.asked = asked
+        self.adapter: Resident | None = None
+        self.arrival_seconds = arrival_seconds
+        self.started_seconds: float | None = None
+        self.first_token_seconds: float | None = None
+        self.last_token_seconds: float | None = None
+        self.num_generated_tokens = 0
+
+    def note_token(self, metrics: Metrics) -> None:
+        """A token arrived now."""
+        now = time.monotonic()
+        if self.first_token_seconds is None:
+            self.first_token_seconds = now
+            metrics.time_to_first_token.observe(now - self.arrival_seconds)
+        elif self.last_token_seconds is not None:
+            metrics.inter_token.observe(now - self.last_token_seconds)
+        self.last_token_seconds = now
+        self.num_generated_tokens += 1
+
+
+class Generator:
+    """Admits requests and runs them on the engine. Lives in the event loop."""
+
+    def __init__(
+        self, engine: Engine, store: AdapterStore, tokenizer: Tokenizer, metrics: Metrics, max_open: int
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._max_open = max_open
+        self._num_open = 0
+        self._closing: set[asyncio.Task[None]] = set()
+        self.draining = False
+
+    def open(self, asked: Asked) -> Session:
+        """Admit a request, or raise BusyError or DrainingError."""
+        if self.draining:
+            raise DrainingError("the server is stopping; another replica may answer")
+        if self._num_open + asked.num_candidates > self._max_open:
+            raise BusyError(
+                f"{self._num_open} sequences are running or waiting, which is all this server holds; try again shortly"
+            )
+        return Session(asked, time.monotonic())
+
+    async def run(self, session: Session) -> AsyncIterator[Piece]:
+        """The pieces of all candidates as they come. Leaving early cancels the rest; the adapter is then given back."""
+        asked = session.asked
+        self._num_open += asked.num_candidates
+        candidates: list[Candidate] = []
+        try:
+            if asked.adapter_id:
+                session.adapter = await self._store.acquire(asked.adapter_id)
+            queue: asyncio.Queue[tuple[Candidate, TokenEvent]] = asyncio.Queue()
+            candidates += [self._submit(session, index, queue) for index in range(asked.num_candidates)]
+            while not all(candidate.ended for candidate in candidates):
+                candidate, event = await queue.get()
+                if candidate.ended:
+                    continue  # a token drawn while its stop string was being found
+                if event.error is not None:
+                    raise event.error
+                session.note_token(self._metrics)
+                yield candidate.push(event)
+                if candidate.ended and not candidate.gone.is_set():
+                    self._engine.cancel(candidate.sequence)
+        finally:
+            # A task of its own: this coroutine may be under cancellation, and the engine must let go first.
+            task = asyncio.create_task(self._close(session, candidates))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _submit(self, session: Session, index: int, queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]") -> Candidate:
+        asked = session.asked
+
+        def emit(event: TokenEvent) -> None:
+            if event.is_last:
+                candidate.gone.set()
+            if event.token_id is not None or event.error is not None:
+                queue.put_nowait((candidate, event))
+
+        def on_started() -> None:
+            if session.started_seconds is None:
+                session.started_seconds = time.monotonic()
+
+        slot = BASE_SLOT if session.adapter is None else session.adapter.slot
+        sequence = Sequence(asked.prompt, asked.params, index, emit, slot, on_started)
+        text = TextStream(self._tokenizer, asked.stop_strings, asked.include_stop_string, asked.params.min_new_tokens)
+        candidate = Candidate(sequence, text, asyncio.Event())
+        self._engine.submit(sequence)
+        return candidate
+
+    async def _close(self, session: Session, candidates: Iterable[Candidate]) -> None:
+        for candidate in candidates:
+            if not candidate.gone.is_set():
+                self._engine.cancel(candidate.sequence)
+                await candidate.gone.wait()
+        self._num_open -= session.asked.num_candidates
+        if session.adapter is not None:
+            await self._store.release(session.adapter)
+
+    async def wait_closed(self) -> None:
+        """Until every request that ended has given back what it held."""
+        while self._closing:
+            await asyncio.wait(set(self._closing))
+
+
+def dispatch(events: Delivery) -> None:
+    """Hand a step's events to their sequences; called in the event loop, once a step."""
+    for sequence, event in events:
+        sequence.emit(event)

@@ -1,0 +1,111 @@
+"""The nouns of the engine: what a request asks for, the sequences it becomes, and what a step says about them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from quiver_peft.adapters.banks import BASE_SLOT
+from quiver_server.errors import RequestError
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    EOS = "eos"
+    STOP_STRING = "stop_string"
+    STOP_TOKEN = "stop_token"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; the wire's `Sampling`, `Stopping` and `Output`, validated, defaults filled in.
+
+    seed: always set (a fresh one when the client gave none). stop_ids: ends at these; eos_ids is the subset that is
+    the model's own. num_top_logprobs: None when no log-probabilities are wanted.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    max_new_tokens: int
+    min_new_tokens: int
+    stop_ids: frozenset[int]
+    eos_ids: frozenset[int]
+    num_top_logprobs: int | None
+    prompt_logprobs: bool
+
+    @property
+    def greedy(self) -> bool:
+        """Take the most likely token."""
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log-probability, and the most likely tokens at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What one step did for one sequence. Made by the engine, read by whoever answers the client.
+
+    token_id is None when the sequence is gone without an end of its own: with an `error`, or because it was cancelled.
+    """
+
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: RequestError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the engine has let go of the sequence."""
+        return self.token_id is None or self.finish_reason is not None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One candidate on its way through the engine.
+
+    Set by the service: prompt, params, index (which candidate), slot (of its adapter), emit (called once for each
+    event, in the service's thread). The rest belongs to the engine's thread.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    index: int
+    emit: Callable[[TokenEvent], None]
+    slot: int = BASE_SLOT
+    on_started: Callable[[], None] = lambda: None
+
+    generated: list[int] = field(default_factory=list[int])
+    num_cached_tokens: int = 0  # tokens whose keys and values are in the cache
+    blocks: list[int] = field(default_factory=list[int])
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    started: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated so far."""
+        return len(self.prompt) + len(self.generated)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens [start, end) of prompt and answer together."""
+        split = len(self.prompt)
+        return self.prompt[start:end] + self.generated[max(start - split, 0) : max(end - split, 0)]

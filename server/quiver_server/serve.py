@@ -1,0 +1,197 @@
+"""Wiring: builds the server's parts from the configuration, starts them, and takes them down in order."""
+
+import asyncio
+import logging
+import signal
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_reflection.v1alpha import reflection
+
+from quiver.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.paged import PagedKV
+from quiver_peft.errors import QuiverError
+from quiver_peft.tokenizer import Tokenizer
+from quiver_server.adapter_store import AdapterStore
+from quiver_server.admin_services import AdapterService, ModelService
+from quiver_server.blocks import BlockPool
+from quiver_server.config import ServerConfig
+from quiver_server.engine import Delivery, Engine
+from quiver_server.generation import Generator, dispatch
+from quiver_server.metrics import Metrics
+from quiver_server.runner import Runner
+from quiver_server.scheduler import Scheduler
+from quiver_server.service import GenerationService
+from quiver_server.wire import Limits
+
+log = logging.getLogger(__name__)
+
+BLOCK_TOKENS = 16
+MAX_MESSAGE_BYTES = 16 * 2**20
+_MIB = 2**20
+_SERVICES = [
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+]
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
+    # Two servers on one port would share its calls at random.
+    ("grpc.so_reuseport", 0),
+    # Clients may ping every 20 s to keep quiet streams alive through proxies.
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that lives as long as the server."""
+
+    base: GPTBase
+    tokenizer: Tokenizer
+    kv: PagedKV
+    engine: Engine
+    store: AdapterStore
+    generator: Generator
+    limits: Limits
+    metrics: Metrics
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until SIGTERM or SIGINT. Returns 0 after a drain, 1 when the server could not start."""
+    try:
+        base, tokenizer = _load(config)
+        return asyncio.run(_serve(config, base, tokenizer))
+    except (QuiverError, OSError, RuntimeError) as error:
+        log.error("cannot serve: %s", error)
+        return 1
+
+
+def _load(config: ServerConfig) -> tuple[GPTBase, Tokenizer]:
+    if not config.adapters.is_dir():
+        raise NotADirectoryError(f"--adapters {config.adapters}: no such folder; make it, it may be empty")
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
+    if config.dtype not in dtypes:
+        raise QuiverError(f"--dtype {config.dtype}: must be one of {', '.join(dtypes)}")
+    return GPTBase.from_pretrained(config.base, dtype=dtypes[config.dtype], device=device), Tokenizer(config.base)
+
+
+def _build(config: ServerConfig, base: GPTBase, tokenizer: Tokenizer) -> Parts:
+    """The parts, unstarted. Called in the event loop that will serve."""
+    loop = asyncio.get_running_loop()
+    weight = base.embedding.weight
+    block_bytes = BLOCK_TOKENS * PagedKV.bytes_per_token(base.config, weight.dtype)
+    num_blocks = config.kv_memory_mib * _MIB // block_bytes
+    if not num_blocks:
+        raise QuiverError(
+            f"--kv-memory-mib {config.kv_memory_mib}: one block of {BLOCK_TOKENS} tokens takes {block_bytes} bytes"
+        )
+    kv = PagedKV(base.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
+    banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device)
+    blocks = BlockPool(num_blocks, BLOCK_TOKENS)
+    metrics = Metrics(blocks)
+
+    def deliver(events: Delivery) -> None:
+        loop.call_soon_threadsafe(dispatch, events)
+
+    engine = Engine(
+        Runner(base, banks, kv),
+        Scheduler(blocks, config.max_running, config.max_step_tokens),
+        block_size=BLOCK_TOKENS,
+        device=weight.device,
+        metrics=metrics,
+        deliver=deliver,
+    )
+    read = partial(read_adapter, base=base, tokenizer_digest=tokenizer.digest)
+    store = AdapterStore(config.adapters, banks, read, metrics)
+    generator = Generator(engine, store, tokenizer, metrics, config.max_running + config.max_waiting)
+    limits = Limits(
+        vocab_size=base.config.vocab_size,
+        context_length=min(base.config.max_positions, num_blocks * BLOCK_TOKENS),
+        default_max_new_tokens=config.default_max_new_tokens,
+        eos_ids=frozenset(base.config.eos_token_ids),
+    )
+    return Parts(base, tokenizer, kv, engine, store, generator, limits, metrics)
+
+
+def _describe(config: ServerConfig, parts: Parts) -> model_pb2.GetModelResponse:
+    weight = parts.base.embedding.weight
+    return model_pb2.GetModelResponse(
+        name=config.base.resolve().name,
+        architecture=parts.base.config.family,
+        vocab_size=parts.limits.vocab_size,
+        context_length=parts.limits.context_length,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(weight.device),
+        fingerprint=parts.base.fingerprint,
+        parameters=sum(parameter.numel() for parameter in parts.base.parameters()),
+        kv_capacity_tokens=parts.kv.num_blocks * BLOCK_TOKENS,
+        adapter_methods=["lora"],
+        server_version=version("quiver"),
+        default_max_new_tokens=config.default_max_new_tokens,
+    )
+
+
+async def _serve(config: ServerConfig, base: GPTBase, tokenizer: Tokenizer) -> int:
+    parts = _build(config, base, tokenizer)
+    server = grpc.aio.server(options=_OPTIONS)
+    generation = GenerationService(parts.generator, tokenizer, parts.limits, parts.metrics)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(parts.store), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(_describe(config, parts)), server)
+    healths = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+    reflection.enable_server_reflection([*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME], server)
+    port = server.add_insecure_port(f"{config.host}:{config.port}")
+    if config.metrics_port >= 0:
+        metrics_port = parts.metrics.serve(config.host, config.metrics_port)
+        log.info("metrics on http://%s:%d/metrics", config.host, metrics_port)
+    parts.engine.start()
+    await server.start()
+    for name in ("", *_SERVICES):
+        await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
+    log.info("serving %s on %s:%d (%d adapters found)", config.base, config.host, port, len(parts.store.entries()))
+    await _until_signal()
+    await _drain(config, parts, server, healths)
+    return 0
+
+
+async def _until_signal() -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+async def _drain(config: ServerConfig, parts: Parts, server: grpc.aio.Server, healths: HealthServicer) -> None:
+    """Readiness off, running requests finish within the grace period, then everything stops."""
+    log.info("draining: running requests have %g s to finish", config.grace_seconds)
+    parts.generator.draining = True
+    await healths.enter_graceful_shutdown()
+    await server.stop(config.grace_seconds)
+    await parts.generator.wait_closed()
+    parts.engine.stop()
+    parts.store.close()
+    log.info("drained")

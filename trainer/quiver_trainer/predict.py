@@ -1,0 +1,67 @@
+"""Greedy answers of a model to many prompts: shared by validation, `trainer.predict` and `quiver predict`."""
+
+from collections.abc import Callable, Sequence
+
+from quiver_peft.decode import greedy_decode
+from quiver_peft.model import GPT
+from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.errors import DataError
+
+
+def predict_tokens(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    on_finished: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, at most up to the end of the base's context.
+
+    Dropout is off meanwhile. on_finished: called with the number of new tokens whenever one is done.
+    Raises DataError for a prompt that fills the context.
+    """
+    max_positions = model.base.config.max_positions
+    # Rows with little room left are decoded apart, each with its own limit.
+    by_room: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        room = max_positions - len(prompt)
+        if room < 1:
+            raise DataError(f"prompt {i + 1} has {len(prompt)} tokens; the base takes {max_positions}, answer included")
+        by_room.setdefault(min(room, max_new_tokens), []).append(i)
+    answers: list[list[int]] = [[] for _ in prompts]
+    was_training = model.training
+    model.eval()
+    try:
+        for room, rows in by_room.items():
+            decoded = greedy_decode(
+                model.base,
+                [prompts[i] for i in rows],
+                max_new_tokens=room,
+                stop_ids=model.base.config.eos_token_ids,
+                seam=model.seam,
+                on_finished=on_finished,
+            )
+            for i, answer in zip(rows, decoded, strict=True):
+                answers[i] = answer
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def predict_texts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    on_finished: Callable[[int], None] | None = None,
+) -> list[str]:
+    """As `predict_tokens`, from text to text."""
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    answers = predict_tokens(model, encoded, max_new_tokens=max_new_tokens, on_finished=on_finished)
+    return [tokenizer.decode(answer) for answer in answers]
+
+
+def is_exact_match(prediction: str, reference: str) -> bool:
+    """Whether the two are the same but for white space around them."""
+    return prediction.strip() == reference.strip()

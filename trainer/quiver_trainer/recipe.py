@@ -1,0 +1,136 @@
+"""From a recipe (a YAML file plus key=value overrides) to a TrainConfig; errors name file and line, or the override."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from quiver_trainer.config import TrainConfig
+from quiver_trainer.errors import ConfigError
+from quiver_trainer.yaml_source import KeyPath, YamlSource, parse_yaml
+
+_PATH_KEYS: tuple[KeyPath, ...] = (("base",), ("output",), ("data", "train"), ("data", "validation"))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The validated settings. Relative paths start where they are written: at the YAML file, or at the shell's folder.
+
+    Raises ConfigError, one line for each problem.
+    """
+    source = parse_yaml(_read_text(path), str(path))
+    if not isinstance(source.data, dict):
+        raise ConfigError(f"{path}: must hold keys and values, such as `base: models/demo-base`")
+    data = cast(dict[str, Any], source.data)
+    for key in _PATH_KEYS:
+        _anchor(data, key, path.absolute().parent)
+    origins = {parts: text for parts, text in (_apply_override(data, override) for override in overrides)}
+    if "adapter" not in data:
+        raise ConfigError(f"{path}: adapter is required; write `adapter: null` to fine-tune the whole base")
+    try:
+        # JSON is what pydantic can read strictly: no text for a number, but lists for tuples and text for paths.
+        return TrainConfig.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        messages = [_describe(details, data, source, origins, path) for details in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(messages))) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _anchor(data: dict[str, Any], key: KeyPath, folder: Path) -> None:
+    """Makes one path absolute, in place; what is not text is left for validation to refuse."""
+    section: Any = data
+    for part in key[:-1]:
+        section = section.get(part) if isinstance(section, dict) else None
+    if isinstance(section, dict) and isinstance(section.get(key[-1]), str) and section[key[-1]]:
+        section[key[-1]] = str(folder / Path(section[key[-1]]).expanduser())
+
+
+def _apply_override(data: dict[str, Any], override: str) -> tuple[KeyPath, str]:
+    """Sets one key, in place, and returns its path and the override as written."""
+    key, equals, text = override.partition("=")
+    parts = tuple(key.split("."))
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r}: an override is key=value, such as optimiser.learning_rate=1e-4")
+    value = parse_yaml(text, f"{override!r}").data
+    target: Any = data
+    for depth, part in enumerate(parts[:-1], start=1):
+        target = _child(target, part)
+        if not isinstance(target, (dict, list)):
+            raise ConfigError(f"{override!r}: {'.'.join(parts[:depth])} holds no keys")
+    if isinstance(target, list):
+        items = cast(list[Any], target)
+        items[_index(items, parts[-1], override)] = value
+    else:
+        target[parts[-1]] = value
+    if parts in _PATH_KEYS:
+        _anchor(data, parts, Path.cwd())
+    return parts, override
+
+
+def _child(target: Any, part: str) -> Any:
+    """One level down; a section that is not there yet, or null, begins empty."""
+    if isinstance(target, list):
+        items = cast(list[Any], target)
+        return items[int(part)] if part.isdecimal() and int(part) < len(items) else None
+    section = cast(dict[str, Any], target)
+    if section.get(part) is None:
+        section[part] = {}
+    return section[part]
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise ConfigError(f"{override!r}: {part} is not a place in a list of {len(items)}")
+    return int(part)
+
+
+def _describe(
+    details: ErrorDetails, data: dict[str, Any], source: YamlSource, origins: dict[KeyPath, str], path: Path
+) -> str:
+    """One line: where the value was written, the key, the rule, the value."""
+    missing = details["type"] == "missing"
+    key = _key_path(details["loc"], data, missing)
+    origin = next((text for parts, text in origins.items() if parts == key[: len(parts)]), None)
+    line = next((source.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in source.lines), None)
+    where = f"{origin!r}" if origin else f"{path}:{line}" if line else str(path)
+    name = ".".join(key)
+    if missing:
+        return f"{where}: {name} is required"
+    if details["type"] == "extra_forbidden":
+        return f"{where}: {name} is not a known key; `quiver train --help` lists them"
+    rule = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not key:
+        return f"{where}: {rule}"
+    return f"{where}: {name}: {rule}, not {_shorten(details['input'])}"
+
+
+def _key_path(location: tuple[int | str, ...], data: Any, missing: bool) -> KeyPath:
+    """Pydantic's location without what is not in the recipe: names of types, and the place in a list of one method."""
+    key: list[str] = []
+    for depth, part in enumerate(location):
+        if isinstance(data, dict) and isinstance(part, int):
+            continue
+        last_is_missing = missing and depth == len(location) - 1
+        if isinstance(data, dict) and (part in data or last_is_missing):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int):
+            data = data[part]
+        else:
+            break
+        key.append(str(part))
+    return tuple(key)
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
