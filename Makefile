@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # PyPI's newer torch builds for Linux bring gigabytes of CUDA libraries; this one runs on the CPU.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup test test-fast lint proto demo-base clean
+.PHONY: help setup demo serve test test-fast lint proto demo-base clean
 
 help:  ## What can be done here.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,6 +19,12 @@ $(VENV)/.ready: pyproject.toml
 	@touch $@
 
 setup: $(VENV)/.ready  ## Make .venv with everything in it (about two minutes, mostly downloads).
+
+demo: setup  ## Train four adapters, serve them mixed, watch (about five minutes; the second time seconds).
+	$(BIN)/python -m quiver_trainer.demo.story
+
+serve: setup  ## Leave a server with the demo's adapters running on port 50051 (run `make demo` first).
+	$(BIN)/quiver serve --base trainer/demo/base --adapters runs/demo/adapters
 
 lint: setup  ## Formatting, types, import arrows, the wire contract.
 	$(BIN)/ruff check .

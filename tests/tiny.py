@@ -6,13 +6,14 @@ of 0.02 even a wrong position moves the logits so little that tests pass vacuous
 
 import json
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -140,9 +141,9 @@ def hf_lora(
     return hf_peft(model_folder, out_folder)
 
 
-def hf_model(folder: str | Path) -> PreTrainedModel:
-    """The folder as transformers loads it: fp32, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+def hf_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The folder as transformers loads it, in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
 
 
 def hf_peft(model_folder: str | Path, adapter_folder: str | Path) -> PeftModel:
@@ -159,7 +160,9 @@ def hf_logits(model: PreTrainedModel | PeftModel, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def hf_greedy(model: PreTrainedModel | PeftModel, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+def hf_greedy(
+    model: PreTrainedModel | PeftModel, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] = (EOS,)
+) -> list[int]:
     """The greedy continuation of one prompt by transformers' own `generate`, its stop token left out."""
     tokens = torch.tensor([list(prompt)])
     out = model.generate(  # pyright: ignore[reportCallIssue]
@@ -167,11 +170,11 @@ def hf_greedy(model: PreTrainedModel | PeftModel, prompt: Sequence[int], max_new
         attention_mask=torch.ones_like(tokens),
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=EOS,
+        eos_token_id=list(stop_ids),
         pad_token_id=PAD,
     )
     new: list[int] = out[0, len(prompt) :].tolist()
-    return new[:-1] if new and new[-1] == EOS else new
+    return new[:-1] if new and new[-1] in stop_ids else new
 
 
 def random_tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -182,6 +185,26 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """One prompt of random ids for each length."""
     return [random_tokens(length, seed=seed + i).tolist() for i, length in enumerate(lengths)]
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    """Equal within `tolerance`, absolutely; and finite, and large enough that agreeing means something."""
+    assert actual.shape == expected.shape
+    assert expected.abs().max().item() >= 1000 * tolerance, "the expected values are too small to test against"
+    assert (actual.float() - expected.float()).abs().max().item() <= tolerance
+
+
+def assert_matters(result: Tensor, without: Tensor, tolerance: float = TOLERANCE) -> None:
+    """What is under test moves the result by at least a thousand tolerances, so that a test cannot pass without it."""
+    assert (result - without).abs().max().item() >= 1000 * tolerance
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file on disk: `edit` gets them by name and changes the dictionary."""
+    # Copied: loaded tensors are views of the mapped file that is about to be written.
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
+from quiver_peft.errors import QuiverError
 
 BLOCK_TOKENS = 16
 
@@ -34,7 +35,9 @@ def greedy_decode(
 
     Rows are decoded `max_rows` at a time; a finished row makes room for the next prompt at once.
     on_finished: called with the number of new tokens whenever a row ends.
+    Raises QuiverError for a prompt that is empty or leaves no room for its answer.
     """
+    _check_room(base, prompts, max_new_tokens)
     longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
     blocks_per_row = -(-longest // BLOCK_TOKENS)
     weight = base.embedding.weight
@@ -55,6 +58,20 @@ def greedy_decode(
                     on_finished(len(row.generated))
         running = [row for row in running if row.blocks]
     return results
+
+
+def _check_room(base: GPTBase, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise QuiverError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    limit = base.config.max_positions
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise QuiverError(f"prompt {index} is empty; there is nothing to continue")
+        if len(prompt) + max_new_tokens > limit:
+            raise QuiverError(
+                f"prompt {index} has {len(prompt)} tokens; with {max_new_tokens} new ones that is over the {limit} "
+                "positions of this base"
+            )
 
 
 def _admit(waiting: Iterator[_Row], free: list[list[int]]) -> list[_Row]:

@@ -92,6 +92,8 @@ class AdapterStore:
         self._metrics = metrics
         self._entries: dict[str, Entry] = {}
         self._released = asyncio.Condition()
+        self._placing = asyncio.Lock()  # two that look for room at once would evict it from under each other
+        self._num_leases = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
 
     def close(self) -> None:
@@ -134,7 +136,9 @@ class AdapterStore:
         entry = self.find(adapter_id)
         entry.num_waiting += 1
         try:
-            resident = entry.resident or await self._load(entry)
+            # Looked at again after each wait: what was loaded may have given way before this task went on.
+            while (resident := entry.resident) is None:
+                await self._load(entry)
         finally:
             entry.num_waiting -= 1
         if not resident.revision.startswith(revision):
@@ -142,12 +146,14 @@ class AdapterStore:
                 f"adapter {adapter_id!r} has the revision {resident.revision[:12]}, not {revision}", "adapter_id"
             )
         resident.num_leases += 1
+        self._num_leases += 1
         entry.last_used_seconds = time.monotonic()
         return resident
 
     async def release(self, resident: Resident) -> None:
         """A request that used this adapter has ended."""
         resident.num_leases -= 1
+        self._num_leases -= 1
         if resident.retired and not resident.num_leases:
             self._free(resident)
         async with self._released:
@@ -224,10 +230,11 @@ class AdapterStore:
             raise OtherBaseError(f"adapter {entry.id!r}: {error}", "adapter_id") from None
         except AdapterError as error:
             raise MalformedAdapterError(f"adapter {entry.id!r}: {error}", "adapter_id") from None
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while (slot := await loop.run_in_executor(self._thread, self._banks.insert, weights)) is None:
-            if not self._evict_one():
-                await self._wait_for_release(weights, deadline)
+        async with self._placing:
+            deadline = time.monotonic() + _PATIENCE_SECONDS
+            while (slot := await loop.run_in_executor(self._thread, self._banks.insert, weights)) is None:
+                if not self._evict_one():
+                    await self._wait_for_release(weights, deadline)
         return Resident(
             entry.id,
             weights.revision,
@@ -242,8 +249,7 @@ class AdapterStore:
         """Nothing can be evicted now: wait until some request ends. Raises BusyError when that takes too long."""
         needed = self._banks.num_bytes(weights)
         busy = BusyError(f"no adapter memory for {needed} bytes: all resident adapters are pinned or in use")
-        in_use = any(e.resident is not None and e.resident.num_leases for e in self._entries.values())
-        if not in_use:
+        if not self._num_leases:
             raise busy
         try:
             async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)), self._released:

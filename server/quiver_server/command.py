@@ -1,11 +1,9 @@
 """The command line of `quiver serve`."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from quiver_server.config import ServerConfig
@@ -47,10 +45,7 @@ def run(argv: list[str]) -> int:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=_EPILOG)(_serve)
     try:
-        app(argv, prog_name="quiver serve", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show(sys.stderr)
-        return error.exit_code
+        app(argv, prog_name="quiver serve")
+    except SystemExit as stop:  # typer's way to return an exit code
+        return stop.code if isinstance(stop.code, int) else 1
     return 0

@@ -61,7 +61,9 @@ def _penalise(logits: Tensor, sequence: Sequence) -> None:
 
 def uniform(seed: int, index: int, position: int) -> float:
     """A number in [0, 1) that depends on its arguments alone (Philox, counter-based: Salmon et al. 2011)."""
-    generator = np.random.Philox(key=[seed % 2**64, index], counter=[position, 0, 0, 0])
+    # Typed: numpy would make floats of a list with a seed from 2^63 on, and round it.
+    key = np.array([seed % 2**64, index], dtype=np.uint64)
+    generator = np.random.Philox(key=key, counter=[position, 0, 0, 0])
     return float(np.random.Generator(generator).random())
 
 

@@ -24,5 +24,5 @@ class TrainingError(QuiverError):
     """The run cannot go on, for instance because the loss is not a number."""
 
 
-class TrainingInterrupted(QuiverError):
+class TrainingInterrupted(QuiverError):  # noqa: N818 - it was asked for
     """The run was asked to stop and has saved a checkpoint."""

@@ -26,7 +26,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     data = cast(dict[str, Any], source.data)
     for key in _PATH_KEYS:
         _anchor(data, key, path.absolute().parent)
-    origins = {parts: text for parts, text in (_apply_override(data, override) for override in overrides)}
+    origins = dict(_apply_override(data, override) for override in overrides)
     if "adapter" not in data:
         raise ConfigError(f"{path}: adapter is required; write `adapter: null` to fine-tune the whole base")
     try:

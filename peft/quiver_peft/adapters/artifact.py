@@ -10,7 +10,7 @@ The revision is the SHA-256 of the first two files: the same bytes are the same 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,10 @@ def read_adapter(folder: str | Path, base: GPTBase, tokenizer_digest: str = "") 
     path = Path(folder)
     config_bytes, weights_bytes = _read_bytes(path / CONFIG_FILE), _read_bytes(path / WEIGHTS_FILE)
     revision = _revision(config_bytes, weights_bytes)
-    record = _parse_json(path / QUIVER_FILE, _read_bytes(path / QUIVER_FILE)) if (path / QUIVER_FILE).exists() else {}
-    _check_record(path / QUIVER_FILE, record, revision, base, tokenizer_digest)
+    record: dict[str, Any] = {}
+    if (path / QUIVER_FILE).exists():
+        record = _parse_json(path / QUIVER_FILE, _read_bytes(path / QUIVER_FILE))
+        _check_record(path / QUIVER_FILE, record, revision, base, tokenizer_digest)
     config = _parse_json(path / CONFIG_FILE, config_bytes)
     tensors = _parse_tensors(path / WEIGHTS_FILE, weights_bytes)
     if config.get("peft_type") != "LORA":
@@ -106,7 +108,10 @@ def read_adapter(folder: str | Path, base: GPTBase, tokenizer_digest: str = "") 
         lora_config, lora = read_hf_lora(base, config, tensors)
     except AdapterError as error:
         raise type(error)(f"{path}: {error}") from None
-    return AdapterWeights(revision, (lora_config,), lora, record.get("training") or {})
+    # Where dropout was is the one thing about training that Hugging Face's form cannot say (theirs is on the input).
+    position = record["methods"][0].get("dropout_position") if record else "pre"
+    lora_config = replace(lora_config, dropout_position=position)
+    return AdapterWeights(revision, (lora_config,), lora, record.get("training", {}))
 
 
 def _revision(config_bytes: bytes, weights_bytes: bytes) -> str:
@@ -125,7 +130,7 @@ def _read_bytes(path: Path) -> bytes:
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise AdapterError(f"{path}: must hold a JSON object, not {type(value).__name__}")
@@ -146,8 +151,6 @@ def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: GPTBase, tokenizer_digest: str) -> None:
-    if not record:
-        return
     if record.get("schema_version") != SCHEMA_VERSION:
         raise AdapterError(
             f"{path}: schema_version {record.get('schema_version')!r} is not known; this is {SCHEMA_VERSION}"
@@ -157,6 +160,11 @@ def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: GP
             f"{path}: the files beside it are not the ones it describes (revision {str(record.get('revision'))[:12]}, "
             f"found {revision[:12]}); save or copy the adapter again"
         )
+    methods, training = record.get("methods"), record.get("training", {})
+    if not isinstance(training, dict):
+        raise AdapterError(f"{path}: training must be an object, not {training!r}")
+    if not isinstance(methods, list) or len(methods) != 1 or not isinstance(methods[0], dict):
+        raise AdapterError(f"{path}: methods must be a list of one object, not {methods!r}")
     made_for = record.get("base_fingerprint")
     if made_for and base.fingerprint and made_for != base.fingerprint:
         raise BaseMismatchError(f"{path}: made for the base {str(made_for)[:12]}, this base is {base.fingerprint[:12]}")

@@ -5,6 +5,7 @@ GPT-2's Conv1D.
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,25 +14,26 @@ import torch
 from torch import Tensor
 
 from quiver_peft.adapters.lora import LoraPEFTConfig, LoraWeights, lora_scale
-from quiver_peft.adapters.targets import Target, matches_module, module_targets
+from quiver_peft.adapters.targets import Target, matches_module, module_targets, require_expression
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
 PREFIX = "base_model.model."
 _TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
-_USED = {
+USED_FIELDS = {
     *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_dropout"),
 }
 # Fields that say nothing about the mathematics of inference.
-_HARMLESS = {
+HARMLESS_FIELDS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
     *("fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config"),
     *("eva_config", "lora_ga_config", "init_lora_weights", "task_type", "bias"),
 }
-# These initialisations change the base's own weights, so the adapter alone is not the adapter.
-_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "milora")
+# Initialisations that leave the base's own weights alone; after the others (pissa, olora, loftq, corda, lora_ga) the
+# adapter without its changed base is not the adapter.
+_BASE_KEEPING_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def read_hf_lora(
@@ -42,6 +44,7 @@ def read_hf_lora(
     Raises AdapterError for a field we cannot honour or a tensor missing, left over or misshapen; BaseMismatchError.
     """
     _refuse_unknown_mathematics(config)
+    _check_values(config)
     modules = module_targets(base)
     expected = [module for module in modules if _is_target(config, module)]
     if not expected:
@@ -64,7 +67,7 @@ def read_hf_lora(
 
 def _refuse_unknown_mathematics(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
-        if key in _USED or key in _HARMLESS or not value:
+        if key in USED_FIELDS or key in HARMLESS_FIELDS or not value:
             continue
         raise AdapterError(f"adapter_config.json: {key} = {value!r} is not supported (it would change the result)")
     if config.get("bias", "none") != "none":
@@ -72,15 +75,37 @@ def _refuse_unknown_mathematics(config: Mapping[str, Any]) -> None:
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise AdapterError(f"adapter_config.json: task_type = {config['task_type']!r} is not supported; use CAUSAL_LM")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+    if init not in _BASE_KEEPING_INITS:
         raise AdapterError(
-            f"adapter_config.json: init_lora_weights = {init!r} changed the base's own weights; "
+            f"adapter_config.json: init_lora_weights = {init!r} changes the base's own weights; "
             "convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise AdapterError(f"adapter_config.json: {key} must be a positive number, not {value!r}")
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Types and ranges of the fields we use; names of modules are checked where they are matched."""
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")
+    if not _is_positive(rank) or not isinstance(rank, int):
+        raise AdapterError(f"adapter_config.json: r must be a positive whole number, not {rank!r}")
+    if not _is_positive(alpha):
+        raise AdapterError(f"adapter_config.json: lora_alpha must be a positive number, not {alpha!r}")
+    if not isinstance(dropout, int | float | None):
+        raise AdapterError(f"adapter_config.json: lora_dropout must be a number, not {dropout!r}")
+    if config.get("use_rslora") not in (None, True, False):
+        raise AdapterError(f"adapter_config.json: use_rslora must be true or false, not {config['use_rslora']!r}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(_is_positive(value) for value in patterns.values()):
+            raise AdapterError(
+                f"adapter_config.json: {key} must map module names to positive numbers, not {patterns!r}"
+            )
+        for pattern in patterns:
+            require_expression(f"adapter_config.json: {key}", pattern)
+
+
+def _is_positive(value: object) -> bool:
+    """A number above zero, and finite: JSON as Python reads it knows NaN and Infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < sys.float_info.max
 
 
 def _is_target(config: Mapping[str, Any], module: str) -> bool:
@@ -92,7 +117,8 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
         if not matches_module(names, module):
             return False
         layers = config.get("layers_to_transform")
-        if isinstance(names, str) or layers is None or layers == []:
+        # A module named in full is a target whatever layers_to_transform says.
+        if isinstance(names, str) or module in names or layers is None or layers == []:
             return True
         patterns = config.get("layers_pattern") or r"[^.]*"
         for pattern in [patterns] if isinstance(patterns, str) else patterns:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quiver_peft.adapters.targets import Target, resolve_targets
+from quiver_peft.adapters.targets import Target, require_matches, resolve_targets
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import AdapterError
@@ -45,8 +45,16 @@ class LoraPEFTConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
-        if self.adapter_dim < 1 or any(rank < 1 for rank in self.rank_pattern.values()):
+        if self.adapter_dim < 1:
             raise AdapterError(f"LoRA: adapter_dim must be at least 1, not {self.adapter_dim}")
+        if self.alpha is not None and not self.alpha > 0:  # "not >" refuses NaN as well
+            raise AdapterError(f"LoRA: alpha must be above 0, not {self.alpha}")
+        for key, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise AdapterError(f"LoRA: rank_pattern: the rank of {key!r} must be at least 1, not {rank}")
+        for key, alpha in self.alpha_pattern.items():
+            if not alpha > 0:
+                raise AdapterError(f"LoRA: alpha_pattern: the alpha of {key!r} must be above 0, not {alpha}")
         if not 0.0 <= self.adapter_dropout < 1.0:
             raise AdapterError(f"LoRA: adapter_dropout must be in [0, 1), not {self.adapter_dropout}")
         for name, value, known in (
@@ -114,8 +122,11 @@ class LoraModule(nn.Module):
     def create(cls, base: GPTBase, config: LoraPEFTConfig) -> Self:
         """Fresh weights for every target of `config` in `base`. Raises AdapterError when nothing matches."""
         fused = config.variant == "nemo"
+        targets = resolve_targets(base, config.target_modules, fused=fused)
+        for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+            require_matches(name, patterns, targets)
         pairs: list[LoraPair] = []
-        for target in resolve_targets(base, config.target_modules, fused=fused):
+        for target in targets:
             rank_key, alpha_key = target.match(config.rank_pattern), target.match(config.alpha_pattern)
             rank = config.rank_pattern[rank_key] if rank_key is not None else config.adapter_dim
             alpha = config.alpha_of(rank, alpha_key)

@@ -68,7 +68,10 @@ def resolve_targets(base: GPTBase, names: Sequence[str] | str, *, fused: bool) -
     Raises AdapterError for a name that matches nothing.
     """
     modules = module_targets(base)
+    if not names:
+        raise AdapterError(f"target_modules is empty; name at least one of {', '.join(NEMO_PLACES)} or a module")
     if isinstance(names, str) and names not in NEMO_PLACES:
+        require_expression("target_modules", names)
         found = [target for module, target in modules.items() if matches_module(names, module)]
         _require(bool(found), names, modules)
         return found
@@ -93,6 +96,22 @@ def _place_targets(base: GPTBase, modules: Mapping[str, Target], place: str, fus
     # A linear that is one module of the checkpoint keeps that module's name.
     whole = {target.site: target for target in modules.values() if not target.part}
     return [whole.get(linear.site.name) or Target.of(linear.site.name, linear, "") for linear in linears]
+
+
+def require_matches(field: str, patterns: Iterable[str], targets: Sequence[Target]) -> None:
+    """Raises AdapterError for a key of rank_pattern or alpha_pattern that is about no target: it would do nothing."""
+    for key in patterns:
+        require_expression(field, key)
+        if all(target.match({key: None}) is None for target in targets):
+            raise AdapterError(f"{field}: {key!r} matches no target; they are {', '.join(t.name for t in targets[:4])}")
+
+
+def require_expression(field: str, text: str) -> None:
+    """Raises AdapterError for a text that cannot be part of a regular expression."""
+    try:
+        re.compile(f"({text})")
+    except re.error as error:
+        raise AdapterError(f"{field}: {text!r} is not a regular expression: {error}") from None
 
 
 def _require(found: bool, name: str, modules: Iterable[str]) -> None:

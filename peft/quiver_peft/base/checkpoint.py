@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a base is a Hugging Face folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
@@ -55,8 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def shard_paths(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, sharded or single. Raises CheckpointError."""
     if (folder / _INDEX).is_file():
-        weight_map: dict[str, str] = read_json(folder / _INDEX).get("weight_map", {})
-        names = sorted(set(weight_map.values()))
+        names = _shard_names(folder / _INDEX)
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise CheckpointError(f"{folder / _INDEX}: names the shard {name!r}, which is not in the folder")
@@ -64,6 +63,13 @@ def shard_paths(folder: Path) -> list[Path]:
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     raise CheckpointError(f"{folder}: no {_SINGLE} and no {_INDEX}; pickled checkpoints (.bin) are not read")
+
+
+def _shard_names(index: Path) -> list[str]:
+    weight_map: object = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must hold the name of a shard for each tensor")
+    return sorted({str(name) for name in weight_map.values()})
 
 
 def stream_tensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -79,7 +79,7 @@ def read_rope(hf: Mapping[str, Any], head_dim: int) -> RopeConfig:
     theta = float(given.get("rope_theta", hf.get("rope_theta", 10000.0)))
     dim = int(head_dim * float(given.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))))
     max_positions = int(hf["max_position_embeddings"])
-    factor = float(given.get("factor", 1.0))
+    factor = float(given.get("factor") or 1.0)
     original = int(given.get("original_max_position_embeddings") or max_positions)
     if kind in ("default", "linear", "dynamic"):
         return RopeConfig(theta, dim, kind, factor=factor)

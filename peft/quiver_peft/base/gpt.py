@@ -13,6 +13,7 @@ from quiver_peft.base.config import GPTConfig
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.layers import MLP, Attention, Rotary, make_norm
 from quiver_peft.base.sites import NO_ADAPTERS, Linear, Seam
+from quiver_peft.errors import CheckpointError
 
 
 class Block(nn.Module):
@@ -62,12 +63,18 @@ class GPTBase(nn.Module):
         path = Path(folder)
         hf_config = read_config(path)
         family = FAMILIES[hf_config["model_type"]]
+        try:
+            config = family.read_config(hf_config)
+        except KeyError as error:
+            raise CheckpointError(f"{path / 'config.json'}: lacks the field {error}") from None
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path / 'config.json'}: a field is malformed: {error}") from None
         with torch.device("meta"):
-            base = cls(family.read_config(hf_config)).to(dtype)
+            base = cls(config).to(dtype)
         base.to_empty(device=device)
-        if base.config.rope is not None:
-            base.rotary = Rotary(base.config.rope)
-        load_checkpoint(base, path, family.renames(base.config))
+        if config.rope is not None:
+            base.rotary = Rotary(config.rope)
+        load_checkpoint(base, path, family.renames(config))
         base.fingerprint = fingerprint(path)
         return base.eval()
 

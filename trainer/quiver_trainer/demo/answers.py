@@ -92,7 +92,7 @@ def reply(ticket: Ticket) -> str:
 
 
 def priority(ticket: Ticket) -> str:
-    """P1 (today) to P3 (this week): the urgency of the issue, one step up for a cross customer, one down for a happy one."""
+    """P1 (today) to P3 (this week): the urgency of the issue, a step up for a cross customer, down for a happy one."""
     shift = {"positive": 1, "neutral": 0, "negative": -1}[ticket.tone]
     return f"P{min(max(URGENCY[ticket.kind] + shift, 1), 3)}"
 

@@ -1,8 +1,8 @@
 """The text the demo's base model is trained on: prose of the Python library and generated English of the shop's world.
 
 The generated part names people, products and numbers again and again, many of them made up on the spot, because a small
-model learns to copy unseen strings only from text that is full of them. The answers to the tasks of the support desk are
-nowhere in it: those are for the adapters to teach.
+model learns to copy unseen strings only from text that is full of them. The answers to the tasks of the support desk
+are nowhere in it: those are for the adapters to teach.
 """
 
 import re

@@ -1,7 +1,7 @@
 r"""A small text grammar: rules with alternatives, choices and memory, expanded with a seeded random generator.
 
-A grammar is text. A line that ends in a colon names a rule; the indented lines below it are its alternatives, drawn with
-equal chance (`3* text` counts three times); `#` begins a comment line. Inside an alternative:
+A grammar is text. A line that ends in a colon names a rule; the indented lines below it are its alternatives, drawn
+with equal chance (`3* text` counts three times); `#` begins a comment line. Inside an alternative:
 
     <rule>          a fresh expansion of `rule`           <^rule>   the same with its first letter in upper case
     {rule#1}        `rule` expanded once per text and remembered under that number; two numbers give two values
@@ -68,7 +68,7 @@ class Grammar:
         text: the grammar in the notation of this module; several files may simply be joined.
 
     Raises:
-        GrammarError: a line that is no rule and no alternative, a rule defined twice, empty or unknown, an open bracket.
+        GrammarError: a line that is no rule and no alternative, a rule twice, empty or unknown, an open bracket.
     """
 
     def __init__(self, text: str) -> None:

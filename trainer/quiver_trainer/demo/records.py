@@ -1,4 +1,4 @@
-"""Documents of records: the same facts as JSON, table, list and sentence, so that exact copying between forms is learned.
+"""Documents of records: the same facts as JSON, table, list and sentence, so that exact copying is learned.
 
 They are about stock, staff, stores and the like; none has the two keys of the task `extract`.
 """

@@ -1,0 +1,46 @@
+"""Fixtures of the server's tests: tiny bases and servers on them, made once; tests add adapters under new names."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from server.bench import GPT2_ADAPTERS, LLAMA_ADAPTERS, Bench, make_base, running_bench
+
+from quiver import Client
+
+torch.set_num_threads(1)  # tiny products: threads cost more than they give
+
+
+@pytest.fixture(scope="session")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer. Not to be changed."""
+    return make_base(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 with a tokenizer. Not to be changed."""
+    return make_base(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server on the Llama with six adapters; short steps, so that long prompts are cut."""
+    folder = tmp_path_factory.mktemp("llama-bench")
+    with running_bench(folder, llama_base, LLAMA_ADAPTERS, "--max-step-tokens", "48") as bench:
+        yield bench
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server on the GPT-2 with two adapters."""
+    with running_bench(tmp_path_factory.mktemp("gpt2-bench"), gpt2_base, GPT2_ADAPTERS) as bench:
+        yield bench
+
+
+@pytest.fixture
+def client(llama: Bench) -> Iterator[Client]:
+    """A connection to the Llama's server."""
+    with llama.server.client() as client:
+        yield client

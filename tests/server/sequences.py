@@ -1,0 +1,42 @@
+"""Sequences and parameters for the engine's unit tests, with every default spelled once."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from quiver_server.request import SamplingParams, Sequence, TokenEvent
+
+GREEDY = SamplingParams(
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    seed=0,
+    max_new_tokens=8,
+    min_new_tokens=0,
+    stop_ids=frozenset(),
+    eos_ids=frozenset(),
+    num_top_logprobs=None,
+    prompt_logprobs=False,
+)
+
+
+def ignore(event: TokenEvent) -> None:
+    """An `emit` for tests that look at something else."""
+
+
+def sequence(
+    prompt: list[int] | int,
+    slot: int = 0,
+    *,
+    emit: Callable[[TokenEvent], None] = ignore,
+    index: int = 0,
+    params: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Sequence:
+    """A sequence of these tokens, or of this many. params, more: fields of SamplingParams that are not as in GREEDY."""
+    tokens = list(range(10, 10 + prompt)) if isinstance(prompt, int) else prompt
+    return Sequence(tokens, replace(GREEDY, **{**(params or {}), **more}), index, emit, slot)

@@ -1,0 +1,182 @@
+"""Adapters that come, change, fail and go while others are served."""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from server.bench import Bench, running_bench
+from server.live_server import answer_tokens, eventually
+from tiny import hf_lora
+
+from quiver import Client, Generation, InvalidRequest, ServerBusy
+from quiver.request_messages import GenerateOptions
+
+PROMPT = [9, 20, 31, 42, 53]
+LONG: GenerateOptions = {"max_new_tokens": 240, "ignore_eos": True}
+WEIGHTS = "adapter_model.safetensors"
+
+
+def replace_files(source: Path, folder: Path) -> None:
+    """New content in an adapter's folder, as a deployment copies it."""
+    for path in source.iterdir():
+        shutil.copyfile(path, folder / path.name)
+
+
+def test_a_new_folder_is_served(llama: Bench, client: Client) -> None:
+    assert "appeared" not in [adapter.id for adapter in client.list_adapters()]
+    llama.add("appeared", rank=3, seed=21)
+    assert client.get_adapter("appeared").state == "registered"
+    assert "appeared" in [adapter.id for adapter in client.list_adapters()]
+    llama.check(client, "appeared")
+    assert client.get_adapter("appeared").state == "resident"
+    client.unload_adapter("appeared")
+    shutil.rmtree(llama.adapters / "appeared")
+    assert "appeared" not in [adapter.id for adapter in client.list_adapters()]
+
+
+def test_load_adapter_from_a_source(llama: Bench, client: Client) -> None:
+    """A source inside of the adapters folder may lie deeper and have another name than the id."""
+    llama.oracles["renamed"] = hf_lora(llama.base, llama.adapters / "team" / "v2", rank=2, seed=31)
+    loaded = client.load_adapter("renamed", source="team/v2", pin=True)
+    assert (loaded.id, loaded.state, loaded.pinned) == ("renamed", "resident", True)
+    llama.check(client, "renamed")
+
+
+def test_a_running_stream_finishes_on_the_old_revision(llama: Bench, client: Client, tmp_path: Path) -> None:
+    llama.add("changing", rank=4, seed=22)
+    oracle = hf_lora(llama.base, tmp_path / "new", rank=6, seed=23)
+    old = client.load_adapter("changing")
+    alone = client.generate(PROMPT, **{**LONG, "adapter": "changing"}).token_ids
+    stream = client.stream(PROMPT, **{**LONG, "adapter": "changing"})
+    first = next(stream)
+    replace_files(tmp_path / "new", llama.adapters / "changing")
+    new = client.load_adapter("changing")
+    assert new.revision != old.revision
+    assert new.rank == 6
+    assert llama.server.metric("quiver_running_sequences") >= 1, "too late to show anything"
+    llama.oracles["changing"] = oracle
+    llama.check(client, "changing")
+    assert (*first.token_ids, *(token for piece in stream for token in piece.token_ids)) == alone
+    assert client.generate(PROMPT, **{**LONG, "adapter": "changing"}).token_ids != alone
+    assert client.generate(PROMPT, adapter=f"changing@{new.revision[:12]}", max_new_tokens=1).token_ids
+
+
+def test_loading_what_has_not_changed_does_nothing(llama: Bench, client: Client) -> None:
+    first = client.load_adapter("mlp-r8")
+    loads = llama.server.metric("quiver_adapter_loads_total", result="ok")
+    assert client.load_adapter("mlp-r8") == first
+    assert llama.server.metric("quiver_adapter_loads_total", result="ok") == loads
+
+
+def test_many_first_requests_load_once(llama: Bench, client: Client) -> None:
+    llama.add("popular", rank=8, seed=24, targets="all-linear")
+    loads = llama.server.metric("quiver_adapter_loads_total", result="ok")
+
+    def ask(prompt: list[int]) -> Generation:
+        return client.generate(prompt, adapter="popular", max_new_tokens=4)
+
+    with ThreadPoolExecutor(12) as threads:
+        answers = list(threads.map(ask, [PROMPT] * 12))
+    assert len({answer.token_ids for answer in answers}) == 1
+    assert llama.server.metric("quiver_adapter_loads_total", result="ok") == loads + 1
+
+
+def test_unload_waits_for_the_running_request(llama: Bench, client: Client) -> None:
+    llama.add("leaving", rank=4, seed=25)
+    loaded = client.load_adapter("leaving")
+    free = llama.server.metric("quiver_adapter_free_bytes")
+    expected = client.generate(PROMPT, **{**LONG, "adapter": "leaving"}).token_ids
+    stream = client.stream(PROMPT, **{**LONG, "adapter": "leaving"})
+    tokens = list(next(stream).token_ids)
+    freed: list[int] = []
+    unload = threading.Thread(target=lambda: freed.append(client.unload_adapter("leaving")))
+    unload.start()
+    time.sleep(0.05)
+    assert not freed
+    assert llama.server.metric("quiver_running_sequences") == 1, "too late to show anything"
+    tokens += [token for piece in stream for token in piece.token_ids]
+    unload.join(20)
+    assert tuple(tokens) == expected
+    assert freed == [loaded.device_bytes]
+    assert llama.server.metric("quiver_adapter_free_bytes") >= free + loaded.device_bytes
+    assert client.get_adapter("leaving").state == "registered"
+    assert client.unload_adapter("leaving") == 0
+    llama.check(client, "leaving")
+
+
+def test_a_failed_adapter_is_tried_again_once_it_is_mended(llama: Bench, client: Client) -> None:
+    llama.add("mended", rank=4, seed=26)
+    path = llama.adapters / "mended" / WEIGHTS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:500])
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="not a whole safetensors file"):
+            client.generate(PROMPT, adapter="mended")
+    failed = client.get_adapter("mended")
+    assert failed.state == "failed"
+    assert "not a whole safetensors file" in failed.failure_reason
+    path.write_bytes(whole)
+    llama.check(client, "mended")
+    assert client.get_adapter("mended").failure_reason == ""
+
+
+def test_a_resident_adapter_survives_a_broken_replacement(llama: Bench, client: Client) -> None:
+    llama.add("guarded", rank=4, seed=27)
+    llama.check(client, "guarded")
+    path = llama.adapters / "guarded" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InvalidRequest, match="not a whole safetensors file"):
+        client.load_adapter("guarded")
+    llama.check(client, "guarded")
+
+
+@pytest.fixture(scope="module")
+def small(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server whose adapter memory holds two of its five adapters, and whose cache holds two long sequences."""
+    settings = {f"large-{i}": {"rank": 32, "targets": "all-linear"} for i in range(5)}
+    options = ("--adapter-memory-mib", "1", "--max-running", "4", "--max-waiting", "12")
+    with running_bench(tmp_path_factory.mktemp("small"), llama_base, settings, *options) as bench:
+        yield bench
+
+
+def test_eviction_changes_no_answer(small: Bench) -> None:
+    names = ["", *(f"large-{i}" for i in range(5))] * 2
+    expected = [small.expected(name, PROMPT, 12) for name in names]
+    with small.server.client() as client, ThreadPoolExecutor(len(names)) as threads:
+
+        def ask(name: str) -> list[int]:
+            return answer_tokens(client.generate(PROMPT, adapter=name, max_new_tokens=12))
+
+        for _ in range(6):
+            assert list(threads.map(ask, names)) == expected
+    assert small.server.metric("quiver_adapter_evictions_total") >= 3
+    assert small.server.metric("quiver_resident_adapters") <= 2
+
+
+def test_pinned_adapters_are_not_evicted(small: Bench) -> None:
+    with small.server.client() as client:
+        for name in ("large-0", "large-1"):
+            assert client.load_adapter(name, pin=True).pinned
+        with pytest.raises(ServerBusy, match=r"no adapter memory for \d+ bytes") as caught:
+            client.generate(PROMPT, adapter="large-2")
+        assert caught.value.retry_after_seconds == 1
+        small.check(client, "large-1")
+        client.unload_adapter("large-0")
+        small.check(client, "large-2")
+        client.unload_adapter("large-1")
+
+
+def test_a_full_queue_refuses_at_once(small: Bench) -> None:
+    with small.server.client() as client:
+        stream = client.stream(PROMPT, **{**LONG, "n": 16, "temperature": 1.0, "seed": 1})
+        next(stream)
+        with pytest.raises(ServerBusy, match="which is all this server holds; try again shortly") as caught:
+            client.generate(PROMPT)
+        assert caught.value.reason == "BUSY"
+        stream.close()
+        eventually(lambda: small.server.metric("quiver_running_sequences") == 0)
+        small.check(client)

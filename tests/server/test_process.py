@@ -1,0 +1,113 @@
+"""The process: how it starts, refuses to start, drains and exits."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from server.live_server import LiveServer, eventually, run_refused, spawn
+
+from quiver import QuiverClientError, ServerUnavailable
+from quiver_server.command import run
+
+PROMPT = [9, 20, 31]
+SIGTERM_BIT = 1 << 14
+
+
+def test_sigterm_lets_running_streams_finish(llama_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    server = LiveServer(llama_base, tmp_path / "adapters", tmp_path / "log")
+    with server.client() as client, server.client() as other:
+        expected = client.generate(PROMPT, max_new_tokens=250, ignore_eos=True).token_ids
+        stream = client.stream(PROMPT, max_new_tokens=250, ignore_eos=True)
+        tokens = list(next(stream).token_ids)
+        assert other.is_healthy()
+        server.signal()
+        eventually(lambda: "draining" in server.log.read_text())
+        with pytest.raises(ServerUnavailable):
+            other.generate(PROMPT, max_new_tokens=1)
+        assert not other.is_healthy()
+        assert server.process.poll() is None, "too late to show anything"
+        tokens += [token for piece in stream for token in piece.token_ids]
+    assert tuple(tokens) == expected
+    assert server.wait() == 0
+    log = server.log.read_text()
+    assert "drained" in log
+    assert "Traceback" not in log
+
+
+def test_the_grace_period_ends(llama_base: Path, tmp_path: Path) -> None:
+    """Requests that take longer are cancelled; the exit code is still 0."""
+    (tmp_path / "adapters").mkdir()
+    server = LiveServer(llama_base, tmp_path / "adapters", tmp_path / "log", "--grace-seconds", "0.1")
+    with server.client() as client:
+        stream = client.stream(PROMPT, max_new_tokens=250, ignore_eos=True, n=16, temperature=1.0)
+        next(stream)
+        server.signal()
+        with pytest.raises(QuiverClientError):
+            list(stream)
+    assert server.wait(10) == 0
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether the process has installed a handler."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) & SIGTERM_BIT)
+
+
+@pytest.mark.parametrize("moment", ["at once", "while importing torch", "just before serving"])
+def test_sigterm_while_starting(llama_base: Path, tmp_path: Path, moment: str) -> None:
+    (tmp_path / "adapters").mkdir()
+    log = tmp_path / "log"
+    process = spawn(log, "--base", str(llama_base), "--adapters", str(tmp_path / "adapters"))
+    try:
+        eventually(lambda: catches_sigterm(process.pid))
+        if moment == "at once":
+            assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "the handler came late"
+        elif moment == "while importing torch":
+            eventually(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), 60)
+        else:
+            eventually(lambda: "metrics on" in log.read_text(), 60)
+        process.terminate()
+        assert process.wait(30) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_process_that_cannot_serve(tmp_path: Path) -> None:
+    code, log = run_refused(tmp_path / "log", "--base", str(tmp_path / "nowhere"), "--adapters", str(tmp_path))
+    assert code == 1, log
+    assert "nowhere/config.json: no such file; a base is a Hugging Face folder" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "fragment"),
+    [
+        (["--base", "{tmp}"], 1, "config.json: no such file"),
+        (["--adapters", "{tmp}/nowhere"], 1, "nowhere: no such folder; make it, it may be empty"),
+        (["--dtype", "float8"], 1, "--dtype float8: must be one of float32, bfloat16, float16, auto"),
+        (["--device", "quantum"], 1, "quantum"),
+        (["--port", "{taken}"], 1, "{taken}"),
+        (["--port", "0", "--metrics-port", "{taken}"], 1, "in use"),
+        (["--port", "70000"], 2, "--port"),
+        (["--dtypo", "float32"], 2, "No such option"),
+    ],
+)
+def test_what_cannot_be_served(
+    llama_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    changes: list[str],
+    code: int,
+    fragment: str,
+) -> None:
+    """Exit code 1, or 2 where the command line itself is wrong, and words that say why. In this process: faster."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        values = {"tmp": str(tmp_path), "taken": str(taken.getsockname()[1])}
+        options = [part.format(**values) for part in changes]
+        good = ["--base", str(llama_base), "--adapters", str(tmp_path), "--metrics-port", "-1"]
+        assert run([*good, *options]) == code
+    assert fragment.format(**values) in caplog.text + capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""Who runs in the next step: chunks, budgets, order, stepping back. No model here."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from server.sequences import sequence
+
+from quiver_server.blocks import BlockPool
+from quiver_server.request import Sequence
+from quiver_server.scheduler import ScheduledChunk, Scheduler
+
+
+def make(
+    num_blocks: int = 64, block_size: int = 4, max_running: int = 8, max_step_tokens: int = 16
+) -> tuple[Scheduler, BlockPool]:
+    blocks = BlockPool(num_blocks, block_size)
+    return Scheduler(blocks, max_running, max_step_tokens), blocks
+
+
+def run_step(scheduler: Scheduler) -> list[ScheduledChunk]:
+    """What the engine does with a plan, without a model: note what is cached, append a token where complete."""
+    chunks = scheduler.schedule()
+    for chunk in chunks:
+        completes = chunk.completes
+        chunk.sequence.num_cached_tokens += chunk.num_new_tokens
+        if completes:
+            chunk.sequence.generated.append(1)
+            if len(chunk.sequence.generated) == chunk.sequence.params.max_new_tokens:
+                scheduler.remove(chunk.sequence)
+    return chunks
+
+
+def sizes(chunks: list[ScheduledChunk]) -> list[int]:
+    return [chunk.num_new_tokens for chunk in chunks]
+
+
+def test_nothing_to_do() -> None:
+    assert make()[0].schedule() == []
+
+
+def test_a_long_prompt_is_cut_into_chunks() -> None:
+    scheduler, _ = make()
+    scheduler.add(sequence(40))
+    steps = [run_step(scheduler) for _ in range(5)]
+    assert [sizes(chunks) for chunks in steps] == [[16], [16], [8], [1], [1]]
+
+
+def test_running_sequences_come_before_new_ones() -> None:
+    """A long prompt that arrives later takes what the budget leaves, and holds nobody up."""
+    scheduler, _ = make()
+    early, late = sequence(5), sequence(100)
+    scheduler.add(early)
+    run_step(scheduler)
+    scheduler.add(late)
+    for _ in range(3):
+        assert {id(c.sequence): c.num_new_tokens for c in run_step(scheduler)} == {id(early): 1, id(late): 15}
+
+
+def test_the_budget_bounds_a_step() -> None:
+    scheduler, _ = make(max_step_tokens=10)
+    for _ in range(4):
+        scheduler.add(sequence(4))
+    assert sizes(run_step(scheduler)) == [4, 4, 2]
+
+
+def test_rows_are_bounded_and_served_in_order_of_arrival() -> None:
+    scheduler, _ = make(max_running=2)
+    sequences = [sequence(2, max_new_tokens=1) for _ in range(5)]
+    for item in sequences:
+        scheduler.add(item)
+    order = [[sequences.index(chunk.sequence) for chunk in run_step(scheduler)] for _ in range(3)]
+    assert order == [[0, 1], [2, 3], [4]]
+
+
+def test_chunks_are_ordered_by_slot() -> None:
+    scheduler, _ = make()
+    for slot in (3, 0, 2, 3, 0):
+        scheduler.add(sequence(2, slot))
+    assert [chunk.sequence.slot for chunk in run_step(scheduler)] == [0, 0, 2, 3, 3]
+
+
+def test_the_newest_steps_back_when_blocks_run_out() -> None:
+    scheduler, blocks = make(num_blocks=4, block_size=4)
+    old, new = sequence(8), sequence(8)
+    scheduler.add(old)
+    scheduler.add(new)
+    assert sizes(run_step(scheduler)) == [8, 8]
+    chunks = run_step(scheduler)
+    assert [chunk.sequence for chunk in chunks] == [old]
+    assert list(scheduler.waiting) == [new]
+    assert (new.blocks, new.num_cached_tokens, new.generated) == ([], 0, [1])
+    assert blocks.num_free_blocks == 1
+
+
+def test_one_that_stepped_back_is_computed_again_from_the_start() -> None:
+    scheduler, _ = make(num_blocks=4, block_size=4)
+    old, new = sequence(8, max_new_tokens=3), sequence(8, max_new_tokens=3)
+    scheduler.add(old)
+    scheduler.add(new)
+    for _ in range(3):
+        run_step(scheduler)
+    assert scheduler.running == []
+    chunks = run_step(scheduler)
+    assert [(chunk.sequence, chunk.num_new_tokens) for chunk in chunks] == [(new, 9)], "prompt and first token"
+
+
+def test_removal_frees_place_and_blocks() -> None:
+    scheduler, blocks = make(max_running=1)
+    running, waiting = sequence(8), sequence(8)
+    scheduler.add(running)
+    scheduler.add(waiting)
+    run_step(scheduler)
+    scheduler.remove(waiting)
+    scheduler.remove(running)
+    scheduler.remove(running)
+    assert (scheduler.running, list(scheduler.waiting)) == ([], [])
+    assert blocks.num_free_blocks == blocks.num_blocks
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=12),
+    st.integers(11, 20),
+    st.integers(1, 40),
+    st.integers(1, 6),
+)
+def test_everybody_is_served_in_the_end(
+    wanted: list[tuple[int, int, int]], num_blocks: int, max_step_tokens: int, max_running: int
+) -> None:
+    """Any load whose single sequences fit into the cache ends, keeps its limits and leaks no block."""
+    scheduler, blocks = make(num_blocks, 4, max_running, max_step_tokens)
+    sequences: list[Sequence] = []
+    for prompt, max_new_tokens, slot in wanted:
+        sequences.append(sequence(prompt, slot, max_new_tokens=max_new_tokens))
+        scheduler.add(sequences[-1])
+    for _ in range(5000):
+        if not (scheduler.running or scheduler.waiting):
+            break
+        chunks = run_step(scheduler)
+        assert chunks, "no progress"
+        assert sum(sizes(chunks)) <= max_step_tokens
+        assert len(chunks) <= max_running
+        slots = [chunk.sequence.slot for chunk in chunks]
+        assert slots == sorted(slots)
+    assert [len(item.generated) for item in sequences] == [item.params.max_new_tokens for item in sequences]
+    assert blocks.num_free_blocks == num_blocks

@@ -1,0 +1,71 @@
+"""Making the base: Muon's update is orthogonal, the rate rises and falls, and the folder loads in transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quiver_peft.base.gpt import GPTBase
+from quiver_trainer.demo.muon import Muon, orthogonalise
+from quiver_trainer.demo.pretrain import Recipe, make_base, rate_factor
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 40), (1, 40, 24), (3, 16, 16)])
+def test_muon_makes_singular_values_about_one(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    update = torch.randn(shape)
+    values = torch.linalg.svdvals(orthogonalise(update))
+    assert torch.linalg.svdvals(update).max() > 5
+    assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_keeps_the_singular_vectors() -> None:
+    torch.manual_seed(0)
+    update = torch.randn(1, 12, 20)
+    u, _, vh = torch.linalg.svd(update[0], full_matrices=False)
+    turned = u.T @ orthogonalise(update)[0] @ vh.T
+    assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-4
+
+
+def test_muon_learns_a_linear_map() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(6, 4))
+    wanted, optimiser = torch.randn(6, 4), Muon([weight], lr=0.05, weight_decay=0.0)
+    losses: list[float] = []
+    for _ in range(120):
+        optimiser.zero_grad()
+        loss = (weight - wanted).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_the_rate_rises_then_falls_to_nothing() -> None:
+    recipe = Recipe(steps=100, warmup_steps=10)
+    factors = [rate_factor(step, recipe) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(1 / 90)
+
+
+@pytest.mark.slow
+def test_a_short_run_makes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
+    make_base(tmp_path, Recipe(steps=3, sequences=2, sequence_tokens=64, warmup_steps=1), 120_000)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)("Ticket from Anna")["input_ids"]])
+    base = GPTBase.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(base.logits(base(tokens)), theirs(tokens).logits, atol=1e-4)
+    assert "seed 7" in (tmp_path / "README.md").read_text()
+
+
+def test_the_bundled_base_is_small_and_whole() -> None:
+    folder = Path("trainer/demo/base")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12 * 2**20
+    base = GPTBase.from_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.randint(0, base.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (base.logits(base(tokens)) - theirs(tokens).logits).abs().max() < 1e-4

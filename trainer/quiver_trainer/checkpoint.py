@@ -1,0 +1,88 @@
+"""The state of an unfinished run on disk, written atomically: what a killed run goes on from, bit for bit.
+
+state.json          schema version, the settings of the run, its progress
+state.safetensors   parameters, AdamW's moments, states of the random generators
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from quiver_peft.adapters.folders import replace_folder
+from quiver_trainer.errors import TrainingError
+from quiver_trainer.progress import Progress
+
+_STATE_FILE = "state.json"
+_TENSORS_FILE = "state.safetensors"
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint, read. settings: of the run that wrote it."""
+
+    settings: Mapping[str, Any]
+    progress: Progress
+    tensors: Mapping[str, Tensor]
+
+
+def write_checkpoint(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: AdamW,
+    progress: Progress,
+    settings: Mapping[str, Any],
+) -> None:
+    """Replace the checkpoint in `folder`; a crash leaves the one before."""
+    tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
+    moments: dict[int, dict[str, Tensor]] = optimiser.state_dict()["state"]
+    for index, state in moments.items():
+        tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in state.items()})
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    state = {"schema_version": _SCHEMA_VERSION, "settings": dict(settings), "progress": progress.to_json()}
+    content = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    replace_folder(folder, {_STATE_FILE: json.dumps(state).encode(), _TENSORS_FILE: content})
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in `folder`, or None where there is none. Raises TrainingError when it is damaged."""
+    if not folder.exists():
+        return None
+    try:
+        state = json.loads((folder / _STATE_FILE).read_bytes())
+        if state["schema_version"] != _SCHEMA_VERSION:
+            raise TrainingError(
+                f"{folder / _STATE_FILE}: schema_version {state['schema_version']!r} is not known; this is "
+                f"{_SCHEMA_VERSION}. Start over with --restart"
+            )
+        tensors = load_tensors((folder / _TENSORS_FILE).read_bytes())
+        return Checkpoint(state["settings"], Progress.from_json(state["progress"]), tensors)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TrainingError(f"{folder}: not a whole checkpoint ({error}); start over with --restart") from None
+
+
+def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimiser: AdamW) -> None:
+    """Put parameters, moments and random generators back where they were. The settings must have been compared."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "parameter":
+            parameters[rest].data.copy_(tensor)
+        elif kind == "optimiser":
+            index, _, key = rest.partition(".")
+            states.setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
+    torch.set_rng_state(checkpoint.tensors["random.cpu"])
+    if "random.cuda" in checkpoint.tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"])

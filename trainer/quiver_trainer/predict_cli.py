@@ -1,0 +1,134 @@
+"""`quiver predict`: the answers of a base, or of an adapter on it, for the prompts of a JSONL file."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from quiver_peft.errors import QuiverError
+from quiver_peft.model import GPT
+from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.data import Row, read_rows
+from quiver_trainer.device import choose_device
+from quiver_trainer.errors import DataError
+from quiver_trainer.predict import is_exact_match, predict_tokens
+
+_DESCRIPTION = """\
+Write a model's greedy answers for the prompts of a JSONL file, and how many are right where completions are given.
+
+  quiver predict --base models/demo-base --adapter adapters/routing data/routing/heldout.jsonl answers.jsonl
+
+Each line of the input is an object with a "prompt" and, if you like, the right "completion". Each line of the output
+has the "prompt", the "prediction" and, where a completion was given, that and whether it is "correct" (equal but for
+white space around it).
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code: 0 done, 1 reading or writing failed, 2 something given is wrong."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return int(stop.code or 0)
+    try:
+        _run(options)
+    except QuiverError as error:
+        print(f"quiver predict: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"quiver predict: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("quiver predict: stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quiver predict", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of the base")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter folder; none: the base alone")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="most per answer (64)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there), cpu, cuda, cuda:1")
+    parser.add_argument("input", type=Path, metavar="INPUT.jsonl", help="the prompts")
+    parser.add_argument("output", type=Path, metavar="OUTPUT.jsonl", help="the answers; replaced when all are there")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above zero, not {text!r}")
+    return int(text)
+
+
+def _run(options: argparse.Namespace) -> None:
+    rows = read_rows(options.input, need_completion=False)
+    tokenizer = Tokenizer(options.base)
+    model = GPT.from_pretrained(options.base, device=choose_device(options.device))
+    if options.adapter is not None:
+        model.load_adapters(options.adapter)
+    model.freeze()
+    prompts = [tokenizer.encode(row.prompt) for row in rows]
+    _check_lengths(prompts, rows, options.input, model.base.config.max_positions)
+    answers = _predict(model, prompts, options.max_new_tokens)
+    results = [_result(row, tokenizer.decode(answer)) for row, answer in zip(rows, answers, strict=True)]
+    _write_atomically(options.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+    print(f"wrote {len(results)} answers to {options.output}")
+    correct = [result["correct"] for result in results if "correct" in result]
+    if correct:
+        print(f"exact match: {sum(correct) / len(correct):.1%} ({sum(correct)} of {len(correct)})")
+
+
+def _check_lengths(prompts: Sequence[Sequence[int]], rows: Sequence[Row], path: Path, max_positions: int) -> None:
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not 0 < len(prompt) < max_positions:
+            raise DataError(
+                f"{path}:{row.line}: the prompt has {len(prompt)} tokens; there must be at least one, and fewer than "
+                f"the {max_positions} that the base takes, answer included"
+            )
+
+
+def _predict(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    console = Console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(prompts))
+        return predict_tokens(
+            model, prompts, max_new_tokens=max_new_tokens, on_finished=lambda _: progress.advance(task)
+        )
+
+
+def _result(row: Row, prediction: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"prompt": row.prompt, "prediction": prediction}
+    if row.completion is not None:
+        result |= {"completion": row.completion, "correct": is_exact_match(prediction, row.completion)}
+    return result
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """After a crash there is the file of before, or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    staging = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.chmod(0o644)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

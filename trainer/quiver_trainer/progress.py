@@ -1,0 +1,105 @@
+"""How far a run is and what it has measured: everything of its state that is not a tensor."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# About how many training records a run leaves, however long it is.
+_TRAIN_RECORDS = 200
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """Averages over the steps since the record before. loss: nats per completion token. seconds: since the start."""
+
+    step: int
+    epoch: float
+    tokens: int
+    seconds: float
+    train_loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """Measured after `step` steps. exact_match: share of rows, None where no row was generated."""
+
+    step: int
+    tokens: int
+    seconds: float
+    validation_loss: float
+    exact_match: float | None
+
+
+@dataclass
+class Progress:
+    """Changed by the training loop only, after each step.
+
+    step: steps done. epoch, batch: where the next batch lies. tokens: seen so far, without padding.
+    seconds: spent training, evaluation and earlier parts of a resumed run included.
+    loss_sum, loss_tokens, window_tokens, window_seconds: since the last training record.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_tokens: int = 0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    train_records: list[TrainRecord] = field(default_factory=list[TrainRecord])
+    validation_records: list[ValidationRecord] = field(default_factory=list[ValidationRecord])
+
+    def add_step(self, loss: float, num_targets: int, num_tokens: int, seconds: float) -> None:
+        """One more step is done."""
+        self.step += 1
+        self.batch += 1
+        self.tokens += num_tokens
+        self.window_tokens += num_tokens
+        self.window_seconds += seconds
+        self.seconds += seconds
+        self.loss_sum += loss * num_targets
+        self.loss_tokens += num_targets
+
+    def close_window(self, epoch: float, learning_rate: float, gradient_norm: float) -> TrainRecord:
+        """Append and return the record of the steps since the last one."""
+        record = TrainRecord(
+            step=self.step,
+            epoch=round(epoch, 4),
+            tokens=self.tokens,
+            seconds=round(self.seconds, 3),
+            train_loss=self.loss_sum / self.loss_tokens,
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            tokens_per_second=round(self.window_tokens / max(self.window_seconds, 1e-9), 1),
+        )
+        self.train_records.append(record)
+        self.loss_sum, self.loss_tokens, self.window_tokens, self.window_seconds = 0.0, 0, 0, 0.0
+        return record
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything; floats come back bit for bit."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Progress":
+        """What `to_json` gave."""
+        fields = dict(value)
+        fields["train_records"] = [TrainRecord(**record) for record in value["train_records"]]
+        fields["validation_records"] = [ValidationRecord(**record) for record in value["validation_records"]]
+        return cls(**fields)
+
+
+def record_interval(num_steps: int) -> int:
+    """Steps from one training record to the next."""
+    return max(1, num_steps // _TRAIN_RECORDS)
+
+
+def to_jsonl(records: Sequence[TrainRecord | ValidationRecord]) -> str:
+    """One line for each record, in order of their steps."""
+    return "".join(json.dumps(asdict(record)) + "\n" for record in sorted(records, key=lambda r: r.step))

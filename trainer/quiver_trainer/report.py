@@ -1,0 +1,93 @@
+"""What people see of a run: a progress bar and a table in a terminal, plain lines anywhere else."""
+
+import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from quiver_trainer.progress import ValidationRecord
+
+_PIPE_WIDTH = 200
+_LINES_PER_RUN = 10
+
+
+class Reporter:
+    """Prints to standard output, warnings to standard error. quiet: nothing but warnings."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        # A pipe has no width: do not break lines to fit one.
+        width = None if sys.stdout.isatty() else _PIPE_WIDTH
+        self._console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, width=width)
+        self._errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._num_steps = 0
+        self._first_step = 0
+        self._seconds = 0.0
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line that must not be overlooked."""
+        self._errors.print(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def training(self, first_step: int, num_steps: int) -> Generator[None]:
+        """Shows progress from step `first_step` to `num_steps` while it lasts."""
+        self._num_steps, self._first_step, self._seconds = num_steps, first_step, 0.0
+        if not self._console.is_terminal or self._console.quiet:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            self._progress = progress
+            self._task = progress.add_task("training", total=num_steps, completed=first_step, status="")
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def step(self, step: int, loss: float, num_tokens: int, seconds: float) -> None:
+        """After each step. loss: of its batch; num_tokens, seconds: of this step alone."""
+        self._seconds += seconds
+        rate = num_tokens / max(seconds, 1e-9)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, status=f"loss {loss:.3f}  {rate:,.0f} tokens/s")
+        elif step % max(1, self._num_steps // _LINES_PER_RUN) == 0 or step == self._num_steps:
+            left = self._seconds / (step - self._first_step) * (self._num_steps - step)
+            self.note(f"step {step}/{self._num_steps}  loss {loss:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left")
+
+    @contextmanager
+    def validating(self) -> Generator[None]:
+        """Shows that the bar stands still for a reason."""
+        if self._progress is not None:
+            self._progress.update(self._task, description="validating")
+        yield
+        if self._progress is not None:
+            self._progress.update(self._task, description="training")
+
+    def validation(self, record: ValidationRecord) -> None:
+        """One line for each measurement."""
+        match = "" if record.exact_match is None else f"  exact match {record.exact_match:.1%}"
+        self.note(f"step {record.step}  validation loss {record.validation_loss:.3f}{match}")
+
+    def table(self, title: str, rows: Mapping[str, str]) -> None:
+        """Names and values, at the end."""
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self._console.print(table)

@@ -1,0 +1,79 @@
+"""What a finished run leaves: the adapter folder, or the Hugging Face folder of a fully fine-tuned base."""
+
+import json
+import platform
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.base.checkpoint import save_checkpoint
+from quiver_peft.base.families import FAMILIES
+from quiver_peft.model import GPT
+from quiver_trainer.data import Dataset
+from quiver_trainer.progress import Progress
+from quiver_trainer.workplace import RECORD_FILE
+
+# Of a base folder, what belongs to the model beside its weights.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+_NOT_COMPANIONS = ("model.safetensors.index.json", RECORD_FILE)
+
+
+def training_record(
+    progress: Progress, settings: Mapping[str, Any], datasets: Mapping[str, Dataset], num_parameters: int
+) -> dict[str, Any]:
+    """What the artefact says about how it came to be; JSON-ready, free of paths."""
+    first = progress.validation_records[0] if progress.validation_records else None
+    last = progress.validation_records[-1] if progress.validation_records else None
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1),
+        "train_loss": progress.train_records[-1].train_loss,
+        "validation_loss": last.validation_loss if last else None,
+        "validation_loss_at_start": first.validation_loss if first else None,
+        "exact_match": last.exact_match if last else None,
+        "exact_match_at_start": first.exact_match if first else None,
+        "num_trainable_parameters": num_parameters,
+        "data": {
+            name: {
+                "file": data.path.name,
+                "rows": len(data.samples),
+                "rows_skipped": data.num_skipped,
+                "sha256": data.sha256,
+            }
+            for name, data in datasets.items()
+        },
+        "settings": dict(settings),
+        "versions": {
+            "quiver": version("quiver"),
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def write_base(
+    model: GPT, base_folder: Path, output: Path, record: Mapping[str, Any], files: Mapping[str, bytes]
+) -> None:
+    """Replace `output` by the fine-tuned base in float32, with the configuration and tokenizer of the base folder."""
+    companions = {
+        path.name: path.read_bytes()
+        for pattern in _COMPANIONS
+        for path in base_folder.glob(pattern)
+        if path.is_file() and path.name not in _NOT_COMPANIONS
+    }
+    config: dict[str, Any] = json.loads(companions["config.json"])
+    config["dtype"] = "float32"
+    config.pop("torch_dtype", None)  # the older name of the same
+    companions["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    companions[RECORD_FILE] = (json.dumps({"schema_version": 1, "training": dict(record)}, indent=2) + "\n").encode()
+    renames = FAMILIES[model.base.config.family].renames(model.base.config)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
+        save_checkpoint(model.base, Path(staging), renames, torch.float32)
+        weights = {path.name: path.read_bytes() for path in Path(staging).iterdir()}
+    replace_folder(output, {**files, **companions, **weights})

@@ -1,0 +1,51 @@
+"""What determines a run's result, as a flat table: to tell whether a checkpoint or a result belongs to a recipe."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quiver_trainer.config import TrainConfig
+from quiver_trainer.data import file_sha256
+
+# These change where or how often something is written, or where it is computed, but not what is learnt.
+_IRRELEVANT = ("output", "device", "checkpoint_interval_steps")
+
+
+def run_settings(config: TrainConfig, base_fingerprint: str, methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{dotted key: JSON value}. Files count by their content, the base by its fingerprint: folders may move.
+
+    methods: the adapter's configurations; empty for full fine-tuning. Raises DataError.
+    """
+    flat = _flatten(config.model_dump(mode="json", exclude={"adapter", *_IRRELEVANT}))
+    flat["base"] = base_fingerprint
+    flat["data.train"] = file_sha256(config.data.train)
+    flat["data.validation"] = None if config.data.validation is None else file_sha256(config.data.validation)
+    for i, method in enumerate(methods):
+        flat.update({f"adapter.{i}.{key}": value for key, value in method.items()})
+    # As they come back from a file: lists, not tuples.
+    return json.loads(json.dumps(flat))
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys that differ, for people, at most three of them; "" when there is none."""
+    keys = [key for key in {**then, **now} if then.get(key, "unset") != now.get(key, "unset")]
+    told = [
+        f"{key} was {_brief(then.get(key, 'unset'))} and is now {_brief(now.get(key, 'unset'))}" for key in keys[:3]
+    ]
+    more = [f"{len(keys) - 3} more"] if len(keys) > 3 else []
+    return "; ".join(told + more)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."

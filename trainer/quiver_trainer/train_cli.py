@@ -1,0 +1,148 @@
+"""`quiver train`: a recipe in, an adapter folder (or a fine-tuned base) out."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from quiver_peft.base.checkpoint import fingerprint
+from quiver_peft.errors import QuiverError
+from quiver_peft.model import GPT
+from quiver_trainer.config import TrainConfig
+from quiver_trainer.describe import list_settings, to_recipe
+from quiver_trainer.device import choose_device
+from quiver_trainer.errors import TrainingError, TrainingInterrupted
+from quiver_trainer.recipe import load_recipe
+from quiver_trainer.report import Reporter
+from quiver_trainer.settings import run_settings
+from quiver_trainer.stopping import StopRequest, stop_on_signals
+from quiver_trainer.trainer import CURVE_FILE, Trainer, TrainingResult
+from quiver_trainer.workplace import Workplace
+
+_DESCRIPTION = """\
+Train an adapter (or fine-tune a whole base) from a recipe, a YAML file such as
+
+  base: models/demo-base              # a Hugging Face folder
+  output: adapters/routing            # becomes the adapter folder; "routing" is its id when it is served
+  adapter:                            # adapter: null would fine-tune the whole base
+    method: lora
+    adapter_dim: 16
+    target_modules: [attention, mlp]
+  data:
+    train: data/routing/train.jsonl   # lines of {"prompt": "...", "completion": "..."}
+    validation: data/routing/validation.jsonl
+  epochs: 3
+  optimiser:
+    learning_rate: 2e-3
+
+and train it with
+
+  quiver train routing.yaml
+  quiver train routing.yaml epochs=5 optimiser.learning_rate=1e-3 output=adapters/routing-2
+
+Relative paths start at the folder of the YAML file; in key=value, at the shell's current folder.
+A run that was stopped or killed goes on from its last checkpoint when the same command is given again.
+"""
+
+_EXIT_CODES = """\
+exit codes: 0 done (or done before), 1 the training failed, 2 the recipe, the data or the base is wrong and nothing
+was started, 130 and 143 stopped by SIGINT and SIGTERM with a checkpoint saved.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code."""
+    try:
+        options = _parser().parse_intermixed_args(argv)
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return int(stop.code or 0)
+    with stop_on_signals() as stop:
+        try:
+            return _run(options, stop)
+        except TrainingInterrupted as error:
+            _say(f"{error}; the same command goes on from there:\n  {_command(argv)}")
+            return stop.exit_code
+        except TrainingError as error:
+            _say(str(error))
+            return 1
+        except QuiverError as error:
+            _say(str(error))
+            return 2
+        except OSError as error:
+            _say(f"{error.filename or 'reading or writing a file'}: {error.strerror or error}")
+            return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quiver train",
+        description=_DESCRIPTION,
+        epilog=f"keys of a recipe, their defaults and meanings:\n\n{list_settings()}\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, metavar="CONFIG.yaml", help="the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe; dots go down")
+    parser.add_argument("--print-config", action="store_true", help="print the whole recipe with its defaults, and end")
+    parser.add_argument("--restart", action="store_true", help="start over, whatever is in the output folder")
+    return parser
+
+
+def _run(options: argparse.Namespace, stop: StopRequest) -> int:
+    config = load_recipe(options.recipe, options.overrides)
+    if options.print_config:
+        print(to_recipe(config), end="")
+        return 0
+    reporter = Reporter()
+    methods = [section.to_peft() for section in config.adapter or ()]
+    settings = run_settings(config, fingerprint(config.base), [method.to_dict() for method in methods])
+    # Asked before the base is loaded, so that a run that is done or cannot begin says so at once.
+    start = Workplace(config.output).decide_start(settings, restart=options.restart)
+    if start.kind == "finished":
+        reporter.note(f"{config.output}: this training is finished already; --restart trains again")
+        return 0
+    device = choose_device(config.device)
+    model = GPT.from_pretrained(config.base, dtype=getattr(torch, config.dtype), device=device)
+    torch.manual_seed(config.seed)
+    if methods:
+        model.add_adapter(methods)
+    _introduce(config, model, device, reporter)
+    result = Trainer(config, restart=options.restart, reporter=reporter, should_stop=stop).fit(model)
+    _conclude(config, result, reporter)
+    return 0
+
+
+def _introduce(config: TrainConfig, model: GPT, device: torch.device, reporter: Reporter) -> None:
+    total = sum(parameter.numel() for parameter in model.base.parameters())
+    trained = sum(parameter.numel() for parameter in model.trainable_parameters())
+    what = ", ".join(section.method for section in config.adapter or ()) or "full fine-tuning"
+    reporter.note(
+        f"{config.output.name}: {what} on {config.base.name} ({total:,} parameters, {trained:,} trained), {device}"
+    )
+
+
+def _conclude(config: TrainConfig, result: TrainingResult, reporter: Reporter) -> None:
+    record = result.record
+    rows = {"steps": f"{record['steps']:,}", "tokens": f"{record['tokens']:,}", "time": f"{record['seconds']:.1f} s"}
+    rows["training loss"] = f"{record['train_loss']:.3f}"
+    for key, name, form in (("validation_loss", "validation loss", ".3f"), ("exact_match", "exact match", ".1%")):
+        if record[key] is not None:
+            rows[name] = f"{format(record[f'{key}_at_start'], form)} -> {format(record[key], form)}"
+    rows["written"] = str(config.output)
+    rows["learning curve"] = str(config.output / CURVE_FILE)
+    if result.revision:
+        rows["revision"] = result.revision[:12]
+    reporter.table(f"{config.output.name} is trained", rows)
+
+
+def _say(text: str) -> None:
+    print(f"quiver train: {text}", file=sys.stderr)
+
+
+def _command(argv: list[str]) -> str:
+    return shlex.join(["quiver", "train", *(word for word in argv if word != "--restart")])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
