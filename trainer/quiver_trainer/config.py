@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -25,29 +25,32 @@ class LoraSection(Section):
     """The LoRA of an adapter: `LoraPEFTConfig`, whose defaults these are."""
 
     method: Literal["lora"] = Field(description="which method: lora")
-    adapter_dim: int = Field(_LORA.adapter_dim, ge=1, description="the rank")
-    alpha: float | None = Field(_LORA.alpha, description="scale numerator; null: as adapter_dim, which is scale 1")
-    adapter_dropout: float = Field(_LORA.adapter_dropout, ge=0, lt=1, description="dropout rate while training")
+    adapter_dim: int = Field(default=_LORA.adapter_dim, ge=1, description="the rank")
+    alpha: float | None = Field(
+        default=_LORA.alpha, description="scale numerator; null: as adapter_dim, which is scale 1"
+    )
+    adapter_dropout: float = Field(default=_LORA.adapter_dropout, ge=0, lt=1, description="dropout rate while training")
     dropout_position: Literal["pre", "post"] = Field(
-        _LORA.dropout_position, description="dropout on the input (pre) or on the low-rank product (post)"
+        default=_LORA.dropout_position, description="dropout on the input (pre) or on the low-rank product (post)"
     )
     target_modules: str | tuple[str, ...] = Field(
-        tuple(_LORA.target_modules),
+        default=tuple(_LORA.target_modules),
         description="places: attention_qkv, attention_dense, mlp_fc1, mlp_fc2, attention, mlp, all; "
         "or module names of the base's checkpoint",
     )
     variant: Literal["nemo", "canonical"] = Field(
-        _LORA.variant, description="one low-rank input for query, key and value together (nemo) or one each (canonical)"
+        default=_LORA.variant,
+        description="one low-rank input for query, key and value together (nemo) or one each (canonical)",
     )
     column_init_method: Literal["xavier", "normal", "kaiming"] = Field(
-        _LORA.column_init_method, description="how the first factor starts; the second starts at zero"
+        default=_LORA.column_init_method, description="how the first factor starts; the second starts at zero"
     )
-    use_rslora: bool = Field(_LORA.use_rslora, description="divide alpha by the square root of the rank")
+    use_rslora: bool = Field(default=_LORA.use_rslora, description="divide alpha by the square root of the rank")
     rank_pattern: dict[str, int] = Field(
-        _LORA.rank_pattern, description="{end of a module name: its own rank}; regular expressions"
+        default=_LORA.rank_pattern, description="{end of a module name: its own rank}; regular expressions"
     )
     alpha_pattern: dict[str, float] = Field(
-        _LORA.alpha_pattern, description="{end of a module name: its own alpha}; regular expressions"
+        default=_LORA.alpha_pattern, description="{end of a module name: its own alpha}; regular expressions"
     )
 
     def to_peft(self) -> PEFTConfig:
@@ -67,23 +70,29 @@ class DataSection(Section):
     """The rows to learn from and to measure on."""
 
     train: Path = Field(description='JSONL file of {"prompt": ..., "completion": ...} rows to learn from')
-    validation: Path | None = Field(None, description="JSONL file of rows to measure on; null: no validation")
+    validation: Path | None = Field(default=None, description="JSONL file of rows to measure on; null: no validation")
     max_length: int | None = Field(
-        None, ge=2, description="most tokens of a row, prompt and completion together; null: what the base can take"
+        default=None,
+        ge=2,
+        description="most tokens of a row, prompt and completion together; null: what the base can take",
     )
     too_long: Literal["error", "skip"] = Field(
-        "error", description="longer rows: stop (error) or leave them out and say how many (skip); none is cut"
+        default="error", description="longer rows: stop (error) or leave them out and say how many (skip); none is cut"
     )
 
 
 class OptimiserSection(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    learning_rate: float = Field(2e-4, gt=0, description="the peak of the schedule")
-    weight_decay: float = Field(0.01, ge=0, description="for matrices; norms and biases are not decayed")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two running moments, each in [0, 1)")
-    epsilon: float = Field(1e-8, gt=0, description="added to the denominator")
-    max_gradient_norm: float | None = Field(1.0, gt=0, description="longer gradients are scaled to it; null: never")
+    learning_rate: float = Field(default=2e-4, gt=0, description="the peak of the schedule")
+    weight_decay: float = Field(default=0.01, ge=0, description="for matrices; norms and biases are not decayed")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="decay of the two running moments, each in [0, 1)"
+    )
+    epsilon: float = Field(default=1e-8, gt=0, description="added to the denominator")
+    max_gradient_norm: float | None = Field(
+        default=1.0, gt=0, description="longer gradients are scaled to it; null: never"
+    )
 
     @field_validator("betas")
     @classmethod
@@ -96,22 +105,30 @@ class OptimiserSection(Section):
 class ScheduleSection(Section):
     """How the learning rate goes from step to step."""
 
-    kind: Literal["cosine", "constant"] = Field("cosine", description="after warm-up: down to zero, or as it is")
-    warmup_fraction: float = Field(0.05, ge=0, le=1, description="share of all steps in which the rate rises linearly")
+    kind: Literal["cosine", "constant"] = Field(
+        default="cosine", description="after warm-up: down to zero, or as it is"
+    )
+    warmup_fraction: float = Field(
+        default=0.05, ge=0, le=1, description="share of all steps in which the rate rises linearly"
+    )
 
 
 class EvaluationSection(Section):
     """Measuring on the validation rows; always also before the first and after the last step."""
 
-    interval_steps: int | None = Field(None, ge=1, description="steps from one to the next; null: a fifth of the run")
+    interval_steps: int | None = Field(
+        default=None, ge=1, description="steps from one to the next; null: a fifth of the run"
+    )
     loss_samples: int | None = Field(
-        256, ge=1, description="validation rows for the loss, spread evenly over the file; null: all"
+        default=256, ge=1, description="validation rows for the loss, spread evenly over the file; null: all"
     )
     exact_match_samples: int = Field(
-        64, ge=0, description="validation rows whose completion is generated greedily and compared; 0: none"
+        default=64, ge=0, description="validation rows whose completion is generated greedily and compared; 0: none"
     )
     max_new_tokens: int | None = Field(
-        None, ge=1, description="most tokens to generate for each; null: as the longest completion among them needs"
+        default=None,
+        ge=1,
+        description="most tokens to generate for each; null: as the longest completion among them needs",
     )
 
 
@@ -121,29 +138,31 @@ class TrainConfig(Section):
     base: Path = Field(description="Hugging Face folder of the base model")
     output: Path = Field(description="folder to write; its name is the adapter's id when it is served")
     adapter: tuple[LoraSection, ...] | None = Field(
-        None, description="the method to train, or a list of them; null: fine-tune the whole base"
+        default=None,
+        description="the method to train, or a list of them; null: fine-tune the whole base. A recipe must say which",
     )
     data: DataSection = Field(description="the rows to learn from and to measure on")
-    epochs: int = Field(3, ge=1, description="passes over the training rows")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, whatever epochs says")
+    epochs: int = Field(default=3, ge=1, description="passes over the training rows")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps, whatever epochs says")
     batch_tokens: int | None = Field(
-        None, ge=1, description="most tokens of a batch, padding included; null: 4096 unless batch_size is given"
+        default=None,
+        ge=1,
+        description="most tokens of a batch, padding included; null: 4096 unless batch_size is given",
     )
-    batch_size: int | None = Field(None, ge=1, description="most rows of a batch; null: no such limit")
-    optimiser: OptimiserSection = Field(OptimiserSection(), description="AdamW")
-    schedule: ScheduleSection = Field(ScheduleSection(), description="the learning rate from step to step")
-    evaluation: EvaluationSection = Field(EvaluationSection(), description="measuring on the validation rows")
-    checkpoint_interval_steps: int = Field(100, ge=1, description="a killed run goes on from the last checkpoint")
-    seed: int = Field(0, ge=0, description="of the adapter's first weights, the order of the rows, and dropout")
-    device: str = Field("auto", pattern=r"auto|cpu|cuda(:\d+)?", description="auto (CUDA if there), cpu, cuda, cuda:1")
+    batch_size: int | None = Field(default=None, ge=1, description="most rows of a batch; null: no such limit")
+    optimiser: OptimiserSection = Field(default=OptimiserSection(), description="AdamW")
+    schedule: ScheduleSection = Field(default=ScheduleSection(), description="the learning rate from step to step")
+    evaluation: EvaluationSection = Field(default=EvaluationSection(), description="measuring on the validation rows")
+    checkpoint_interval_steps: int = Field(
+        default=100, ge=1, description="a killed run goes on from the last checkpoint"
+    )
+    seed: int = Field(default=0, ge=0, description="of the adapter's first weights, the order of the rows, and dropout")
+    device: str = Field(
+        default="auto", pattern=r"auto|cpu|cuda(:\d+)?", description="auto (CUDA if there), cpu, cuda, cuda:1"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type of the frozen base; an adapter is always trained in float32"
+        default="float32", description="type of the frozen base; an adapter is always trained in float32"
     )
-
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return [value] if isinstance(value, dict) else value  # pyright: ignore[reportUnknownVariableType]
 
     @field_validator("adapter")
     @classmethod

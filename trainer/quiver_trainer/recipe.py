@@ -29,9 +29,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     origins = dict(_apply_override(data, override) for override in overrides)
     if "adapter" not in data:
         raise ConfigError(f"{path}: adapter is required; write `adapter: null` to fine-tune the whole base")
+    one_method = isinstance(data["adapter"], dict)
+    listed = {**data, "adapter": [data["adapter"]]} if one_method else data
     try:
         # JSON is what pydantic can read strictly: no text for a number, but lists for tuples and text for paths.
-        return TrainConfig.model_validate_json(json.dumps(data, default=str), strict=True)
+        return TrainConfig.model_validate_json(json.dumps(listed, default=str), strict=True)
     except ValidationError as error:
         messages = [_describe(details, data, source, origins, path) for details in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(messages))) from None

@@ -18,6 +18,11 @@ class Extent:
     size: int
 
 
+def aligned(num_elements: int) -> int:
+    """The size of the extent that `num_elements` get."""
+    return -(-num_elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
+
+
 class Arena:
     """First-fit allocation over one tensor that never moves, so that kernels and graphs may keep its address."""
 
@@ -32,7 +37,7 @@ class Arena:
 
     def allocate(self, num_elements: int) -> Extent | None:
         """An extent of at least `num_elements`, or None when no gap is large enough."""
-        size = -(-num_elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
+        size = aligned(num_elements)
         for index, gap in enumerate(self._free):
             if gap.size >= size:
                 rest = Extent(gap.start + size, gap.size - size)

@@ -104,13 +104,13 @@ def read_adapter(folder: str | Path, base: GPTBase, tokenizer_digest: str = "") 
     tensors = _parse_tensors(path / WEIGHTS_FILE, weights_bytes)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path / CONFIG_FILE}: peft_type {config.get('peft_type')!r} is not supported; known: LORA")
-    try:
-        lora_config, lora = read_hf_lora(base, config, tensors)
-    except AdapterError as error:
-        raise type(error)(f"{path}: {error}") from None
     # Where dropout was is the one thing about training that Hugging Face's form cannot say (theirs is on the input).
     position = record["methods"][0].get("dropout_position") if record else "pre"
-    lora_config = replace(lora_config, dropout_position=position)
+    try:
+        lora_config, lora = read_hf_lora(base, config, tensors)
+        lora_config = replace(lora_config, dropout_position=position)
+    except AdapterError as error:
+        raise type(error)(f"{path}: {error}") from None
     return AdapterWeights(revision, (lora_config,), lora, record.get("training", {}))
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quiver_peft.adapters.arena import Arena, Extent
+from quiver_peft.adapters.arena import Arena, Extent, aligned
 from quiver_peft.adapters.artifact import AdapterWeights
 from quiver_peft.adapters.lora import LoraWeights
 from quiver_peft.base.sites import NO_ADAPTERS, Linear, Seam, Site
@@ -49,13 +49,12 @@ class AdapterBanks:
 
     def num_bytes(self, weights: AdapterWeights) -> int:
         """What these weights would take."""
-        return sum(w.a.numel() + w.b.numel() for w in weights.lora) * self._arena.buffer.element_size()
+        return aligned(_num_elements(weights)) * self._arena.buffer.element_size()
 
     def insert(self, weights: AdapterWeights) -> int | None:
         """Copy an adapter in and return its slot, or None when there is no room for it now."""
-        num_elements = sum(w.a.numel() + w.b.numel() for w in weights.lora)
         with self._lock:
-            extent = self._arena.allocate(num_elements)
+            extent = self._arena.allocate(_num_elements(weights))
             if extent is None:
                 return None
             slot = self._next_slot
@@ -98,6 +97,10 @@ class _BankSeam:
 
     def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
         return out
+
+
+def _num_elements(weights: AdapterWeights) -> int:
+    return sum(w.a.numel() + w.b.numel() for w in weights.lora)
 
 
 def _place_lora(weights: Sequence[LoraWeights], memory: Tensor) -> dict[str, LoraAtSite]:
