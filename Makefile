@@ -44,7 +44,7 @@ proto: setup  ## Regenerate the committed gRPC stubs.
 	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto \
 	  --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/quiver/v1/*.proto
 
-demo-base: setup  ## Make the bundled demo base from nothing (about 25 minutes; the repository holds the result).
+demo-base: setup  ## Make the bundled demo base from nothing (about 18 minutes; the repository holds the result).
 	$(BIN)/python -m quiver_trainer.demo.pretrain trainer/demo/base
 
 clean:  ## Remove the virtual environment and all that was made.

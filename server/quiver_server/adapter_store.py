@@ -8,14 +8,14 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
-from quiver_peft.adapters.artifact import CONFIG_FILE, QUIVER_FILE, WEIGHTS_FILE, AdapterWeights
+from quiver_peft.adapters.artifact import CONFIG_FILE, AdapterWeights
 from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
 from quiver_peft.errors import AdapterError, BaseMismatchError
+from quiver_server.adapter_entry import ADAPTER_ID, Entry, Resident, State, files_state
 from quiver_server.errors import (
+    AdapterTooLargeError,
     BusyError,
     DrainingError,
     InvalidRequestError,
@@ -26,58 +26,8 @@ from quiver_server.errors import (
 )
 from quiver_server.metrics import Metrics
 
-ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _REVISION = re.compile(r"[0-9a-f]{6,64}")
 _PATIENCE_SECONDS = 60.0  # how long a request waits for memory that other adapters' requests hold
-
-
-class State(Enum):
-    """Where an adapter is."""
-
-    REGISTERED = "registered"
-    LOADING = "loading"
-    RESIDENT = "resident"
-    FAILED = "failed"
-
-
-@dataclass(eq=False)
-class Resident:
-    """One revision of an adapter in memory. num_leases: requests that use it; a retired one goes when that is 0."""
-
-    id: str
-    revision: str
-    methods: tuple[str, ...]
-    slot: int
-    num_bytes: int
-    num_parameters: int
-    max_rank: int
-    num_leases: int = 0
-    retired: bool = False
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(eq=False)
-class Entry:
-    """What the store knows of one id. `seen`: the files' state at the last load, to notice a change."""
-
-    id: str
-    folder: Path
-    resident: Resident | None = None
-    loading: "asyncio.Task[Resident] | None" = None
-    failure: RequestError | None = None
-    seen: tuple[tuple[int, int], ...] = ()
-    pinned: bool = False
-    num_waiting: int = 0
-    last_used_seconds: float = 0.0
-
-    @property
-    def state(self) -> State:
-        """As the wire calls it."""
-        if self.resident is not None:
-            return State.RESIDENT
-        if self.loading is not None:
-            return State.LOADING
-        return State.REGISTERED if self.failure is None else State.FAILED
 
 
 class AdapterStore:
@@ -162,9 +112,13 @@ class AdapterStore:
     async def load(self, adapter_id: str, source: str, pin: bool) -> Entry:
         """Bring an adapter, or its newer content, into memory. Running requests finish on what they started with."""
         entry = self._register(adapter_id, source) if source else self.find(adapter_id)
-        if entry.resident is None or entry.seen != _files_state(entry.folder):
-            await self._load(entry, again=True)
-        entry.pinned = entry.pinned or pin
+        was_pinned, entry.pinned = entry.pinned, entry.pinned or pin  # first: it could be evicted before this goes on
+        try:
+            if entry.resident is None or entry.seen != files_state(entry.folder):
+                await self._load(entry, again=True)
+        except RequestError:
+            entry.pinned = was_pinned
+            raise
         return entry
 
     async def unload(self, adapter_id: str) -> int:
@@ -197,7 +151,7 @@ class AdapterStore:
     async def _load(self, entry: Entry, *, again: bool = False) -> Resident:
         """Load once, however many wait for it; a folder that failed is tried again only when its files have changed."""
         if entry.loading is None:
-            if entry.failure is not None and not again and entry.seen == _files_state(entry.folder):
+            if entry.failure is not None and not again and entry.seen == files_state(entry.folder):
                 raise entry.failure
             entry.loading = asyncio.create_task(self._load_now(entry))
         # Shielded: the load belongs to all who wait for it, not to the client that happened to ask first.
@@ -205,7 +159,7 @@ class AdapterStore:
 
     async def _load_now(self, entry: Entry) -> Resident:
         started = time.monotonic()
-        entry.seen = _files_state(entry.folder)
+        entry.seen = files_state(entry.folder)
         try:
             resident = await self._read_and_place(entry)
         except RequestError as error:
@@ -230,6 +184,7 @@ class AdapterStore:
             raise OtherBaseError(f"adapter {entry.id!r}: {error}", "adapter_id") from None
         except AdapterError as error:
             raise MalformedAdapterError(f"adapter {entry.id!r}: {error}", "adapter_id") from None
+        self._check_size(entry, weights)
         async with self._placing:
             deadline = time.monotonic() + _PATIENCE_SECONDS
             while (slot := await loop.run_in_executor(self._thread, self._banks.insert, weights)) is None:
@@ -244,6 +199,16 @@ class AdapterStore:
             num_parameters=sum(item.a.numel() + item.b.numel() for item in weights.lora),
             max_rank=max(item.a.shape[0] for item in weights.lora),
         )
+
+    def _check_size(self, entry: Entry, weights: AdapterWeights) -> None:
+        """Refuse for good, and evict nobody for, what could never be placed. Raises AdapterTooLargeError."""
+        needed, capacity = self._banks.num_bytes(weights), self._banks.capacity_bytes
+        if needed > capacity:
+            raise AdapterTooLargeError(
+                f"adapter {entry.id!r} needs {needed} bytes; the whole adapter memory of this server has {capacity} "
+                "(--adapter-memory-mib)",
+                "adapter_id",
+            )
 
     async def _wait_for_release(self, weights: AdapterWeights, deadline: float) -> None:
         """Nothing can be evicted now: wait until some request ends. Raises BusyError when that takes too long."""
@@ -287,10 +252,3 @@ class AdapterStore:
     def _observe(self) -> None:
         self._metrics.resident_adapters.set(sum(entry.resident is not None for entry in self._entries.values()))
         self._metrics.adapter_free_bytes.set(self._banks.free_bytes)
-
-
-def _files_state(folder: Path) -> tuple[tuple[int, int], ...]:
-    """Size and modification time of an adapter's files: what tells that they were replaced."""
-    paths = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, QUIVER_FILE))
-    stats = (path.stat() for path in paths if path.is_file())
-    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)

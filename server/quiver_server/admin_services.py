@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 import grpc
 
 from quiver.v1 import adapters_pb2, adapters_pb2_grpc, model_pb2, model_pb2_grpc
-from quiver_server.adapter_store import AdapterStore, Entry, State
+from quiver_server.adapter_entry import Entry, State
+from quiver_server.adapter_store import AdapterStore
 from quiver_server.errors import RequestError
 from quiver_server.service import refuse
 

@@ -5,6 +5,7 @@ RequestError                 the request's own failure; nobody else notices
 ├── UnknownAdapterError      NOT_FOUND: no adapter has this id or revision
 ├── MalformedAdapterError    INVALID_ARGUMENT: the adapter's folder breaks a rule
 ├── OtherBaseError           FAILED_PRECONDITION: the adapter was made for another base
+├── AdapterTooLargeError     INVALID_ARGUMENT: the adapter is larger than the whole adapter memory
 ├── BusyError                RESOURCE_EXHAUSTED: the queue or the adapter memory is full; carries a retry hint
 ├── DrainingError            UNAVAILABLE: the server is stopping
 └── EngineFaultError         INTERNAL: a step of the engine failed
@@ -51,6 +52,13 @@ class OtherBaseError(RequestError):
 
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "OTHER_BASE"
+
+
+class AdapterTooLargeError(RequestError):
+    """The adapter is larger than the whole adapter memory."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "ADAPTER_TOO_LARGE"
 
 
 class BusyError(RequestError):

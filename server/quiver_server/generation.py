@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from quiver_peft.adapters.banks import BASE_SLOT
 from quiver_peft.tokenizer import Tokenizer
-from quiver_server.adapter_store import AdapterStore, Resident
+from quiver_server.adapter_entry import Resident
+from quiver_server.adapter_store import AdapterStore
 from quiver_server.engine import Delivery, Engine
 from quiver_server.errors import BusyError, DrainingError
 from quiver_server.metrics import Metrics

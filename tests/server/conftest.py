@@ -44,3 +44,11 @@ def client(llama: Bench) -> Iterator[Client]:
     """A connection to the Llama's server."""
     with llama.server.client() as client:
         yield client
+
+
+@pytest.fixture
+def still_serving(llama: Bench, client: Client) -> Iterator[None]:
+    """Whatever a test had refused, base and adapter answer exactly afterwards, and nothing is left running."""
+    yield
+    llama.check(client)
+    llama.check(client, "attention-r4")

@@ -170,6 +170,18 @@ def test_pinned_adapters_are_not_evicted(small: Bench) -> None:
         client.unload_adapter("large-1")
 
 
+def test_an_adapter_larger_than_the_memory_is_refused_and_nobody_evicted(small: Bench) -> None:
+    small.add("huge", rank=128, targets="all-linear")
+    with small.server.client() as client:
+        small.check(client, "large-1")
+        evictions = small.server.metric("quiver_adapter_evictions_total")
+        with pytest.raises(InvalidRequest, match=r"adapter 'huge' needs \d+ bytes; the whole adapter memory") as caught:
+            client.generate(PROMPT, adapter="huge")
+        assert caught.value.reason == "ADAPTER_TOO_LARGE"
+        assert client.get_adapter("large-1").state == "resident"
+        assert small.server.metric("quiver_adapter_evictions_total") == evictions
+
+
 def test_a_full_queue_refuses_at_once(small: Bench) -> None:
     with small.server.client() as client:
         stream = client.stream(PROMPT, **{**LONG, "n": 16, "temperature": 1.0, "seed": 1})

@@ -42,6 +42,11 @@ class AdapterBanks:
         self._next_slot = BASE_SLOT + 1
 
     @property
+    def capacity_bytes(self) -> int:
+        """Adapter memory in all."""
+        return self._arena.buffer.nbytes
+
+    @property
     def free_bytes(self) -> int:
         """Adapter memory not in use."""
         with self._lock:

@@ -48,7 +48,8 @@ def read_hf_lora(
     modules = module_targets(base)
     expected = [module for module in modules if _is_target(config, module)]
     if not expected:
-        raise AdapterError(
+        # Names that are there but unknown are another architecture's.
+        raise (BaseMismatchError if config.get("target_modules") else AdapterError)(
             f"adapter_config.json: target_modules {config.get('target_modules')!r} match no linear of this base "
             f"({base.config.family}: {', '.join(sorted({m.rpartition('.')[2] for m in modules}))})"
         )

@@ -153,7 +153,8 @@ def test_a_shape_that_does_not_fit_this_base(model: GPT, tmp_path: Path) -> None
 
 def test_an_adapter_for_another_architecture(model: GPT, gpt2_folder: Path, tmp_path: Path) -> None:
     hf_lora(gpt2_folder, tmp_path, targets=["c_attn"])
-    refused(model, tmp_path, "target_modules ['c_attn'] match no linear of this base (llama: down_proj, gate_proj")
+    fragment = "target_modules ['c_attn'] match no linear of this base (llama: down_proj, gate_proj"
+    refused(model, tmp_path, fragment, kind=BaseMismatchError)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 0.5, 0.999])

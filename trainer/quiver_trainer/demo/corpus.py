@@ -18,7 +18,7 @@ from quiver_trainer.demo.tickets import desk_grammar, shuffled
 
 DEFAULT_SEED = 2025
 DEFAULT_CHARACTERS = 22_000_000
-MAX_PYTHON_SHARE = 0.25  # of all characters
+MAX_PYTHON_SHARE = 0.12  # of all characters
 MAX_PYTHON_REPEATS = 2
 RECORD_SHARE = 0.12  # of the generated documents
 

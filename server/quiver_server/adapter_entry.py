@@ -1,0 +1,68 @@
+"""What the store knows of one adapter id: its folder, its state, the revision in memory."""
+
+import asyncio
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from quiver_peft.adapters.artifact import CONFIG_FILE, QUIVER_FILE, WEIGHTS_FILE
+from quiver_server.errors import RequestError
+
+ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+class State(Enum):
+    """Where an adapter is."""
+
+    REGISTERED = "registered"
+    LOADING = "loading"
+    RESIDENT = "resident"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class Resident:
+    """One revision of an adapter in memory. num_leases: requests that use it; a retired one goes when that is 0."""
+
+    id: str
+    revision: str
+    methods: tuple[str, ...]
+    slot: int
+    num_bytes: int
+    num_parameters: int
+    max_rank: int
+    num_leases: int = 0
+    retired: bool = False
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(eq=False)
+class Entry:
+    """What the store knows of one id. `seen`: the files' state at the last load, to notice a change."""
+
+    id: str
+    folder: Path
+    resident: Resident | None = None
+    loading: "asyncio.Task[Resident] | None" = None
+    failure: RequestError | None = None
+    seen: tuple[tuple[int, int], ...] = ()
+    pinned: bool = False
+    num_waiting: int = 0
+    last_used_seconds: float = 0.0
+
+    @property
+    def state(self) -> State:
+        """As the wire calls it."""
+        if self.resident is not None:
+            return State.RESIDENT
+        if self.loading is not None:
+            return State.LOADING
+        return State.REGISTERED if self.failure is None else State.FAILED
+
+
+def files_state(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Size and modification time of an adapter's files: what tells that they were replaced."""
+    paths = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, QUIVER_FILE))
+    stats = (path.stat() for path in paths if path.is_file())
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)

@@ -1,0 +1,79 @@
+"""The learning rate from step to step, what decays, and what a run prints where there is no terminal."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from quiver_trainer import OptimiserSection, ScheduleSection
+from quiver_trainer.optimiser import learning_rate, make_optimiser, set_learning_rate
+from quiver_trainer.progress import Progress, ValidationRecord, record_interval
+from quiver_trainer.report import Reporter
+
+
+def test_the_rate_rises_then_follows_half_a_cosine() -> None:
+    schedule = ScheduleSection(kind="cosine", warmup_fraction=0.1)
+    rates = [learning_rate(step, 100, 2.0, schedule) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.002
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+
+
+def test_a_constant_rate_is_constant() -> None:
+    schedule = ScheduleSection(kind="constant", warmup_fraction=0.0)
+    assert {learning_rate(step, 9, 3.0, schedule) for step in range(9)} == {3.0}
+
+
+def test_only_matrices_decay() -> None:
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimiser = make_optimiser([matrix, vector], OptimiserSection(weight_decay=0.5))
+    set_learning_rate(optimiser, 0.1)
+    for parameter in (matrix, vector):
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    assert matrix.tolist() == [[pytest.approx(0.95)] * 2] * 2
+    assert vector.tolist() == [1.0, 1.0]
+
+
+def test_progress_comes_back_from_json_bit_for_bit() -> None:
+    progress = Progress()
+    for i in range(7):
+        progress.add_step(0.1 * i + 1 / 3, 5, 40, 0.01)
+    progress.close_window(0.7, 1e-3, 2.0)
+    progress.add_step(1 / 7, 3, 20, 0.02)
+    progress.validation_records.append(ValidationRecord(7, 280, 1.0, 1 / 9, None))
+    assert Progress.from_json(progress.to_json()) == progress
+
+
+def test_a_window_averages_over_completion_tokens() -> None:
+    progress = Progress()
+    progress.add_step(1.0, 10, 50, 0.5)
+    progress.add_step(4.0, 30, 70, 0.5)
+    record = progress.close_window(0.5, 1e-3, 1.0)
+    assert record.train_loss == pytest.approx(130 / 40)
+    assert record.tokens_per_second == pytest.approx(120)
+    assert (record.step, record.tokens) == (2, 120)
+
+
+def test_a_long_run_leaves_about_two_hundred_records() -> None:
+    assert [record_interval(n) for n in (1, 199, 400, 10_000)] == [1, 1, 2, 50]
+
+
+def test_a_pipe_gets_about_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter()
+    with reporter.training(0, 200):
+        for step in range(1, 201):
+            reporter.step(step, 0.5, 100, 0.1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "step 20/200  loss 0.500  1,000 tokens/s  18 s left"
+
+
+def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(quiet=True)
+    reporter.note("a note")
+    reporter.warn("left out 3 rows")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "warning: left out 3 rows" in printed.err
