@@ -8,7 +8,8 @@ import torch
 from quiver_trainer.batches import BatchLimits, by_length, collate, cut, plan_epoch
 from quiver_trainer.data import Row, Sample
 
-LENGTHS = [random.Random(5).randint(2, 60) for _ in range(333)]
+_GENERATOR = random.Random(5)
+LENGTHS = [_GENERATOR.randint(2, 60) for _ in range(333)]
 
 
 def sample(prompt: int, answer: int, first: int = 10) -> Sample:

@@ -102,7 +102,7 @@ BAD_OVERRIDES: list[tuple[str, str]] = [
     ("seed=x", r"'seed=x': seed: should be a valid integer, not \"x\""),
     ("sead=1", r"'sead=1': sead is not a known key"),
     ("base.name=1", r"'base.name=1': base holds no keys"),
-    ("adapter.5.x=1", r"'adapter.5.x=1': adapter.5 is not a known key"),
+    ("adapter.5.x=1", r"recipe.yaml:3: adapter.5 is not a known key"),
     ("seed=[", r"'seed=\[':1: not valid YAML"),
 ]
 

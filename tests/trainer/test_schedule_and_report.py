@@ -17,7 +17,7 @@ def test_the_rate_rises_then_follows_half_a_cosine() -> None:
     rates = [learning_rate(step, 100, 2.0, schedule) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.002
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_a_constant_rate_is_constant() -> None:

@@ -84,7 +84,7 @@ def test_a_bad_row_is_named_with_file_and_line(recipe: Path, tmp_path: Path) -> 
 
 def test_a_base_that_is_none_is_named(recipe: Path, tmp_path: Path) -> None:
     result = quiver("train", recipe, f"base={tmp_path}", code=2)
-    assert str(tmp_path) in result.stderr and "config.json" in result.stderr
+    assert str(tmp_path) in result.stderr and "no model.safetensors" in result.stderr
 
 
 def test_a_failed_run_exits_with_1(recipe: Path) -> None:

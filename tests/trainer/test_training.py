@@ -46,7 +46,7 @@ def test_an_adapter_learns_its_rows_by_heart_and_the_base_stays(make_config: Mak
     before = digest(model)
     record = Trainer(config).fit(model).record
     assert digest(model) == before
-    assert record["train_loss"] < 0.05 < record["validation_loss_at_start"]
+    assert record["train_loss"] < 0.3 < 3.0 < record["validation_loss_at_start"]
     assert (record["exact_match_at_start"], record["exact_match"]) == (0.0, 1.0)
     answers = Trainer(config).predict(model, [prompt for prompt, _ in ROWS], max_new_tokens=16)
     assert [answer.strip() for answer in answers] == [answer for _, answer in ROWS]

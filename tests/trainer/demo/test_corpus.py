@@ -38,7 +38,7 @@ def test_no_document_answers_a_task(documents: list[str]) -> None:
         task(ticket) for ticket in islice(tickets(Random(2)), 500) for name, task in TASKS.items() if name != "reply"
     }
     for document in documents:
-        assert not re.search(r'\{"order": "[^"]*", "product"', document)
+        assert not re.search(r"order: Q-\d{5}, product: ", document)
         for match in re.finditer(r"\nAnswer: ?([^\n]*)", document):
             assert match[1] not in answers
             assert "Larkfield" not in match[1] or "Dear " not in match[1]

@@ -75,7 +75,7 @@ def test_only_held_out_tickets_name_what_training_never_shows(splits: dict[str, 
 
     assert not any(hits(ticket) for split in ("train", "validation") for ticket in splits[split])
     share = sum(hits(ticket) for ticket in splits["held_out"]) / SIZES["held_out"]
-    assert 0.3 < share < 0.85
+    assert 0 < share < 0.2
 
 
 def test_a_ticket_says_what_its_answers_need(splits: dict[str, list[Ticket]]) -> None:
@@ -90,7 +90,7 @@ def test_a_ticket_says_what_its_answers_need(splits: dict[str, list[Ticket]]) ->
 def test_answers_follow_from_the_ticket(splits: dict[str, list[Ticket]]) -> None:
     for ticket in splits["held_out"]:
         assert TASKS["routing"](ticket) == TEAMS[ticket.kind]
-        assert json.loads(TASKS["extract"](ticket)) == {"order": ticket.order, "product": ticket.product}
+        assert TASKS["extract"](ticket) == f"order: {ticket.order}, product: {ticket.product}"
         assert TASKS["sentiment"](ticket) == ticket.tone
         reply = TASKS["reply"](ticket)
         assert reply.startswith(f"Dear {ticket.first_name}, {OPENINGS[ticket.tone]} ")

@@ -31,6 +31,11 @@ TASKS = (*EARLY_TASKS, LATE_TASK)
 MAX_NEW_TOKENS = 64
 CONCURRENCY = 32
 
+NEXT = r"""  make serve                                   leave the server running; then, in another terminal,
+  .venv/bin/quiver adapters list               who is in memory, and how large
+  .venv/bin/quiver generate --adapter routing $'Ticket from Ann Lee\nMy parcel has not come, order Q-12345.\nAnswer:'
+  .venv/bin/quiver train --help                train your own"""
+
 console = Console()
 
 
@@ -145,11 +150,8 @@ def main(
     folders = train_all(work)
     with running_server(work, base) as address:
         asyncio.run(tell(work, address, folders[LATE_TASK], held_out))
-    console.print(f"\nThe whole demo took {time.monotonic() - started:.0f} s. What to try next:")
-    console.print("  make serve                                              leave the server running")
-    console.print("  .venv/bin/quiver generate --adapter routing 'Ticket from Ann Lee\\n...\\nAnswer:'")
-    console.print("  .venv/bin/quiver adapters list                          who is in memory, and how large")
-    console.print("  .venv/bin/quiver train --help                           train your own")
+    seconds = time.monotonic() - started
+    console.print(f"\nThe whole demo took {seconds:.0f} s. What to try next:\n{NEXT}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
