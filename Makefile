@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml
 
 setup: $(VENV)/.ready  ## Make .venv with everything in it (about two minutes, mostly downloads).
 
-demo: setup  ## Train four adapters, serve them mixed, watch (about five minutes; the second time seconds).
+demo: setup  ## Train four adapters, serve them mixed, watch (about four minutes; the second time half a minute).
 	$(BIN)/python -m quiver_trainer.demo.story
 
 serve: setup  ## Leave a server with the demo's adapters running on port 50051 (run `make demo` first).

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from quiver import AsyncClient, Client
+from quiver_peft.adapters.folders import replace_folder
 from quiver_trainer.demo.desk import write_dataset
 from quiver_trainer.demo.rows import Row, held_out_rows
 from quiver_trainer.demo.tables import accuracy_table, answers_table
@@ -46,10 +47,6 @@ def train_all(work: Path) -> dict[str, Path]:
         (work / "data.new").rename(work / "data")
     folders = {task: work / ("adapters" if task in EARLY_TASKS else "late") / task for task in TASKS}
     for task, folder in folders.items():
-        joined_before = work / "adapters" / task
-        if joined_before.is_dir() and not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            joined_before.rename(folder)
         console.rule(f"[bold]{task}[/]: quiver train {HERE}/configs/{task}.yaml")
         overrides = [f"output={folder}"]
         overrides += [f"data.{split}={work}/data/{task}/{split}.jsonl" for split in ("train", "validation")]
@@ -116,8 +113,7 @@ async def tell(work: Path, address: str, late: Path, num_held_out: int) -> None:
         console.rule("the same tickets to the base and to three adapters, in one batch")
         first = asyncio.create_task(desk.ask_all(rows[:3] * 4, ["", *EARLY_TASKS]))
         await asyncio.sleep(0.5)
-        shutil.copytree(late, work / "adapters" / f".{LATE_TASK}")
-        (work / "adapters" / f".{LATE_TASK}").rename(work / "adapters" / LATE_TASK)
+        replace_folder(work / "adapters" / LATE_TASK, {path.name: path.read_bytes() for path in late.iterdir()})
         joined = time.monotonic()
         hot = await desk.ask_all(rows[:3], [LATE_TASK])
         seconds = time.monotonic() - joined
@@ -148,6 +144,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     folders = train_all(work)
+    shutil.rmtree(work / "adapters" / LATE_TASK, ignore_errors=True)  # of an earlier demo: it joins anew
     with running_server(work, base) as address:
         asyncio.run(tell(work, address, folders[LATE_TASK], held_out))
     seconds = time.monotonic() - started
