@@ -128,7 +128,7 @@ def hf_lora(
         task_type="CAUSAL_LM",
         **settings,
     )
-    with _their_deprecations():
+    with their_deprecations():
         model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     generator = torch.Generator().manual_seed(seed + 1000)
@@ -149,7 +149,7 @@ def hf_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
 def hf_peft(model_folder: str | Path, adapter_folder: str | Path) -> PeftModel:
     """An adapter folder on its base as Hugging Face PEFT loads it, in evaluation mode."""
     base = hf_model(model_folder)
-    with _their_deprecations():
+    with their_deprecations():
         return PeftModel.from_pretrained(base, str(adapter_folder)).eval()
 
 
@@ -215,7 +215,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 @contextmanager
-def _their_deprecations() -> Generator[None]:
+def their_deprecations() -> Generator[None]:
     """PEFT calls what transformers deprecates: not ours to mend, and warnings are errors here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -1,6 +1,10 @@
 """What a base and an adapter are: GPT and (later) T5, the adapter methods, the artefact on disk. Pure torch."""
 
+from quiver_peft.adapters.bottleneck import CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.ia3 import IA3PEFTConfig
 from quiver_peft.adapters.lora import LoraPEFTConfig
+from quiver_peft.adapters.prefix import PrefixPEFTConfig
+from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.errors import AdapterError, BaseMismatchError, CheckpointError, QuiverError
 from quiver_peft.model import GPT
 
@@ -8,7 +12,12 @@ __all__ = [
     "GPT",
     "AdapterError",
     "BaseMismatchError",
+    "CanonicalAdaptersPEFTConfig",
     "CheckpointError",
+    "IA3PEFTConfig",
     "LoraPEFTConfig",
+    "PrefixPEFTConfig",
+    "PromptTuningPEFTConfig",
+    "PtuningPEFTConfig",
     "QuiverError",
 ]

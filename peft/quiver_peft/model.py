@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quiver_peft.adapters.adapter import Adapter, PEFTConfig
+from quiver_peft.adapters.adapter import Adapter
 from quiver_peft.adapters.artifact import read_adapter, save_adapter
+from quiver_peft.adapters.configs import PEFTConfig
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
 from quiver_peft.errors import AdapterError
@@ -37,8 +39,15 @@ class GPT(nn.Module):
         """The adapter, or the identity."""
         return NO_ADAPTERS if self.adapter is None else self.adapter
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that the adapter takes before every sequence."""
+        return 0 if self.adapter is None else self.adapter.num_virtual_tokens
+
     def add_adapter(self, configs: PEFTConfig | Sequence[PEFTConfig]) -> None:
-        """Freeze the base and add a new adapter of one or several methods. The model's answers do not change yet.
+        """Freeze the base and add a new adapter of one or several methods.
+
+        The model's answers do not change yet, soft prompts excepted.
 
         Raises AdapterError when there is an adapter already or a configuration does not fit the base.
         """
@@ -51,7 +60,7 @@ class GPT(nn.Module):
 
         Raises AdapterError or BaseMismatchError; the model is then as it was.
         """
-        self._set(read_adapter(folder, self.base).to_module())
+        self._set(Adapter.from_weights(self.base, read_adapter(folder, self.base)))
 
     def _set(self, adapter: Adapter) -> None:
         self.base.requires_grad_(False)
@@ -99,5 +108,9 @@ class GPT(nn.Module):
         return self.base.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Final hidden states, for callers that need logits of a few rows only. tokens: [B, S] -> [B, S, D]."""
-        return self.base(tokens, seam=self.seam)
+        """Final hidden states, for callers that need logits of a few rows only. tokens: [B, S] -> [B, S, D].
+
+        An adapter's virtual tokens stand before every row; their own states are left out.
+        """
+        num_virtual = self.num_virtual_tokens
+        return self.base(F.pad(tokens, (num_virtual, 0)), seam=self.seam)[:, num_virtual:]

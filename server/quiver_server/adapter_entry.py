@@ -32,6 +32,7 @@ class Resident:
     num_bytes: int
     num_parameters: int
     max_rank: int
+    num_virtual_tokens: int
     num_leases: int = 0
     retired: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from quiver_peft.adapters.artifact import CONFIG_FILE, AdapterWeights
+from quiver_peft.adapters.artifact import CONFIG_FILE
 from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
+from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.errors import AdapterError, BaseMismatchError
 from quiver_server.adapter_entry import ADAPTER_ID, Entry, Resident, State, files_state
 from quiver_server.errors import (
@@ -196,8 +197,9 @@ class AdapterStore:
             weights.methods,
             slot,
             self._banks.num_bytes(weights),
-            num_parameters=sum(item.a.numel() + item.b.numel() for item in weights.lora),
-            max_rank=max(item.a.shape[0] for item in weights.lora),
+            num_parameters=weights.num_parameters,
+            max_rank=weights.max_rank,
+            num_virtual_tokens=weights.num_virtual_tokens,
         )
 
     def _check_size(self, entry: Entry, weights: AdapterWeights) -> None:

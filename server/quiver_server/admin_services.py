@@ -46,6 +46,7 @@ def adapter_message(entry: Entry) -> adapters_pb2.Adapter:
         message.device_bytes = resident.num_bytes
         message.parameters = resident.num_parameters
         message.rank = resident.max_rank
+        message.virtual_tokens = resident.num_virtual_tokens
         message.running = resident.num_leases
     return message
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.banks import RowGroup
+from quiver_peft.adapters.bank_seam import RowGroup, VirtualRows
 from quiver_peft.base.paged import PagedLayout
 from quiver_server.scheduler import ScheduledChunk
 
@@ -16,6 +16,7 @@ class StepBatch:
     """What the model is given in one step.
 
     tokens, positions: [T] int64. layout: where their keys and values lie. groups: rows of one adapter each.
+    virtual: rows that hold an adapter's virtual tokens.
     logit_rows: [R] int64, rows of the batch; `logit_counts` says how many of them each chunk has, in order.
     """
 
@@ -23,6 +24,7 @@ class StepBatch:
     positions: Tensor
     layout: PagedLayout
     groups: list[RowGroup]
+    virtual: list[VirtualRows]
     logit_rows: Tensor
     logit_counts: list[int]
 
@@ -32,6 +34,7 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
     tokens: list[int] = []
     positions: list[int] = []
     groups: list[RowGroup] = []
+    virtual: list[VirtualRows] = []
     logit_rows: list[int] = []
     logit_counts: list[int] = []
     for chunk in chunks:
@@ -44,6 +47,9 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
             groups[-1] = groups[-1]._replace(end=len(tokens))
         else:
             groups.append(RowGroup(sequence.slot, first_row, len(tokens)))
+        if start < sequence.num_virtual_tokens:
+            num_virtual = min(end, sequence.num_virtual_tokens) - start
+            virtual.append(VirtualRows(sequence.slot, first_row, first_row + num_virtual, start))
         wanted = _wanted_rows(chunk)
         logit_rows += range(len(tokens) - wanted, len(tokens))
         logit_counts.append(wanted)
@@ -59,6 +65,7 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
         torch.tensor(positions, device=device),
         layout,
         groups,
+        virtual,
         torch.tensor(logit_rows, dtype=torch.int64, device=device),
         logit_counts,
     )
@@ -67,7 +74,7 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
 def _wanted_rows(chunk: ScheduledChunk) -> int:
     """How many of a chunk's last rows need logits: all for prompt log-probabilities, else only the one to draw from."""
     sequence = chunk.sequence
-    still_in_prompt = sequence.num_cached_tokens < len(sequence.prompt)
+    still_in_prompt = sequence.num_cached_tokens < sequence.num_prompt_positions
     if sequence.params.prompt_logprobs and not sequence.generated and still_in_prompt:
         return chunk.num_new_tokens
     return 1 if chunk.completes else 0

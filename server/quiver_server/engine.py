@@ -151,12 +151,19 @@ class Engine:
 
 
 def _note_prompt_logprobs(chunk: ScheduledChunk, logits: Tensor) -> None:
-    """logits: [rows of this chunk that were wanted, V]. Row i of the prompt tells how likely token i + 1 was."""
+    """logits: [rows of this chunk that were wanted, V]. Row i of the prompt tells how likely token i + 1 was.
+
+    The first token of a prompt has none, virtual tokens before it or not.
+    """
     sequence = chunk.sequence
     if not sequence.params.prompt_logprobs or sequence.generated:
         return
-    first = sequence.num_cached_tokens + 1
-    following = sequence.prompt[first : first + chunk.num_new_tokens]
+    end = sequence.num_cached_tokens + chunk.num_new_tokens + 1 - sequence.num_virtual_tokens
+    first = max(end - chunk.num_new_tokens, 1)
+    following = sequence.prompt[first : max(end, first)]
+    if not following:
+        return
+    logits = logits[first - (end - chunk.num_new_tokens) :]
     # A sequence that stepped back is computed again: what is known already is not noted twice.
     known: list[TokenLogprob] = sequence.prompt_logprobs[: first - 1]
     num_top = sequence.params.num_top_logprobs or 0

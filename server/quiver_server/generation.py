@@ -3,14 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quiver_peft.adapters.banks import BASE_SLOT
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapter_entry import Resident
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.engine import Delivery, Engine
-from quiver_server.errors import BusyError, DrainingError
+from quiver_server.errors import BusyError, DrainingError, InvalidRequestError
 from quiver_server.metrics import Metrics
 from quiver_server.request import FinishReason, Sequence, TokenEvent, TokenLogprob
 from quiver_server.text_stream import TextStream
@@ -64,6 +64,11 @@ class Session:
         self.last_token_seconds: float | None = None
         self.num_generated_tokens = 0
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Rows that the adapter puts before the prompt."""
+        return 0 if self.adapter is None else self.adapter.num_virtual_tokens
+
     def note_token(self, metrics: Metrics) -> None:
         """A token arrived now."""
         now = time.monotonic()
@@ -80,13 +85,21 @@ class Generator:
     """Admits requests and runs them on the engine. Lives in the event loop."""
 
     def __init__(
-        self, engine: Engine, store: AdapterStore, tokenizer: Tokenizer, metrics: Metrics, max_open: int
+        self,
+        engine: Engine,
+        store: AdapterStore,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        max_open: int,
+        context_length: int,
     ) -> None:
         self._engine = engine
         self._store = store
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._max_open = max_open
+        self._context_length = context_length
         self._num_open = 0
         self._closing: set[asyncio.Task[None]] = set()
         self.draining = False
@@ -109,6 +122,7 @@ class Generator:
         try:
             if asked.adapter_id:
                 session.adapter = await self._store.acquire(asked.adapter_id)
+                self._check_room(session)
             queue: asyncio.Queue[tuple[Candidate, TokenEvent]] = asyncio.Queue()
             candidates += [self._submit(session, index, queue) for index in range(asked.num_candidates)]
             while not all(candidate.ended for candidate in candidates):
@@ -127,6 +141,17 @@ class Generator:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
+    def _check_room(self, session: Session) -> None:
+        """Virtual tokens take positions too, which is known only now that the adapter is."""
+        num_virtual, num_prompt = session.num_virtual_tokens, len(session.asked.prompt)
+        if num_virtual + num_prompt >= self._context_length:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt} tokens; with the {num_virtual} virtual tokens of adapter "
+                f"{session.asked.adapter_id!r} and at least one generated token it must fit into the context of "
+                f"{self._context_length}",
+                "prompt",
+            )
+
     def _submit(self, session: Session, index: int, queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]") -> Candidate:
         asked = session.asked
 
@@ -141,7 +166,9 @@ class Generator:
                 session.started_seconds = time.monotonic()
 
         slot = BASE_SLOT if session.adapter is None else session.adapter.slot
-        sequence = Sequence(asked.prompt, asked.params, index, emit, slot, on_started)
+        room = self._context_length - session.num_virtual_tokens - len(asked.prompt)
+        params = replace(asked.params, max_new_tokens=min(asked.params.max_new_tokens, room))
+        sequence = Sequence(asked.prompt, params, index, emit, slot, session.num_virtual_tokens, on_started)
         text = TextStream(self._tokenizer, asked.stop_strings, asked.include_stop_string, asked.params.min_new_tokens)
         candidate = Candidate(sequence, text, asyncio.Event())
         self._engine.submit(sequence)

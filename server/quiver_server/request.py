@@ -83,8 +83,9 @@ class TokenEvent:
 class Sequence:
     """One candidate on its way through the engine.
 
-    Set by the service: prompt, params, index (which candidate), slot (of its adapter), emit (called once for each
-    event, in the service's thread). The rest belongs to the engine's thread.
+    Set by the service: prompt, params, index (which candidate), slot (of its adapter), num_virtual_tokens (that this
+    adapter puts before the prompt), emit (called once for each event, in the service's thread). The rest belongs to
+    the engine's thread.
     """
 
     prompt: list[int]
@@ -92,6 +93,7 @@ class Sequence:
     index: int
     emit: Callable[[TokenEvent], None]
     slot: int = BASE_SLOT
+    num_virtual_tokens: int = 0
     on_started: Callable[[], None] = lambda: None
 
     generated: list[int] = field(default_factory=list[int])
@@ -102,10 +104,17 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and generated so far."""
-        return len(self.prompt) + len(self.generated)
+        """Positions taken so far: virtual tokens, prompt, generated."""
+        return self.num_virtual_tokens + len(self.prompt) + len(self.generated)
+
+    @property
+    def num_prompt_positions(self) -> int:
+        """Positions before the first generated token."""
+        return self.num_virtual_tokens + len(self.prompt)
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Tokens [start, end) of prompt and answer together."""
+        """Tokens at positions [start, end); a virtual token has the placeholder 0."""
+        virtual = [0] * (min(end, self.num_virtual_tokens) - min(start, self.num_virtual_tokens))
+        start, end = max(start - self.num_virtual_tokens, 0), max(end - self.num_virtual_tokens, 0)
         split = len(self.prompt)
-        return self.prompt[start:end] + self.generated[max(start - split, 0) : max(end - split, 0)]
+        return virtual + self.prompt[start:end] + self.generated[max(start - split, 0) : max(end - split, 0)]

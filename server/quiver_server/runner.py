@@ -21,5 +21,6 @@ class Runner:
     def run(self, batch: StepBatch) -> Tensor:
         """Logits of the wanted rows, [R, V]; keys and values of all rows are in the cache afterwards."""
         attend = PagedAttention(self._kv, batch.layout)
-        hidden = self._base(batch.tokens, batch.positions, attend, self._banks.seam(batch.groups))
+        seam = self._banks.seam(batch.groups, batch.virtual)
+        hidden = self._base(batch.tokens, batch.positions, attend, seam)
         return self._base.logits(hidden[batch.logit_rows])

@@ -24,6 +24,7 @@ from quiver.v1 import (
 )
 from quiver_peft.adapters.artifact import read_adapter
 from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.configs import METHOD_ORDER
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.errors import QuiverError
@@ -125,12 +126,19 @@ def _build(config: ServerConfig, base: GPTBase, tokenizer: Tokenizer) -> Parts:
     )
     read = partial(read_adapter, base=base, tokenizer_digest=tokenizer.digest)
     store = AdapterStore(config.adapters, banks, read, metrics)
-    generator = Generator(engine, store, tokenizer, metrics, config.max_running + config.max_waiting)
     limits = Limits(
         vocab_size=base.config.vocab_size,
         context_length=min(base.config.max_positions, num_blocks * BLOCK_TOKENS),
         default_max_new_tokens=config.default_max_new_tokens,
         eos_ids=frozenset(base.config.eos_token_ids),
+    )
+    generator = Generator(
+        engine,
+        store,
+        tokenizer,
+        metrics,
+        max_open=config.max_running + config.max_waiting,
+        context_length=limits.context_length,
     )
     return Parts(base, tokenizer, kv, engine, store, generator, limits, metrics)
 
@@ -147,7 +155,7 @@ def _describe(config: ServerConfig, parts: Parts) -> model_pb2.GetModelResponse:
         fingerprint=parts.base.fingerprint,
         parameters=sum(parameter.numel() for parameter in parts.base.parameters()),
         kv_capacity_tokens=parts.kv.num_blocks * BLOCK_TOKENS,
-        adapter_methods=["lora"],
+        adapter_methods=METHOD_ORDER,
         server_version=version("quiver"),
         default_max_new_tokens=config.default_max_new_tokens,
     )

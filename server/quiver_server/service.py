@@ -157,6 +157,7 @@ def _summarise(
 ) -> None:
     """What it took."""
     message.usage.prompt_tokens = len(session.asked.prompt)
+    message.usage.virtual_tokens = session.num_virtual_tokens
     message.usage.generated_tokens = session.num_generated_tokens
     arrival = session.arrival_seconds
     message.timing.queue_seconds = (session.started_seconds or arrival) - arrival

@@ -54,8 +54,9 @@ def test_with_an_adapter(family: str, targets: str | list[str], model_folders: d
     model = GPT.from_pretrained(model_folders[family])
     bare = greedy_decode(model.base, PROMPTS, max_new_tokens=NEW, stop_ids=NO_STOP)
     model.load_adapters(tmp_path)
-    model.freeze()
-    found = greedy_decode(model.base, PROMPTS, max_new_tokens=NEW, stop_ids=NO_STOP, seam=model.seam, max_rows=5)
+    assert model.adapter is not None
+    weights = model.adapter.weights(model.base)
+    found = greedy_decode(model.base, PROMPTS, max_new_tokens=NEW, stop_ids=NO_STOP, weights=weights, max_rows=5)
     assert found == [hf_greedy(adapted, prompt, NEW, [10_000]) for prompt in PROMPTS]
     assert all(with_it != without for with_it, without in zip(found, bare, strict=True))
 

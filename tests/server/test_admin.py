@@ -13,6 +13,7 @@ from server.bench import LLAMA_ADAPTERS, Bench
 from tiny import MAX_POSITIONS, VOCAB_SIZE
 
 from quiver import Client
+from quiver_peft.adapters.configs import METHOD_ORDER
 from quiver_peft.tokenizer import Tokenizer
 
 SERVICES = ["quiver.v1.GenerationService", "quiver.v1.AdapterService", "quiver.v1.ModelService"]
@@ -44,7 +45,7 @@ def test_get_model(llama: Bench, client: Client) -> None:
     model = client.get_model()
     assert (model.name, model.architecture) == (llama.base.name, "llama")
     assert (model.vocab_size, model.context_length) == (VOCAB_SIZE, MAX_POSITIONS)
-    assert (model.dtype, model.adapter_methods, model.default_max_new_tokens) == ("float32", ("lora",), 128)
+    assert (model.dtype, model.adapter_methods, model.default_max_new_tokens) == ("float32", METHOD_ORDER, 128)
     assert model.parameters == sum(parameter.numel() for parameter in llama.oracles[""].parameters())
     assert model.kv_capacity_tokens >= model.context_length
     assert len(model.fingerprint) >= 12

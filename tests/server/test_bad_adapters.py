@@ -123,7 +123,7 @@ def _other_rank(folder: Path) -> None:
 
 
 def _other_method(folder: Path) -> None:
-    edit_json(folder / CONFIG, peft_type="IA3")
+    edit_json(folder / CONFIG, peft_type="LOHA")
 
 
 def _dora(folder: Path) -> None:
@@ -142,8 +142,8 @@ def _dora(folder: Path) -> None:
         (_spoil_value, "holds a value that is not finite"),
         (_break_json, f"{CONFIG}: not valid JSON"),
         (_other_rank, "do not fit rank 5"),
-        (_other_method, "peft_type 'IA3' is not supported; known: LORA"),
-        (_dora, "use_dora = True is not supported (it would change the result)"),
+        (_other_method, "peft_type 'LOHA' is not supported; known: LORA"),
+        (_dora, "is missing; use_dora is set"),
     ],
 )
 def test_damaged_adapter(llama: Bench, client: Client, damage: Callable[[Path], None], fragment: str) -> None:

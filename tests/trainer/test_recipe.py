@@ -6,6 +6,7 @@ import pytest
 
 from quiver_trainer import ConfigError
 from quiver_trainer.describe import list_settings, to_recipe
+from quiver_trainer.method_config import LoraSection
 from quiver_trainer.recipe import load_recipe
 
 RECIPE = """\
@@ -49,7 +50,7 @@ def test_overrides_reach_every_depth(path: Path) -> None:
     config = load_recipe(path, [*overrides, "evaluation.interval_steps=null", "schedule.kind=constant"])
     assert config.seed == 7
     assert config.optimiser.learning_rate == 2e-4
-    assert config.adapter is not None
+    assert config.adapter is not None and isinstance(config.adapter[0], LoraSection)
     assert (config.adapter[0].adapter_dim, config.adapter[0].target_modules) == (9, ("mlp", "all"))
     assert config.schedule.kind == "constant"
 
@@ -57,7 +58,8 @@ def test_overrides_reach_every_depth(path: Path) -> None:
 def test_a_list_of_methods_is_reached_by_position(tmp_path: Path) -> None:
     text = RECIPE.replace("adapter:\n  method: lora\n  adapter_dim: 4\n", "adapter:\n  - {method: lora}\n")
     config = load_recipe(write(tmp_path, text), ["adapter.0.adapter_dim=3"])
-    assert config.adapter is not None and config.adapter[0].adapter_dim == 3
+    assert config.adapter is not None and isinstance(config.adapter[0], LoraSection)
+    assert config.adapter[0].adapter_dim == 3
 
 
 def test_null_means_full_fine_tuning(path: Path) -> None:
@@ -69,7 +71,9 @@ REFUSED: list[tuple[str, str, str]] = [
     ("adapter_dim: 4", "adapter_dim: 0", r"recipe.yaml:5: adapter.adapter_dim: should be greater than or equal to 1"),
     ("adapter_dim: 4", "adapter_dim: '4'", r"recipe.yaml:5: adapter.adapter_dim: should be a valid integer, not \"4\""),
     ("adapter_dim: 4", "alpha: -1", r"recipe.yaml:3: adapter: LoRA: alpha must be above 0, not -1"),
-    ("method: lora", "method: lara", r"recipe.yaml:4: adapter.method: should be 'lora', not \"lara\""),
+    ("method: lora", "method: lara", r"recipe.yaml:4: adapter.method: should be one of lora, ia3, .*, not \"lara\""),
+    ("  method: lora\n", "", r"recipe.yaml:3: adapter.method is required"),
+    ("method: lora", "method: ia3", r"recipe.yaml:5: adapter.adapter_dim is not a known key"),
     ("  train: train.jsonl", "  validation: v.jsonl", r"recipe.yaml:6: data.train is required"),
     ("base: models/base\n", "", r"recipe.yaml: base is required"),
     ("output: adapters/routing", "output: adapters/ro uting", r"recipe.yaml:2: output: the folder's name must match"),

@@ -4,66 +4,12 @@ import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from quiver_peft.adapters.adapter import PEFTConfig
-from quiver_peft.adapters.lora import LoraPEFTConfig
-from quiver_peft.errors import AdapterError
+from quiver_trainer.method_config import AnyMethodSection, Section
 
 DEFAULT_BATCH_TOKENS = 4096
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LORA = LoraPEFTConfig()
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown keys are errors: a misspelt one must never be ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LoraSection(Section):
-    """The LoRA of an adapter: `LoraPEFTConfig`, whose defaults these are."""
-
-    method: Literal["lora"] = Field(description="which method: lora")
-    adapter_dim: int = Field(default=_LORA.adapter_dim, ge=1, description="the rank")
-    alpha: float | None = Field(
-        default=_LORA.alpha, description="scale numerator; null: as adapter_dim, which is scale 1"
-    )
-    adapter_dropout: float = Field(default=_LORA.adapter_dropout, ge=0, lt=1, description="dropout rate while training")
-    dropout_position: Literal["pre", "post"] = Field(
-        default=_LORA.dropout_position, description="dropout on the input (pre) or on the low-rank product (post)"
-    )
-    target_modules: str | tuple[str, ...] = Field(
-        default=tuple(_LORA.target_modules),
-        description="places: attention_qkv, attention_dense, mlp_fc1, mlp_fc2, attention, mlp, all; "
-        "or module names of the base's checkpoint",
-    )
-    variant: Literal["nemo", "canonical"] = Field(
-        default=_LORA.variant,
-        description="one low-rank input for query, key and value together (nemo) or one each (canonical)",
-    )
-    column_init_method: Literal["xavier", "normal", "kaiming"] = Field(
-        default=_LORA.column_init_method, description="how the first factor starts; the second starts at zero"
-    )
-    use_rslora: bool = Field(default=_LORA.use_rslora, description="divide alpha by the square root of the rank")
-    rank_pattern: dict[str, int] = Field(
-        default=_LORA.rank_pattern, description="{end of a module name: its own rank}; regular expressions"
-    )
-    alpha_pattern: dict[str, float] = Field(
-        default=_LORA.alpha_pattern, description="{end of a module name: its own alpha}; regular expressions"
-    )
-
-    def to_peft(self) -> PEFTConfig:
-        """The configuration that `add_adapter` takes. Raises AdapterError."""
-        return LoraPEFTConfig(**self.model_dump(exclude={"method"}))
-
-    @model_validator(mode="after")
-    def _holds_together(self) -> Self:
-        try:
-            self.to_peft()
-        except AdapterError as error:
-            raise ValueError(str(error)) from None
-        return self
 
 
 class DataSection(Section):
@@ -137,7 +83,7 @@ class TrainConfig(Section):
 
     base: Path = Field(description="Hugging Face folder of the base model")
     output: Path = Field(description="folder to write; its name is the adapter's id when it is served")
-    adapter: tuple[LoraSection, ...] | None = Field(
+    adapter: tuple[AnyMethodSection, ...] | None = Field(
         default=None,
         description="the method to train, or a list of them; null: fine-tune the whole base. A recipe must say which",
     )
@@ -166,7 +112,7 @@ class TrainConfig(Section):
 
     @field_validator("adapter")
     @classmethod
-    def _at_least_one(cls, value: tuple[LoraSection, ...] | None) -> tuple[LoraSection, ...] | None:
+    def _at_least_one(cls, value: tuple[AnyMethodSection, ...] | None) -> tuple[AnyMethodSection, ...] | None:
         if value == ():
             raise ValueError("an empty list trains nothing; write null to fine-tune the whole base")
         return value

@@ -8,7 +8,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from quiver_trainer.config import LoraSection, TrainConfig
+from quiver_trainer.config import TrainConfig
+from quiver_trainer.method_config import METHOD_SECTIONS
 
 _WIDTH = 110
 
@@ -72,9 +73,10 @@ def _walk(section: type[BaseModel], depth: int = 0) -> Iterator[_Setting]:
 
 
 def _method_settings() -> Iterator[_Setting]:
-    heading = FieldInfo(description="the keys of an adapter with method: lora")
-    yield _Setting(0, "adapter (lora)", heading, LoraSection)
-    yield from _walk(LoraSection, 1)
+    for method, section in METHOD_SECTIONS.items():
+        heading = FieldInfo(description=f"the keys of an adapter with method: {method}")
+        yield _Setting(0, f"adapter ({method})", heading, section)
+        yield from _walk(section, 1)
 
 
 def _inline(value: Any) -> str:

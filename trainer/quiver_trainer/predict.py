@@ -20,7 +20,8 @@ def predict_tokens(
     Dropout is off meanwhile. on_finished: called with the number of new tokens whenever one is done.
     Raises DataError for a prompt that fills the context.
     """
-    max_positions = model.base.config.max_positions
+    max_positions = model.base.config.max_positions - model.num_virtual_tokens
+    weights = None if model.adapter is None else model.adapter.weights(model.base)
     # Rows with little room left are decoded apart, each with its own limit.
     by_room: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -38,7 +39,7 @@ def predict_tokens(
                 [prompts[i] for i in rows],
                 max_new_tokens=room,
                 stop_ids=model.base.config.eos_token_ids,
-                seam=model.seam,
+                weights=weights,
                 on_finished=on_finished,
             )
             for i, answer in zip(rows, decoded, strict=True):

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from quiver_trainer.config import TrainConfig
 from quiver_trainer.errors import ConfigError
+from quiver_trainer.method_config import METHOD_SECTIONS
 from quiver_trainer.yaml_source import KeyPath, YamlSource, parse_yaml
 
 _PATH_KEYS: tuple[KeyPath, ...] = (("base",), ("output",), ("data", "train"), ("data", "validation"))
@@ -100,8 +101,13 @@ def _describe(
     details: ErrorDetails, data: dict[str, Any], source: YamlSource, origins: dict[KeyPath, str], path: Path
 ) -> str:
     """One line: where the value was written, the key, the rule, the value."""
-    missing = details["type"] == "missing"
-    key = _key_path(details["loc"], data, missing)
+    missing = details["type"] in ("missing", "union_tag_not_found")
+    location, value, rule = details["loc"], details["input"], details["msg"]
+    if details["type"].startswith("union_tag_"):  # a method that is not there, or not known
+        location = (*location, "method")
+        value = details.get("ctx", {}).get("tag")
+        rule = f"should be one of {', '.join(METHOD_SECTIONS)}"
+    key = _key_path(location, data, missing)
     origin = next((text for parts, text in origins.items() if parts == key[: len(parts)]), None)
     line = next((source.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in source.lines), None)
     where = f"{origin!r}" if origin else f"{path}:{line}" if line else str(path)
@@ -110,17 +116,17 @@ def _describe(
         return f"{where}: {name} is required"
     if details["type"] == "extra_forbidden":
         return f"{where}: {name} is not a known key; `quiver train --help` lists them"
-    rule = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    rule = rule.removeprefix("Value error, ").removeprefix("Input ")
     if not key:
         return f"{where}: {rule}"
-    return f"{where}: {name}: {rule}, not {_shorten(details['input'])}"
+    return f"{where}: {name}: {rule}, not {_shorten(value)}"
 
 
 def _key_path(location: tuple[int | str, ...], data: Any, missing: bool) -> KeyPath:
     """Pydantic's location without what is not in the recipe: names of types, and the place in a list of one method."""
     key: list[str] = []
     for depth, part in enumerate(location):
-        if isinstance(data, dict) and isinstance(part, int):
+        if isinstance(data, dict) and (isinstance(part, int) or part == data.get("method")):
             continue
         last_is_missing = missing and depth == len(location) - 1
         if isinstance(data, dict) and (part in data or last_is_missing):

@@ -62,8 +62,8 @@ class Trainer:
         Seeds torch's global random generator. Raises ConfigError, DataError, TrainingError, TrainingInterrupted.
         """
         workplace = Workplace(self._config.output)
-        lora = None if model.adapter is None else model.adapter.lora
-        settings = run_settings(self._config, model.base.fingerprint, [lora.config.to_dict()] if lora else [])
+        methods = () if model.adapter is None else model.adapter.configs
+        settings = run_settings(self._config, model.base.fingerprint, [method.to_dict() for method in methods])
         with workplace.occupied():
             start = workplace.decide_start(settings, restart=self._restart)
             if start.kind == "finished":
@@ -98,9 +98,11 @@ class Trainer:
             raise ConfigError(
                 f"{self._config.base}: config.json names no eos_token_id, so no answer could learn to end"
             )
-        max_length = config.max_length or base.max_positions
-        if max_length > base.max_positions:
-            raise ConfigError(f"data.max_length: {max_length} is more than the {base.max_positions} tokens of the base")
+        room = base.max_positions - model.num_virtual_tokens
+        max_length = config.max_length or room
+        if max_length > room:
+            virtual = f" beside {model.num_virtual_tokens} virtual tokens" if model.num_virtual_tokens else ""
+            raise ConfigError(f"data.max_length: {max_length} is more than the {room} tokens of the base{virtual}")
         datasets: dict[str, Dataset] = {}
         for name, path in (("train", config.train), ("validation", config.validation)):
             if path is None:

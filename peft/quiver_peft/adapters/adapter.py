@@ -1,51 +1,145 @@
 """One adapter in its trainable form: the modules of its methods, together a seam for the base."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
+from quiver_peft.adapters.bottleneck import BottleneckModule, CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.configs import METHOD_ORDER, PEFTConfig
+from quiver_peft.adapters.ia3 import IA3Module, IA3PEFTConfig
 from quiver_peft.adapters.lora import LoraModule, LoraPEFTConfig
+from quiver_peft.adapters.prefix import PrefixModule, PrefixPEFTConfig
+from quiver_peft.adapters.prompt import PromptModule
+from quiver_peft.adapters.weights import AdapterWeights, fold_scales
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.sites import Linear, Site
 from quiver_peft.errors import AdapterError
 
-PEFTConfig = LoraPEFTConfig
+AnyMethod = LoraModule | IA3Module | BottleneckModule | PrefixModule | PromptModule
 
 
 class Adapter(nn.Module):
-    """The methods of one adapter, applied in the order of the list at every site they touch."""
+    """The methods of one adapter, applied in the order of `METHOD_ORDER` at every site they touch.
 
-    def __init__(self, methods: Sequence[LoraModule]) -> None:
+    num_virtual_tokens: every sequence given to the base must begin with so many placeholders (any id).
+    """
+
+    def __init__(self, methods: Sequence[AnyMethod]) -> None:
         super().__init__()
-        names = [method.method for method in methods]
-        if len(set(names)) != len(names):
+        names = [method.name for method in methods]
+        if len(set(names)) != len(names) or {"ptuning", "prompt_tuning"} <= set(names):
             raise AdapterError(f"an adapter holds each method at most once, not {', '.join(names)}")
-        self.methods = nn.ModuleList(methods)
-        self._methods = list(methods)
+        self._methods = sorted(methods, key=lambda method: METHOD_ORDER.index(method.name))
+        self.methods = nn.ModuleList(self._methods)
+        self.num_virtual_tokens = sum(method.num_virtual_tokens for method in methods)
 
     @classmethod
     def create(cls, base: GPTBase, configs: Sequence[PEFTConfig]) -> "Adapter":
-        """A new adapter that equals the base until it is trained."""
+        """A new adapter. Until it is trained it equals the base, virtual tokens excepted."""
         if not configs:
             raise AdapterError("an adapter needs at least one method; leave add_adapter out for full fine-tuning")
-        return cls([LoraModule.create(base, config) for config in configs])
+        return cls([_new_module(base, config) for config in configs])
+
+    @classmethod
+    def from_weights(cls, base: GPTBase, weights: AdapterWeights) -> "Adapter":
+        """The trainable form of weights read from disk."""
+        return cls([_module_of(base, config, weights) for config in weights.configs])
 
     @property
     def lora(self) -> LoraModule | None:
         """The LoRA of this adapter, if it has one."""
-        return next((method for method in self._methods if method.method == "lora"), None)
+        return next((method for method in self._methods if isinstance(method, LoraModule)), None)
+
+    @property
+    def configs(self) -> tuple[PEFTConfig, ...]:
+        """The configuration of each method, in the order in which they act."""
+        return tuple(method.config for method in self._methods)
+
+    def weights(self, base: GPTBase) -> AdapterWeights:
+        """A detached fp32 copy of everything on the host; the revision is for whoever writes it."""
+        weights = AdapterWeights("", self.configs)
+        for method in self._methods:
+            if isinstance(method, LoraModule):
+                weights = replace(weights, lora=tuple(method.weights()))
+            elif isinstance(method, IA3Module):
+                weights = replace(weights, ia3=tuple(method.weights()))
+            elif isinstance(method, BottleneckModule):
+                weights = replace(weights, bottlenecks=tuple(method.weights()))
+            elif isinstance(method, PrefixModule):
+                weights = replace(weights, prefix=method.weights())
+            else:
+                weights = replace(weights, prompt=method.weights())
+        return replace(weights, scales=fold_scales(base, weights.lora, weights.ia3))
 
     def embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
-        """The base's own word embeddings."""
-        return embedding(tokens)
+        """Word embeddings, the placeholders' replaced. tokens: [B, S] -> [B, S, D]."""
+        embedded = embedding(tokens)
+        if not self.num_virtual_tokens:
+            return embedded
+        virtual: list[Tensor] = []
+        for method in self._methods:
+            rows = method.virtual_embeddings()
+            virtual.append(embedded.new_zeros(method.num_virtual_tokens, embedded.shape[-1]) if rows is None else rows)
+        rows = torch.cat([part.to(embedded.dtype) for part in virtual]).expand(*embedded.shape[:-2], -1, -1)
+        return torch.cat([rows, embedded[..., self.num_virtual_tokens :, :]], dim=-2)
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
-        """The base's linear and what each method adds. x: [*, K] -> [*, N]."""
+        """The base's linear and what each method does around it. x: [*, K] -> [*, N]."""
+        for method in self._methods:
+            x = method.scale_input(linear, x)
         y = linear(x)
         for method in self._methods:
-            y = method.after_linear(linear, x, y)
+            y = method.add_output(linear, x, y)
+        for method in self._methods:
+            y = method.scale_output(linear, y)
         return y
 
     def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
-        """The sub-layer's own output."""
+        """What is added to the residual stream. out, residual: [*, D] -> [*, D]."""
+        for method in self._methods:
+            out = method.sublayer(site, out, residual)
         return out
+
+    def key_values(self, site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with those of a prefix in the first rows. k, v: [B, S, G, E]."""
+        first = 0
+        for method in self._methods:
+            found = method.virtual_key_values(site.layer)
+            if found is not None:
+                k, v = (_replace_rows(old, new, first) for old, new in zip((k, v), found, strict=True))
+            first += method.num_virtual_tokens
+        return k, v
+
+
+def _replace_rows(old: Tensor, new: Tensor, first: int) -> Tensor:
+    """Rows [first, first + n) of every sequence. old: [B, S, G, E], new: [n, G, E]."""
+    rows = new.to(old.dtype).expand(old.shape[0], -1, -1, -1)
+    return torch.cat([old[:, :first], rows, old[:, first + new.shape[0] :]], dim=1)
+
+
+def _new_module(base: GPTBase, config: PEFTConfig) -> AnyMethod:
+    if isinstance(config, LoraPEFTConfig):
+        return LoraModule.create(base, config)
+    if isinstance(config, IA3PEFTConfig):
+        return IA3Module.create(base, config)
+    if isinstance(config, CanonicalAdaptersPEFTConfig):
+        return BottleneckModule.create(base, config)
+    if isinstance(config, PrefixPEFTConfig):
+        return PrefixModule.create(base, config)
+    return PromptModule.create(base, config)
+
+
+def _module_of(base: GPTBase, config: PEFTConfig, weights: AdapterWeights) -> AnyMethod:
+    if isinstance(config, LoraPEFTConfig):
+        return LoraModule.from_weights(config, weights.lora)
+    if isinstance(config, IA3PEFTConfig):
+        return IA3Module.from_weights(config, weights.ia3)
+    if isinstance(config, CanonicalAdaptersPEFTConfig):
+        return BottleneckModule.from_weights(config, weights.bottlenecks)
+    if isinstance(config, PrefixPEFTConfig):
+        assert weights.prefix is not None
+        return PrefixModule.from_weights(config, weights.prefix, base.config)
+    assert weights.prompt is not None
+    return PromptModule.from_weights(config, weights.prompt)

@@ -1,6 +1,6 @@
 """The adapter on disk: a Hugging Face PEFT folder with a `quiver.json` beside it. Written atomically, read strictly.
 
-    adapter_config.json        the method's configuration, in PEFT's form
+    adapter_config.json        the methods' configuration: see formats.py
     adapter_model.safetensors  its tensors
     quiver.json                schema version, revision, base fingerprint, tokenizer digest, training record (optional)
 
@@ -9,8 +9,8 @@ The revision is the SHA-256 of the first two files: the same bytes are the same 
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from quiver_peft.adapters.adapter import Adapter, PEFTConfig
+from quiver_peft.adapters.adapter import Adapter
+from quiver_peft.adapters.configs import PEFTConfig
 from quiver_peft.adapters.folders import replace_folder
-from quiver_peft.adapters.hf_lora import read_hf_lora, write_hf_lora
-from quiver_peft.adapters.lora import LoraModule, LoraWeights
+from quiver_peft.adapters.formats import read_methods, write_methods
+from quiver_peft.adapters.lora import LoraPEFTConfig
+from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
@@ -31,25 +33,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 QUIVER_FILE = "quiver.json"
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class AdapterWeights:
-    """One adapter read from disk and validated against a base: host tensors, ready to be placed in the banks."""
-
-    revision: str
-    configs: tuple[PEFTConfig, ...]
-    lora: tuple[LoraWeights, ...]
-    training: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Names of the methods, in order."""
-        return tuple(str(config.to_dict()["method"]) for config in self.configs)
-
-    def to_module(self) -> Adapter:
-        """The trainable form."""
-        return Adapter([LoraModule.from_weights(config, self.lora) for config in self.configs])
 
 
 def save_adapter(
@@ -66,10 +49,7 @@ def save_adapter(
 
     extra_files: {name: content} to lie beside it, such as a learning curve; they do not belong to the revision.
     """
-    lora = adapter.lora
-    if lora is None:
-        raise AdapterError("this adapter has no method that can be saved")
-    config, tensors = write_hf_lora(base, lora.config, lora.weights(), base_name)
+    config, tensors = write_methods(base, adapter.weights(base), base_name)
     config_bytes = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     weights_bytes = save_tensors(tensors, metadata={"format": "pt"})
     revision = _revision(config_bytes, weights_bytes)
@@ -78,7 +58,7 @@ def save_adapter(
         "revision": revision,
         "base_fingerprint": base.fingerprint,
         "tokenizer_digest": tokenizer_digest,
-        "methods": [lora.config.to_dict()],
+        "methods": [config.to_dict() for config in adapter.configs],
         "training": dict(training or {}),
     }
     files = {
@@ -102,16 +82,23 @@ def read_adapter(folder: str | Path, base: GPTBase, tokenizer_digest: str = "") 
         _check_record(path / QUIVER_FILE, record, revision, base, tokenizer_digest)
     config = _parse_json(path / CONFIG_FILE, config_bytes)
     tensors = _parse_tensors(path / WEIGHTS_FILE, weights_bytes)
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path / CONFIG_FILE}: peft_type {config.get('peft_type')!r} is not supported; known: LORA")
-    # Where dropout was is the one thing about training that Hugging Face's form cannot say (theirs is on the input).
-    position = record["methods"][0].get("dropout_position") if record else "pre"
     try:
-        lora_config, lora = read_hf_lora(base, config, tensors)
-        lora_config = replace(lora_config, dropout_position=position)
+        weights = read_methods(base, config, tensors)
+        configs = _with_dropout_position(weights.configs, record)
     except AdapterError as error:
         raise type(error)(f"{path}: {error}") from None
-    return AdapterWeights(revision, (lora_config,), lora, record.get("training", {}))
+    return replace(weights, revision=revision, configs=configs, training=record.get("training", {}))
+
+
+def _with_dropout_position(configs: Sequence[PEFTConfig], record: Mapping[str, Any]) -> tuple[PEFTConfig, ...]:
+    """Where LoRA's dropout was is the one thing that Hugging Face's form cannot say (theirs is on the input)."""
+    positions = [item["dropout_position"] for item in record.get("methods", ()) if "dropout_position" in item]
+    if not positions:
+        return tuple(configs)
+    return tuple(
+        replace(config, dropout_position=positions[0]) if isinstance(config, LoraPEFTConfig) else config
+        for config in configs
+    )
 
 
 def _revision(config_bytes: bytes, weights_bytes: bytes) -> str:
@@ -163,8 +150,8 @@ def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: GP
     methods, training = record.get("methods"), record.get("training", {})
     if not isinstance(training, dict):
         raise AdapterError(f"{path}: training must be an object, not {training!r}")
-    if not isinstance(methods, list) or len(methods) != 1 or not isinstance(methods[0], dict):
-        raise AdapterError(f"{path}: methods must be a list of one object, not {methods!r}")
+    if not isinstance(methods, list) or not methods or not all(isinstance(item, dict) for item in methods):
+        raise AdapterError(f"{path}: methods must be a list of objects, not {methods!r}")
     made_for = record.get("base_fingerprint")
     if made_for and base.fingerprint and made_for != base.fingerprint:
         raise BaseMismatchError(f"{path}: made for the base {str(made_for)[:12]}, this base is {base.fingerprint[:12]}")

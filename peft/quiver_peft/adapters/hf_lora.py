@@ -19,11 +19,11 @@ from quiver_peft.base.gpt import GPTBase
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
 PREFIX = "base_model.model."
-_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB]\.weight|magnitude_vector)")
 
 USED_FIELDS = {
     *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_dropout"),
+    *("use_dora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_dropout"),
 }
 # Fields that say nothing about the mathematics of inference.
 HARMLESS_FIELDS = {
@@ -60,8 +60,7 @@ def read_hf_lora(
             raise AdapterError(f"adapter_model.safetensors: module {module!r} {reason}; nothing may be left unapplied")
     weights: list[LoraWeights] = []
     for module in expected:
-        if set(factors.get(module, ())) != {"A", "B"}:
-            raise AdapterError(f"adapter_model.safetensors: lora_A and lora_B of {module!r} must both be there")
+        _require_factors(module, set(factors.get(module, ())), bool(config.get("use_dora")))
         weights.append(_weights_of(modules[module], factors[module], config))
     return _our_config(config), fuse_shared_a(weights)
 
@@ -92,8 +91,9 @@ def _check_values(config: Mapping[str, Any]) -> None:
         raise AdapterError(f"adapter_config.json: lora_alpha must be a positive number, not {alpha!r}")
     if not isinstance(dropout, int | float | None):
         raise AdapterError(f"adapter_config.json: lora_dropout must be a number, not {dropout!r}")
-    if config.get("use_rslora") not in (None, True, False):
-        raise AdapterError(f"adapter_config.json: use_rslora must be true or false, not {config['use_rslora']!r}")
+    for key in ("use_rslora", "use_dora"):
+        if config.get(key) not in (None, True, False):
+            raise AdapterError(f"adapter_config.json: {key} must be true or false, not {config[key]!r}")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(_is_positive(value) for value in patterns.values()):
@@ -142,8 +142,23 @@ def _factors_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return factors
 
 
+def _require_factors(module: str, found: set[str], use_dora: bool) -> None:
+    if not {"A.weight", "B.weight"} <= found:
+        raise AdapterError(f"adapter_model.safetensors: lora_A and lora_B of {module!r} must both be there")
+    if use_dora and "magnitude_vector" not in found:
+        raise AdapterError(
+            f"adapter_model.safetensors: lora_magnitude_vector of {module!r} is missing; use_dora is set in "
+            "adapter_config.json"
+        )
+    if "magnitude_vector" in found and not use_dora:
+        raise AdapterError(
+            f"adapter_model.safetensors: lora_magnitude_vector of {module!r} is there, but use_dora is not set; "
+            "nothing may be left unapplied"
+        )
+
+
 def _weights_of(target: Target, factors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraWeights:
-    a, b = factors["A"], factors["B"]
+    a, b, magnitude = factors["A.weight"], factors["B.weight"], factors.get("magnitude_vector")
     ranks: dict[str, int] = config.get("rank_pattern") or {}
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
     rank_key, alpha_key = target.match(ranks), target.match(alphas)
@@ -160,7 +175,14 @@ def _weights_of(target: Target, factors: Mapping[str, Tensor], config: Mapping[s
             f"{b.shape[0]} outputs, this base has {target.in_features} and {target.num_rows}"
         )
     scale = lora_scale(alpha, rank, bool(config.get("use_rslora")))
-    return LoraWeights(target, a.float().contiguous(), b.float().contiguous(), alpha, scale)
+    if magnitude is not None:
+        if list(magnitude.shape) != [target.num_rows]:
+            raise AdapterError(
+                f"adapter_model.safetensors: lora_magnitude_vector of {target.name!r} has shape "
+                f"{list(magnitude.shape)}, not {[target.num_rows]}"
+            )
+        magnitude = magnitude.float()
+    return LoraWeights(target, a.float().contiguous(), b.float().contiguous(), alpha, scale, magnitude)
 
 
 def _our_config(config: Mapping[str, Any]) -> LoraPEFTConfig:
@@ -173,6 +195,7 @@ def _our_config(config: Mapping[str, Any]) -> LoraPEFTConfig:
         target_modules=names if isinstance(names, str) else tuple(sorted(names)),
         variant="canonical",
         use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
         rank_pattern=dict(config.get("rank_pattern") or {}),
         alpha_pattern=dict(config.get("alpha_pattern") or {}),
     )
@@ -191,7 +214,9 @@ def fuse_shared_a(weights: Sequence[LoraWeights]) -> tuple[LoraWeights, ...]:
         if len(items) > 1 and adjacent and shared:
             rows = (first.target.rows[0], items[-1].target.rows[1])
             target = Target(site, site, "", rows, first.target.in_features)
-            items = [LoraWeights(target, first.a, torch.cat([item.b for item in items]), first.alpha, first.scale)]
+            lengths = [item.magnitude for item in items if item.magnitude is not None]
+            b, magnitude = torch.cat([item.b for item in items]), torch.cat(lengths) if lengths else None
+            items = [LoraWeights(target, first.a, b, first.alpha, first.scale, magnitude)]
         result += items
     return tuple(result)
 
@@ -214,6 +239,9 @@ def write_hf_lora(
             # Cloned: safetensors refuses two names for one memory.
             tensors[f"{PREFIX}{module}.lora_A.weight"] = item.a.clone()
             tensors[f"{PREFIX}{module}.lora_B.weight"] = b.clone()
+            if item.magnitude is not None:
+                rows = item.magnitude[target.rows[0] - start : target.rows[1] - start]
+                tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = rows.clone()
             ranks[module], alphas[module] = item.a.shape[0], item.alpha
     rank, alpha = max(ranks.values()), max(alphas.values())
     return {
@@ -225,15 +253,16 @@ def write_hf_lora(
         "lora_alpha": alpha,
         "lora_dropout": config.adapter_dropout,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
         "bias": "none",
         "fan_in_fan_out": base.config.family == "gpt2",
-        "target_modules": _shortest_names(list(ranks), list(modules)),
+        "target_modules": shortest_names(list(ranks), list(modules)),
         "rank_pattern": {re.escape(module): r for module, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(module): a for module, a in alphas.items() if a != alpha},
     }, tensors
 
 
-def _shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
+def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Module endings where they mean exactly the chosen modules, else their full names."""
     for depth in (1, 2):
         endings = sorted({".".join(module.split(".")[-depth:]) for module in chosen})

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quiver_peft.adapters.targets import Target, require_matches, resolve_targets
+from quiver_peft.adapters.dora import gate, row_lengths
+from quiver_peft.adapters.method import Method
+from quiver_peft.adapters.targets import Target, require_matches, resolve_targets, select_layers
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import AdapterError
@@ -30,6 +32,8 @@ class LoraPEFTConfig:
         module names ("q_proj", "model.layers.0.mlp.down_proj"); a single string is a regular expression on these.
     variant: "nemo": one A for a fused linear (q, k, v share it); "canonical": an A for each of its parts.
     dropout_position: "pre": on x (as in Hugging Face); "post": on the product B A x (NeMo's default).
+    use_dora: train the length of each row of W + s B A apart from its direction; see dora.py.
+    layer_selection: numbers of layers, from 1; None means all.
     rank_pattern, alpha_pattern: {regular expression on the end of a module name: its own rank or alpha}.
     """
 
@@ -41,8 +45,10 @@ class LoraPEFTConfig:
     variant: Literal["nemo", "canonical"] = "nemo"
     column_init_method: Literal["xavier", "normal", "kaiming"] = "xavier"
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+    layer_selection: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.adapter_dim < 1:
@@ -79,13 +85,17 @@ class LoraPEFTConfig:
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """LoRA of one target, on the host. a: [R, K], b: [N, R], fp32; alpha as configured, `scale` = s."""
+    """LoRA of one target, on the host. a: [R, K], b: [N, R], fp32; alpha as configured, `scale` = s.
+
+    magnitude: [N], DoRA's lengths of rows; None for plain LoRA.
+    """
 
     target: Target
     a: Tensor
     b: Tensor
     alpha: float
     scale: float
+    magnitude: Tensor | None = None
 
 
 def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -94,21 +104,22 @@ def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
 
 
 class LoraPair(nn.Module):
-    """A and B of one target. a: [R, K], b: [N, R]."""
+    """A and B of one target. a: [R, K], b: [N, R]. magnitude: [N] or None, DoRA's."""
 
-    def __init__(self, target: Target, rank: int, alpha: float, scale: float) -> None:
+    def __init__(self, target: Target, rank: int, alpha: float, scale: float, magnitude: Tensor | None = None) -> None:
         super().__init__()
         self.target = target
         self.alpha = alpha
         self.scale = scale
         self.a = nn.Parameter(torch.empty(rank, target.in_features))
         self.b = nn.Parameter(torch.zeros(target.num_rows, rank))
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude.clone())
 
 
-class LoraModule(nn.Module):
+class LoraModule(Method):
     """Trainable LoRA of one adapter, all targets. B starts at zero: a new adapter equals the base bit for bit."""
 
-    method = "lora"
+    name = "lora"
 
     def __init__(self, config: LoraPEFTConfig, pairs: Sequence[LoraPair]) -> None:
         super().__init__()
@@ -123,6 +134,8 @@ class LoraModule(nn.Module):
         """Fresh weights for every target of `config` in `base`. Raises AdapterError when nothing matches."""
         fused = config.variant == "nemo"
         targets = resolve_targets(base, config.target_modules, fused=fused)
+        targets = select_layers(targets, config.layer_selection, base.config.num_layers)
+        linears = {linear.site.name: linear for linear in base.linears()}
         for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
             require_matches(name, patterns, targets)
         pairs: list[LoraPair] = []
@@ -130,7 +143,8 @@ class LoraModule(nn.Module):
             rank_key, alpha_key = target.match(config.rank_pattern), target.match(config.alpha_pattern)
             rank = config.rank_pattern[rank_key] if rank_key is not None else config.adapter_dim
             alpha = config.alpha_of(rank, alpha_key)
-            pair = LoraPair(target, rank, alpha, lora_scale(alpha, rank, config.use_rslora))
+            magnitude = row_lengths(linears[target.site], target) if config.use_dora else None
+            pair = LoraPair(target, rank, alpha, lora_scale(alpha, rank, config.use_rslora), magnitude)
             initialise(pair.a, config.column_init_method)
             pairs.append(pair)
         return cls(config, pairs)
@@ -140,7 +154,7 @@ class LoraModule(nn.Module):
         """The trainable form of weights read from disk."""
         pairs: list[LoraPair] = []
         for item in weights:
-            pair = LoraPair(item.target, item.a.shape[0], item.alpha, item.scale)
+            pair = LoraPair(item.target, item.a.shape[0], item.alpha, item.scale, item.magnitude)
             pair.a.data.copy_(item.a)
             pair.b.data.copy_(item.b)
             pairs.append(pair)
@@ -149,12 +163,33 @@ class LoraModule(nn.Module):
     def weights(self) -> list[LoraWeights]:
         """A detached fp32 copy on the host, one entry for each target."""
         pairs = [pair for pair in self.pairs if isinstance(pair, LoraPair)]
-        return [LoraWeights(p.target, host_copy(p.a), host_copy(p.b), alpha=p.alpha, scale=p.scale) for p in pairs]
+        return [
+            LoraWeights(
+                p.target,
+                host_copy(p.a),
+                host_copy(p.b),
+                p.alpha,
+                p.scale,
+                None if p.magnitude is None else host_copy(p.magnitude),
+            )
+            for p in pairs
+        ]
 
-    def after_linear(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
+    def add_output(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
         """Adds the low-rank product. x: [*, K], y: [*, N] -> [*, N]."""
         for pair in self._by_site.get(linear.site.name, ()):
             y = self._add(pair, x, y)
+        return y
+
+    def scale_output(self, linear: Linear, y: Tensor) -> Tensor:
+        """Applies DoRA's gates. y: [*, N], the low-rank product included -> [*, N]."""
+        for pair in self._by_site.get(linear.site.name, ()):
+            if pair.magnitude is not None:
+                scale, shift = gate(linear, pair.target, pair.a, pair.b, pair.scale, pair.magnitude)
+                start, end = pair.target.rows
+                rows = y[..., start:end] * scale
+                rows = rows if shift is None else rows + shift
+                y = torch.cat([y[..., :start], rows.to(y.dtype), y[..., end:]], dim=-1)
         return y
 
     def _add(self, pair: LoraPair, x: Tensor, y: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ class Target:
     in_features: int
 
     @property
+    def layer(self) -> int:
+        """Which layer, from 0."""
+        return int(self.site.split(".")[1])
+
+    @property
     def num_rows(self) -> int:
         """N of the formulas."""
         return self.rows[1] - self.rows[0]
@@ -85,6 +90,31 @@ def resolve_targets(base: GPTBase, names: Sequence[str] | str, *, fused: bool) -
         chosen.update({(target.site, target.part): target for target in matched})
     _refuse_overlap(chosen.values())
     return list(chosen.values())
+
+
+def select_layers(targets: Sequence[Target], numbers: Sequence[int] | None, num_layers: int) -> list[Target]:
+    """The targets in the layers of these numbers, from 1 (NeMo's `layer_selection`); all where None.
+
+    Raises AdapterError for a number that is no layer's, and when nothing is left.
+    """
+    if numbers is None:
+        return list(targets)
+    require_layers(numbers, num_layers)
+    kept = [target for target in targets if target.layer + 1 in numbers]
+    if not kept:
+        raise AdapterError(f"layer_selection: no target lies in the layers {list(numbers)}")
+    return kept
+
+
+def require_layers(numbers: Sequence[int], num_layers: int) -> None:
+    """Raises AdapterError for a number that is no layer's, or where there is none."""
+    if not numbers:
+        raise AdapterError("layer_selection is empty; leave it out to adapt all layers")
+    for number in numbers:
+        if not 1 <= number <= num_layers:
+            raise AdapterError(
+                f"layer_selection: {number} is no layer of this base; they are numbered 1 to {num_layers}"
+            )
 
 
 def _place_targets(base: GPTBase, modules: Mapping[str, Target], place: str, fused: bool) -> list[Target]:

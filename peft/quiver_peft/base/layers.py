@@ -141,6 +141,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(seam.linear(self.qkv, x)))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        k, v = seam.key_values(self.site, k, v)
         return seam.linear(self.out, attend(self.layer, q, k, v).flatten(-2))
 
 

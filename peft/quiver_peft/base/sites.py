@@ -77,6 +77,10 @@ class Seam(Protocol):
         """What is added to the residual stream. out (of the sub-layer) and residual (before it): [*, D] -> [*, D]."""
         ...
 
+    def key_values(self, site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values of an attention sub-layer before they are cached. k, v: [*, G, E], both kept."""
+        ...
+
 
 class NoAdapters:
     """The identity seam: the bare base."""
@@ -92,6 +96,10 @@ class NoAdapters:
     def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
         """The sub-layer's own output."""
         return out
+
+    def key_values(self, site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The sub-layer's own keys and values."""
+        return k, v
 
 
 NO_ADAPTERS: Seam = NoAdapters()

@@ -108,7 +108,7 @@ class Adapter(_message.Message):
     """One line for people, such as "lora rank 8 on attention.qkv, mlp.down". "" before its first load."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The methods it is made of, such as "lora", "ia3", "ptuning", "canonical_adapters". Empty before its first load."""
+        """The methods it is made of, such as "lora", "ia3", "ptuning", "canonical". Empty before its first load."""
 
     def __init__(
         self,

@@ -508,7 +508,7 @@ class AdapterRef(_message.Message):
     """The digest of the weights and configuration that answered: SHA-256 as 64 hexadecimal digits."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The adapter's methods, such as "lora", "ia3", "ptuning", "canonical_adapters"."""
+        """The adapter's methods, such as "lora", "ia3", "ptuning", "canonical"."""
 
     def __init__(
         self,

@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from quiver_peft import GPT
-from quiver_peft.adapters.artifact import AdapterWeights, read_adapter
-from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks, RowGroup
+from quiver_peft.adapters.adapter import Adapter
+from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.bank_seam import RowGroup
+from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
 from quiver_peft.adapters.lora import LoraWeights
+from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
@@ -114,7 +117,7 @@ def test_the_banks_equal_the_trainable_form(bench: Bench) -> None:
     model = GPT(bench.base)
     total = sum(len(ids) for ids in bench.prompts)
     for weights in bench.weights:
-        model.adapter = weights.to_module().eval()
+        model.adapter = Adapter.from_weights(bench.base, weights).eval()
         served = bench.run(bench.prompts, banks.seam([RowGroup(insert(banks, weights), 0, total)]))
         for ids, logits in zip(bench.prompts, served, strict=True):
             assert_close(logits, model(torch.tensor([ids])).detach()[0])

@@ -100,7 +100,7 @@ def _module(dropout: float, position: Any) -> tuple[LoraModule, Linear, LoraPair
 def test_the_product_goes_to_the_rows_of_its_part_only() -> None:
     module, linear, pair = _module(0.0, "pre")
     x, y = torch.randn(7, 8), torch.randn(7, 15)
-    after = module.after_linear(linear, x, y)
+    after = module.add_output(linear, x, y)
     expected = y.clone()
     expected[:, 6:11] += 2.0 * (x @ pair.a.T) @ pair.b.T
     torch.testing.assert_close(after, expected)
@@ -112,14 +112,14 @@ def test_other_sites_are_left_alone() -> None:
     module, _, _ = _module(0.0, "pre")
     other = Linear(Site.in_layer(1, "attention.qkv"), 8, {"q": 6, "k": 5, "v": 4}, bias=True)
     y = torch.randn(7, 15)
-    assert module.after_linear(other, torch.randn(7, 8), y) is y
+    assert module.add_output(other, torch.randn(7, 8), y) is y
 
 
 def test_dropout_before_is_on_the_input() -> None:
     module, linear, pair = _module(0.4, "pre")
     x, y = torch.randn(50, 8), torch.zeros(50, 15)
     torch.manual_seed(7)
-    after = module.after_linear(linear, x, y)[:, 6:11]
+    after = module.add_output(linear, x, y)[:, 6:11]
     torch.manual_seed(7)
     torch.testing.assert_close(after, 2.0 * (F.dropout(x, 0.4) @ pair.a.T) @ pair.b.T)
 
@@ -128,7 +128,7 @@ def test_dropout_after_is_on_the_product() -> None:
     module, linear, pair = _module(0.4, "post")
     x, y = torch.randn(50, 8), torch.zeros(50, 15)
     torch.manual_seed(7)
-    after = module.after_linear(linear, x, y)[:, 6:11]
+    after = module.add_output(linear, x, y)[:, 6:11]
     torch.manual_seed(7)
     torch.testing.assert_close(after, F.dropout(2.0 * (x @ pair.a.T) @ pair.b.T, 0.4))
     assert 0.3 < (after == 0).float().mean().item() < 0.5

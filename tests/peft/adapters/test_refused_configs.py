@@ -53,7 +53,6 @@ def refused(model: GPT, folder: Path, *fragments: str) -> None:
 
 
 FIELDS: list[tuple[str, object]] = [
-    ("use_dora", True),
     ("modules_to_save", ["lm_head"]),
     ("lora_bias", True),
     ("layer_replication", [[0, 2], [1, 3]]),
@@ -96,9 +95,9 @@ def test_starts_that_change_the_base_are_refused(init: str, model: GPT, folder: 
     refused(model, folder, f"init_lora_weights = {init!r} changes the base's own weights")
 
 
-def test_dora_as_peft_saves_it(model: GPT, llama_folder: Path, tmp_path: Path) -> None:
-    hf_lora(llama_folder, tmp_path, use_dora=True)
-    refused(model, tmp_path, "use_dora = True is not supported")
+def test_dora_without_its_magnitudes(model: GPT, folder: Path) -> None:
+    edit_json(folder / CONFIG, use_dora=True)
+    refused(model, folder, "lora_magnitude_vector of 'model.layers.0.self_attn.q_proj' is missing; use_dora is set")
 
 
 def test_a_saved_head_as_peft_saves_it(model: GPT, llama_folder: Path, tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ def test_an_adapted_head_as_peft_saves_it(model: GPT, llama_folder: Path, tmp_pa
         model.load_adapters(tmp_path)
 
 
-@pytest.mark.parametrize("peft_type", ["IA3", "PROMPT_TUNING", "LOHA", "NEWER", None, 5, ["LORA"]])
+@pytest.mark.parametrize("peft_type", ["LOHA", "NEWER", None, 5, ["LORA"]])
 def test_other_methods_are_refused(peft_type: object, model: GPT, folder: Path) -> None:
     edit_json(folder / CONFIG, peft_type=peft_type)
     refused(model, folder, f"peft_type {peft_type!r} is not supported; known: LORA")

@@ -161,6 +161,7 @@ def test_the_configuration_says_what_was_trained(gpt2_folder: Path, tmp_path: Pa
         "lora_alpha": 8.0,
         "lora_dropout": 0.25,
         "use_rslora": True,
+        "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": True,
         "target_modules": ["c_fc"],

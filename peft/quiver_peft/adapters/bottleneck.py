@@ -1,0 +1,236 @@
+"""Canonical adapters (Houlsby et al. 2019; NeMo 1.x `CanonicalAdaptersPEFTConfig`): a bottleneck after sub-layers.
+
+    a [*, D] ── norm ── down ── [*, R] ── act ── up ── [*, D]
+    a' = a + up(act(down(norm(a))))
+
+for the output a of attention and of the MLP, before it is added to the residual stream.
+Shapes: * any leading dimensions, D hidden size, R width of the bottleneck.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quiver_peft.adapters.lora import host_copy
+from quiver_peft.adapters.method import Method
+from quiver_peft.adapters.targets import require_layers
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.sites import Site
+from quiver_peft.errors import AdapterError
+from quiver_peft.kernels.grouped_bottleneck import (
+    Activation,
+    BottleneckAtSite,
+    NormPosition,
+    Source,
+    bottleneck_delta,
+)
+
+PLACES = ("attention", "mlp")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "norm_position": ("pre", "post", None),
+    "column_init_method": ("xavier", "normal", "kaiming", "zero"),
+    "activation": ("swish", "relu", "gelu", "gelu_tanh"),
+    "source": ("output", "sum", "residual"),
+}
+
+
+@dataclass(frozen=True)
+class CanonicalAdaptersPEFTConfig:
+    """What to train. Names and defaults follow NeMo 1.x; the last three describe adapters made by others.
+
+    adapter_dim: width of the bottleneck. norm_position: a LayerNorm on what enters ("pre") or on what is added
+        ("post"); None: none. column_init_method: how `down` starts; `up` starts at zero.
+    weight_tying: one bottleneck for all layers (of each place). layer_selection: numbers of layers, from 1; None: all.
+    places: after which sub-layers. bias: of both linears. scale: on what is added.
+    source: what enters: the sub-layer's output, its sum with the residual (Pfeiffer), the residual alone (parallel).
+    """
+
+    adapter_dim: int = 32
+    adapter_dropout: float = 0.0
+    norm_position: NormPosition | None = "pre"
+    column_init_method: Literal["xavier", "normal", "kaiming", "zero"] = "xavier"
+    activation: Activation = "swish"
+    weight_tying: bool = False
+    layer_selection: Sequence[int] | None = None
+    places: Sequence[str] = PLACES
+    bias: bool = False
+    scale: float = 1.0
+    source: Source = "output"
+
+    def __post_init__(self) -> None:
+        if self.adapter_dim < 1:
+            raise AdapterError(f"canonical: adapter_dim must be at least 1, not {self.adapter_dim}")
+        if not 0.0 <= self.adapter_dropout < 1.0:
+            raise AdapterError(f"canonical: adapter_dropout must be in [0, 1), not {self.adapter_dropout}")
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise AdapterError(f"canonical: scale must be a number other than 0, not {self.scale}")
+        if not self.places or not set(self.places) <= set(PLACES):
+            raise AdapterError(f"canonical: places must be among {', '.join(PLACES)}, not {list(self.places)}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                choices = ", ".join(map(str, known))
+                raise AdapterError(f"canonical: {name} must be one of {choices}, not {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"method": "canonical", **asdict(self), "places": list(self.places)}
+
+
+@dataclass(frozen=True)
+class BottleneckWeights:
+    """The bottleneck after one sub-layer, on the host, fp32. site: e.g. "layers.3.attention"."""
+
+    site: str
+    at_site: BottleneckAtSite
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{name: tensor} of what is there."""
+        return bottleneck_tensors(self.at_site)
+
+
+def bottleneck_tensors(at_site: BottleneckAtSite) -> dict[str, Tensor]:
+    """{name as on disk: tensor} of those that are there."""
+    found = {
+        "down.weight": at_site.down,
+        "up.weight": at_site.up,
+        "down.bias": at_site.down_bias,
+        "up.bias": at_site.up_bias,
+        "norm.weight": at_site.norm_weight,
+        "norm.bias": at_site.norm_bias,
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def bottleneck_shapes(config: CanonicalAdaptersPEFTConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """The tensors that a configuration has at each site, and their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "down.weight": (config.adapter_dim, hidden_size),
+        "up.weight": (hidden_size, config.adapter_dim),
+    }
+    if config.bias:
+        shapes.update({"down.bias": (config.adapter_dim,), "up.bias": (hidden_size,)})
+    if config.norm_position is not None:
+        shapes.update({"norm.weight": (hidden_size,), "norm.bias": (hidden_size,)})
+    return shapes
+
+
+def at_site(config: CanonicalAdaptersPEFTConfig, tensors: dict[str, Tensor]) -> BottleneckAtSite:
+    """A bottleneck of `config` from its tensors by name."""
+    return BottleneckAtSite(
+        tensors["down.weight"],
+        tensors["up.weight"],
+        tensors.get("down.bias"),
+        tensors.get("up.bias"),
+        tensors.get("norm.weight"),
+        tensors.get("norm.bias"),
+        config.norm_position,
+        config.activation,
+        config.scale,
+        config.source,
+    )
+
+
+def bottleneck_sites(base: GPTBase, config: CanonicalAdaptersPEFTConfig) -> list[Site]:
+    """Where a configuration acts on `base`. Raises AdapterError for a layer that is not there."""
+    if config.layer_selection is not None:
+        require_layers(config.layer_selection, base.config.num_layers)
+    numbers = config.layer_selection or range(1, base.config.num_layers + 1)
+    return [Site.in_layer(number - 1, place) for number in sorted(set(numbers)) for place in config.places]
+
+
+class Bottleneck(nn.Module):
+    """One trainable bottleneck. It starts adding nothing: `up`, or what a norm after it scales, is zero."""
+
+    def __init__(self, config: CanonicalAdaptersPEFTConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        shapes = bottleneck_shapes(config, hidden_size)
+        self.values = nn.ParameterDict({_key(name): torch.zeros(shape) for name, shape in shapes.items()})
+        _initialise(self.values["down_weight"], config.column_init_method)
+        if config.norm_position is not None:
+            nn.init.ones_(self.values["norm_weight"])
+
+    def named_values(self) -> dict[str, Tensor]:
+        """{name as on disk: parameter}."""
+        return {key.replace("_", "."): value for key, value in self.values.items()}
+
+    def forward(self, out: Tensor, residual: Tensor) -> Tensor:
+        """out, residual: [*, D] -> [*, D]."""
+        delta = bottleneck_delta(at_site(self.config, self.named_values()), out, residual)
+        if self.training and self.config.adapter_dropout:
+            delta = F.dropout(delta, self.config.adapter_dropout)
+        return out + delta.to(out.dtype)
+
+
+class BottleneckModule(Method):
+    """Trainable canonical adapters of one adapter, all sites."""
+
+    name = "canonical"
+
+    def __init__(self, config: CanonicalAdaptersPEFTConfig, bottlenecks: dict[str, Bottleneck]) -> None:
+        super().__init__()
+        self.config = config
+        # Tied bottlenecks are there once; a list with repetitions keeps parameters unique all the same.
+        self.bottlenecks = nn.ModuleList(dict.fromkeys(bottlenecks.values()))
+        self._by_site = bottlenecks
+
+    @classmethod
+    def create(cls, base: GPTBase, config: CanonicalAdaptersPEFTConfig) -> Self:
+        """Fresh bottlenecks. Raises AdapterError."""
+        hidden_size = base.config.hidden_size
+        tied = {place: Bottleneck(config, hidden_size) for place in config.places if config.weight_tying}
+        found = {
+            site.name: tied[site.kind] if config.weight_tying else Bottleneck(config, hidden_size)
+            for site in bottleneck_sites(base, config)
+        }
+        return cls(config, found)
+
+    @classmethod
+    def from_weights(cls, config: CanonicalAdaptersPEFTConfig, weights: Sequence[BottleneckWeights]) -> Self:
+        """The trainable form of weights read from disk; tied ones stay tied."""
+        found: dict[str, Bottleneck] = {}
+        tied: dict[str, Bottleneck] = {}
+        for item in weights:
+            place = item.site.rpartition(".")[2]
+            if config.weight_tying and place in tied:
+                found[item.site] = tied[place]
+                continue
+            bottleneck = Bottleneck(config, item.at_site.up.shape[0])
+            for name, tensor in item.tensors().items():
+                bottleneck.values[_key(name)].data.copy_(tensor)
+            found[item.site] = tied[place] = bottleneck
+        return cls(config, found)
+
+    def weights(self) -> list[BottleneckWeights]:
+        """A detached fp32 copy on the host, one entry for each site."""
+        return [
+            BottleneckWeights(
+                site,
+                at_site(self.config, {name: host_copy(v) for name, v in bottleneck.named_values().items()}),
+            )
+            for site, bottleneck in self._by_site.items()
+        ]
+
+    def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
+        """out, residual: [*, D] -> [*, D]."""
+        bottleneck = self._by_site.get(site.name)
+        return out if bottleneck is None else bottleneck(out, residual)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")  # a ParameterDict's keys hold no dots
+
+
+def _initialise(weight: Tensor, method: str) -> None:
+    """NeMo's initialisations of the way down."""
+    if method == "xavier":
+        nn.init.xavier_normal_(weight)
+    elif method == "normal":
+        nn.init.normal_(weight, std=0.2)
+    elif method == "kaiming":
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

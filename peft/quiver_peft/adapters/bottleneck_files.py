@@ -1,0 +1,95 @@
+"""Canonical adapters on disk, for which Hugging Face PEFT has no form: Quiver's own, read strictly.
+
+adapter_config.json: `"peft_type": "QUIVER_BOTTLENECK"` and the fields of `CanonicalAdaptersPEFTConfig`.
+Tensors: layers.3.attention.{down,up}.weight, with `bias` also .{down,up}.bias, with a norm .norm.{weight,bias}.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from quiver_peft.adapters.bottleneck import (
+    BottleneckWeights,
+    CanonicalAdaptersPEFTConfig,
+    at_site,
+    bottleneck_shapes,
+    bottleneck_sites,
+)
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.errors import AdapterError, BaseMismatchError
+
+PEFT_TYPE = "QUIVER_BOTTLENECK"
+_ABOUT = {"peft_type", "base_model_name_or_path", "hidden_size"}
+_NUMBERS: dict[str, type[int] | tuple[type, ...]] = {
+    "adapter_dim": int,
+    "adapter_dropout": (int, float),
+    "scale": (int, float),
+    "weight_tying": bool,
+    "bias": bool,
+}
+
+
+def write_bottleneck(
+    base: GPTBase, config: CanonicalAdaptersPEFTConfig, weights: Sequence[BottleneckWeights], base_name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and its tensors; tied bottlenecks are written at every site."""
+    settings = config.to_dict()
+    del settings["method"]
+    about = {"peft_type": PEFT_TYPE, "base_model_name_or_path": base_name, "hidden_size": base.config.hidden_size}
+    tensors = {f"{item.site}.{name}": tensor for item in weights for name, tensor in item.tensors().items()}
+    return {**about, **settings}, tensors
+
+
+def read_bottleneck(
+    base: GPTBase, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[CanonicalAdaptersPEFTConfig, tuple[BottleneckWeights, ...]]:
+    """Validated weights for `base`. Raises AdapterError; BaseMismatchError."""
+    found = _read_config(config)
+    hidden_size = base.config.hidden_size
+    if config.get("hidden_size") != hidden_size:
+        raise BaseMismatchError(
+            f"adapter_config.json: hidden_size {config.get('hidden_size')!r} is another base's; this one has "
+            f"{hidden_size}"
+        )
+    shapes = bottleneck_shapes(found, hidden_size)
+    sites = [site.name for site in bottleneck_sites(base, found)]
+    expected = {f"{site}.{name}": shape for site in sites for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise AdapterError(
+                f"adapter_model.safetensors: tensor {name!r} has no place by adapter_config.json on this base; "
+                "nothing may be left unapplied"
+            )
+        if tuple(tensor.shape) != expected[name]:
+            raise AdapterError(
+                f"adapter_model.safetensors: tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}"
+            )
+    for name in expected:
+        if name not in tensors:
+            raise AdapterError(f"adapter_model.safetensors: tensor {name!r} is missing")
+    weights = [
+        BottleneckWeights(site, at_site(found, {name: tensors[f"{site}.{name}"].float() for name in shapes}))
+        for site in sites
+    ]
+    return found, tuple(weights)
+
+
+def _read_config(config: Mapping[str, Any]) -> CanonicalAdaptersPEFTConfig:
+    known = {field.name for field in fields(CanonicalAdaptersPEFTConfig)}
+    for key, value in config.items():
+        if key not in known and key not in _ABOUT:
+            raise AdapterError(f"adapter_config.json: {key} = {value!r} is not a field of {PEFT_TYPE}")
+        if key in _NUMBERS and (not isinstance(value, _NUMBERS[key]) or (_NUMBERS[key] is int and value is True)):
+            raise AdapterError(f"adapter_config.json: {key} = {value!r} has the wrong type")
+    for key, kind in (("places", str), ("layer_selection", int)):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+            raise AdapterError(f"adapter_config.json: {key} must be a list of {kind.__name__}, not {value!r}")
+    if "adapter_dim" not in config:
+        raise AdapterError("adapter_config.json: adapter_dim is missing")
+    try:
+        return CanonicalAdaptersPEFTConfig(**{key: value for key, value in config.items() if key in known})
+    except (AdapterError, TypeError) as error:
+        raise AdapterError(f"adapter_config.json: {error}") from None

@@ -1,0 +1,92 @@
+"""One running batch of the base and of every method, alone and combined: each row as if it were the only one."""
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+from parity.every_method import MethodBench, running
+from server.bench import make_base
+from server.live_server import LiveServer, answer_tokens
+from tiny import random_tokens
+
+torch.set_num_threads(1)
+
+NUM_VIRTUAL = {"prompt-9": 9, "prefix-17": 17, "ptuning-canonical": 4, "prefix-prompt": 9, "all-four": 8, "lora-r4": 0}
+
+
+class Question(NamedTuple):
+    adapter_id: str
+    prompt: list[int]
+    num_tokens: int
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MethodBench]:
+    """A server with every adapter; short steps, so that prompts and virtual tokens are cut into chunks."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = make_base(folder / "base", request.param)
+    with running(folder, base, "--max-step-tokens", "24") as bench:
+        yield bench
+
+
+def shuffled_questions(names: Sequence[str], seed: int) -> list[Question]:
+    """One for each name; prompts of 1 to 40 tokens, answers of 1 to 12."""
+    draw = random.Random(seed)
+    questions = [
+        Question(name, random_tokens(draw.choice([1, 2, 15, 16, 17, 40]), seed=seed + i).tolist(), draw.randint(1, 12))
+        for i, name in enumerate(names)
+    ]
+    draw.shuffle(questions)
+    return questions
+
+
+def ask_all_at_once(server: LiveServer, questions: Sequence[Question]) -> list[list[int]]:
+    """One thread for each question, all let go at the same moment."""
+    barrier = threading.Barrier(len(questions))
+    with server.client() as client, ThreadPoolExecutor(len(questions)) as threads:
+
+        def ask(question: Question) -> list[int]:
+            barrier.wait(30)
+            adapter_id, prompt, num_tokens = question
+            return answer_tokens(client.generate(prompt, adapter=adapter_id, max_new_tokens=num_tokens))
+
+        return list(threads.map(ask, questions))
+
+
+def test_every_method_in_one_batch_equals_one_at_a_time(bench: MethodBench) -> None:
+    """Rows join and leave: the answers have different lengths, and there are more rounds than one."""
+    questions = shuffled_questions(list(bench.oracles), seed=1)
+    assert len(questions) >= 16
+    expected = [bench.expected(*question) for question in questions]
+    steps_before = bench.server.metric("quiver_step_seconds_count")
+    for seed in range(3):
+        order = random.Random(seed).sample(range(len(questions)), len(questions))
+        found = ask_all_at_once(bench.server, [questions[i] for i in order])
+        for i, answer in zip(order, found, strict=True):
+            assert answer == expected[i], questions[i].adapter_id
+    steps = bench.server.metric("quiver_step_seconds_count") - steps_before
+    assert steps < 3 * sum(map(len, expected)) / 2, "the requests did not share their steps"
+
+
+def test_every_adapter_changes_the_answer(bench: MethodBench) -> None:
+    prompt = random_tokens(20, seed=3).tolist()
+    answers = {name: tuple(bench.expected(name, prompt, 8)) for name in bench.oracles}
+    assert len(set(answers.values())) == len(answers)
+
+
+@pytest.mark.parametrize("name", NUM_VIRTUAL)
+def test_virtual_tokens_are_counted_apart(bench: MethodBench, name: str) -> None:
+    prompt = random_tokens(12, seed=4).tolist()
+    with bench.server.client() as client:
+        answer = client.generate(prompt, adapter=name, max_new_tokens=3, prompt_logprobs=True)
+        described = client.get_adapter(name)
+    assert answer.usage.prompt_tokens == 12
+    assert answer.usage.virtual_tokens == described.virtual_tokens == NUM_VIRTUAL[name]
+    logprobs = answer.candidates[0].prompt_logprobs
+    assert [item.token_id for item in logprobs] == prompt[1:]
+    expected = bench.oracles[name](torch.tensor([prompt])).log_softmax(-1)[0, range(11), prompt[1:]]
+    assert torch.allclose(torch.tensor([item.logprob for item in logprobs]), expected, atol=1e-4)
