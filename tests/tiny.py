@@ -80,11 +80,11 @@ def tiny_llama(folder: str | Path, *, seed: int = 0, **overrides: Any) -> LlamaF
         "num_key_value_heads": 2,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": False,
-        **_special_ids(),
+        **special_ids(),
         **overrides,
     }
     torch.manual_seed(seed)
-    return _save(LlamaForCausalLM(LlamaConfig(**settings)), folder, seed)
+    return save_model(LlamaForCausalLM(LlamaConfig(**settings)), folder, seed)
 
 
 def tiny_gpt2(folder: str | Path, *, seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:
@@ -95,11 +95,11 @@ def tiny_gpt2(folder: str | Path, *, seed: int = 0, **overrides: Any) -> GPT2LMH
         "n_layer": 3,
         "n_head": 4,
         "n_positions": MAX_POSITIONS,
-        **_special_ids(),
+        **special_ids(),
         **overrides,
     }
     torch.manual_seed(seed)
-    return _save(GPT2LMHeadModel(GPT2Config(**settings)), folder, seed)
+    return save_model(GPT2LMHeadModel(GPT2Config(**settings)), folder, seed)
 
 
 def hf_lora(
@@ -222,12 +222,12 @@ def their_deprecations() -> Generator[None]:
         yield
 
 
-def _special_ids() -> dict[str, Any]:
+def special_ids() -> dict[str, Any]:
     ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     return {**ids, "initializer_range": INITIALIZER_RANGE}
 
 
-def _save(model: _Model, folder: str | Path, seed: int) -> _Model:
+def save_model(model: _Model, folder: str | Path, seed: int) -> _Model:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # norms and biases, which start at exactly 1 and 0

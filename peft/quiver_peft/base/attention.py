@@ -1,7 +1,9 @@
 """How a base attends: the protocol its layers call, and plain causal attention over whole sequences."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,11 +16,30 @@ class Attend(Protocol):
         ...
 
 
+def window_mask(rows: Tensor, length: int, window: int) -> Tensor:
+    """Which tokens those at positions `rows` [N] see: themselves and window - 1 before them. [N, length] bool."""
+    distance = rows[:, None] - torch.arange(length, device=rows.device)
+    return (distance >= 0) & (distance < window)
+
+
 class CausalAttention:
-    """Whole sequences, padded on the right if at all: row s sees rows 0..s, so padding changes no real row."""
+    """Whole sequences, padded on the right if at all: row s sees rows 0..s, so padding changes no real row.
+
+    windows: how many tokens each layer looks back, itself included; () when no layer has a limit.
+    """
+
+    def __init__(self, windows: Sequence[int | None] = ()) -> None:
+        self._windows = windows
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [B, S, H, E]; k, v: [B, S, G, E] -> [B, S, H, E]."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        window = self._windows[layer] if self._windows else None
+        mask = None
+        if window is not None and window < q.shape[2]:
+            rows = torch.arange(q.shape[2], device=q.device)
+            mask = window_mask(rows, q.shape[2], window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.transpose(1, 2)

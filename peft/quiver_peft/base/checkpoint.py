@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quiver_peft.base.families import FAMILIES, Rename
+from quiver_peft.base.families import FAMILIES
+from quiver_peft.base.family import Rename
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import CheckpointError
 

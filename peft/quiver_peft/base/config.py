@@ -31,7 +31,11 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shapes and choices of a decoder-only base. Sizes in elements, positions in tokens."""
+    """Shapes and choices of a decoder-only base. Sizes in elements, positions in tokens.
+
+    norm: "layer_1p" is a LayerNorm whose weight is stored less one. qk_norm: an RMSNorm on each head's query and key.
+    windows: how many tokens each layer looks back, itself included (None: all); () when no layer has a limit.
+    """
 
     family: str
     vocab_size: int
@@ -42,9 +46,9 @@ class GPTConfig:
     head_dim: int
     ffn_size: int
     max_positions: int
-    norm: Literal["rms", "layer"]
+    norm: Literal["rms", "layer", "layer_1p"]
     norm_eps: float
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
     gated_mlp: bool
     qkv_bias: bool
     out_bias: bool
@@ -53,6 +57,8 @@ class GPTConfig:
     rope: RopeConfig | None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

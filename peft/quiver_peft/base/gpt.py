@@ -91,7 +91,7 @@ class GPTBase(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
-        attend = attend or CausalAttention()
+        attend = attend or CausalAttention(self.config.windows)
         h = seam.embed(tokens, self.embedding)
         if self.position_embedding is not None:
             h = h + self.position_embedding(positions)

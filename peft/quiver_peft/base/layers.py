@@ -29,11 +29,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
+class LayerNorm1P(nn.LayerNorm):
+    """A LayerNorm whose weight is stored less one (Nemotron)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[*, D] -> [*, D]."""
+        return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
 def make_norm(config: GPTConfig) -> nn.Module:
     """The norm that the configuration names."""
     if config.norm == "rms":
         return RMSNorm(config.hidden_size, config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, config.norm_eps)
+    kind = LayerNorm1P if config.norm == "layer_1p" else nn.LayerNorm
+    return kind(config.hidden_size, config.norm_eps)
 
 
 def activate(kind: str, x: Tensor) -> Tensor:
@@ -42,6 +51,8 @@ def activate(kind: str, x: Tensor) -> Tensor:
         return F.silu(x)
     if kind == "relu":
         return F.relu(x)
+    if kind == "relu2":
+        return F.relu(x).square()
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
@@ -134,11 +145,15 @@ class Attention(nn.Module):
             {"q": q_size, "k": kv_size, "v": kv_size},
             config.qkv_bias,
         )
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.out = Linear(Site.in_layer(layer, "attention.out"), q_size, {"out": config.hidden_size}, config.out_bias)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend, seam: Seam) -> Tensor:
         """x: [*, D] -> [*, D]."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(seam.linear(self.qkv, x)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         k, v = seam.key_values(self.site, k, v)

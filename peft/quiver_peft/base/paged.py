@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quiver_peft.base.attention import window_mask
 from quiver_peft.base.config import GPTConfig
 
 
@@ -20,6 +21,7 @@ class PagedKV:
         self, config: GPTConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (config.num_layers, num_blocks * block_size, config.num_kv_heads, config.head_dim)
+        self.windows = config.windows
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -40,6 +42,14 @@ class _Chunk:
     cached: Tensor  # [S] int64
     mask: Tensor | None  # [end - start, S] bool; None when the chunk is the whole sequence
 
+    def within(self, window: int | None) -> Tensor | None:
+        """The mask of a layer that looks back `window` tokens."""
+        length, num_new = self.cached.shape[0], self.end - self.start
+        if window is None or length <= window:
+            return self.mask
+        rows = torch.arange(length - num_new, length, device=self.cached.device)
+        return window_mask(rows, length, window)
+
 
 @dataclass(frozen=True)
 class _Singles:
@@ -48,6 +58,15 @@ class _Singles:
     rows: Tensor  # [B] int64, rows of the batch
     cached: Tensor  # [B, S] int64, cache rows, padded
     mask: Tensor  # [B, 1, 1, S] bool
+    lengths: Tensor  # [B] int64, tokens of each sequence
+
+    def within(self, window: int | None) -> Tensor:
+        """The mask of a layer that looks back `window` tokens."""
+        longest = self.cached.shape[1]
+        if window is None or longest <= window:
+            return self.mask
+        first = self.lengths[:, None, None, None] - window
+        return self.mask & (torch.arange(longest, device=self.mask.device) >= first)
 
 
 class PagedLayout:
@@ -99,7 +118,7 @@ def _pad_singles(singles: Sequence[tuple[int, Tensor]], device: torch.device) ->
     lengths = torch.tensor([cached.shape[0] for _, cached in singles])
     padded = torch.stack([F.pad(cached, (0, longest - cached.shape[0])) for _, cached in singles])
     mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
-    return _Singles(rows.to(device), padded.to(device), mask.to(device))
+    return _Singles(rows.to(device), padded.to(device), mask.to(device), lengths.to(device))
 
 
 class PagedAttention:
@@ -115,13 +134,14 @@ class PagedAttention:
         keys[self._layout.new_rows] = k
         values[self._layout.new_rows] = v
         out = torch.empty_like(q)
+        window = self._kv.windows[layer] if self._kv.windows else None
         for chunk in self._layout.chunks:
             out[chunk.start : chunk.end] = _attend_chunk(
-                q[chunk.start : chunk.end], keys[chunk.cached], values[chunk.cached], chunk.mask
+                q[chunk.start : chunk.end], keys[chunk.cached], values[chunk.cached], chunk.within(window)
             )
         if (singles := self._layout.singles) is not None:
             out[singles.rows] = _attend_singles(
-                q[singles.rows], keys[singles.cached], values[singles.cached], singles.mask
+                q[singles.rows], keys[singles.cached], values[singles.cached], singles.within(window)
             )
         return out
 

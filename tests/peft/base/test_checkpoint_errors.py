@@ -72,7 +72,10 @@ def test_tensors_must_be_exactly_those_of_the_architecture(fault: str, folder: P
 
 
 CONFIG_FAULTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "unknown model_type": ({"model_type": "bert"}, ("model_type 'bert' is not supported; known: llama, gpt2",)),
+    "unknown model_type": (
+        {"model_type": "bert"},
+        ("model_type 'bert' is not supported; known: llama, mistral, qwen2, qwen3, nemotron, gpt2",),
+    ),
     "no model_type": ({"model_type": ...}, ("model_type None is not supported",)),
     "quantised": (
         {"quantization_config": {"quant_method": "gptq"}},

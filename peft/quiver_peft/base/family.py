@@ -1,0 +1,61 @@
+"""What a family of checkpoints is: a mapping of its config.json and a table of its tensor names.
+
+The same table reads a checkpoint, writes one, and tells which site and part a module name means (for adapters made
+elsewhere).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quiver_peft.base.config import GPTConfig
+from quiver_peft.errors import CheckpointError
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One checkpoint tensor: its name there, our parameter, and the part of the parameter's rows it fills.
+
+    part: "" means all rows. transposed: stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+    """
+
+    theirs: str
+    ours: str
+    part: str = ""
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` is read.
+
+    ignored: name endings of buffers in old checkpoints that follow from the configuration.
+    prefix: what the language-model class puts before the names; checkpoints of the bare model lack it.
+    """
+
+    read_config: Callable[[Mapping[str, Any]], GPTConfig]
+    renames: Callable[[GPTConfig], list[Rename]]
+    prefix: str
+    ignored: tuple[str, ...]
+
+
+def choose(hf: Mapping[str, Any], key: str, names: Mapping[str, Any]) -> Any:
+    value = hf[key]
+    if value not in names:
+        raise CheckpointError(f"config.json: {key} {value!r} is not supported; known: {', '.join(names)}")
+    return names[value]
+
+
+def require(hf: Mapping[str, Any], key: str, expected: object) -> None:
+    if hf.get(key, expected) != expected:
+        raise CheckpointError(f"config.json: {key} = {hf[key]!r} is not supported; only {expected!r} is")
