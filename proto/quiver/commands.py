@@ -71,6 +71,12 @@ def predict(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_THROUGH)
+def merge(context: typer.Context) -> None:
+    """Fold an adapter into its base's weights."""
+    raise typer.Exit(run_room("merge", context.args))
+
+
+@app.command(context_settings=_PASS_THROUGH)
 def serve(context: typer.Context) -> None:
     """Serve a base model and its adapters over gRPC."""
     raise typer.Exit(run_room("serve", context.args))

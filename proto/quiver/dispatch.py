@@ -1,4 +1,4 @@
-"""Hands `quiver serve`, `quiver train` and `quiver predict` to the packages that implement them.
+"""Hands `quiver serve`, `train`, `predict` and `merge` to the packages that implement them.
 
 Standard library only: the server installs its SIGTERM handler in `quiver_server.main`, and nothing slow may
 be imported before it.
@@ -20,6 +20,7 @@ ROOMS = {
     "serve": Room("quiver_server.main", "server"),
     "train": Room("quiver_trainer.train_cli", "trainer"),
     "predict": Room("quiver_trainer.predict_cli", "trainer"),
+    "merge": Room("quiver_trainer.merge_cli", "trainer"),
 }
 
 

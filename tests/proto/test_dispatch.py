@@ -44,6 +44,7 @@ def _quiver(folder: Path, *arguments: str, only_standard_library: bool = False) 
         ("serve", "quiver_server.main"),
         ("train", "quiver_trainer.train_cli"),
         ("predict", "quiver_trainer.predict_cli"),
+        ("merge", "quiver_trainer.merge_cli"),
     ],
 )
 def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Path, command: str, module: str) -> None:
@@ -56,7 +57,9 @@ def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Pa
     assert run.returncode == 7
 
 
-@pytest.mark.parametrize(("command", "extra"), [("serve", "server"), ("train", "trainer"), ("predict", "trainer")])
+@pytest.mark.parametrize(
+    ("command", "extra"), [("serve", "server"), ("train", "trainer"), ("predict", "trainer"), ("merge", "trainer")]
+)
 def test_a_package_that_is_not_installed_is_named_with_the_cure(tmp_path: Path, command: str, extra: str) -> None:
     run = _quiver(tmp_path, command, "--help", only_standard_library=True)
 

@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
         model.load_adapters(options.adapter)
     model.freeze()
     prompts = [tokenizer.encode(row.prompt) for row in rows]
-    _check_lengths(prompts, rows, options.input, model.base.config.max_positions)
+    _check_lengths(prompts, rows, options.input, model.base.config.max_positions - model.num_virtual_tokens)
     answers = _predict(model, prompts, options.max_new_tokens)
     results = [_result(row, tokenizer.decode(answer)) for row, answer in zip(rows, answers, strict=True)]
     _write_atomically(options.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
