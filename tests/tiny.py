@@ -16,9 +16,23 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
+
+from quiver_peft import GPT, T5
 
 VOCAB_SIZE = 320
 BOS, EOS, PAD = 0, 1, 2  # ids of the tiny tokenizer's special tokens, and of the tiny models' configurations
@@ -26,6 +40,20 @@ SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 INITIALIZER_RANGE = 0.15
 TOLERANCE = 1e-4  # fp32 against another implementation
 MAX_POSITIONS = 256
+_T5_SETTINGS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 3,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "decoder_start_token_id": 2,
+}
 
 disable_progress_bar()
 
@@ -102,6 +130,43 @@ def tiny_gpt2(folder: str | Path, *, seed: int = 0, **overrides: Any) -> GPT2LMH
     return save_model(GPT2LMHeadModel(GPT2Config(**settings)), folder, seed)
 
 
+def tiny_t5(folder: str | Path, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Write a random T5 1.0 (tied, ReLU; an encoder of 3 layers, a decoder of 3) and return it, in evaluation mode.
+
+    Few buckets of short distances: sequences of tests reach all of them. overrides: of T5Config.
+    """
+    settings: dict[str, Any] = {**_T5_SETTINGS, "initializer_factor": 4.0, **overrides}
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(T5Config(**settings))
+    # The embedding starts at unit deviation, at which the scaled head would hide what lies before it.
+    model.shared.weight.data.mul_(INITIALIZER_RANGE * 4)
+    return save_model(model, folder, seed)
+
+
+def tiny_flan(folder: str | Path, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """The same in the form of T5 1.1 and Flan: gated GELU, an unscaled head of its own."""
+    form: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    settings: dict[str, Any] = {**_T5_SETTINGS, "initializer_factor": 4.0, **form, **overrides}
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(T5Config(**settings))
+    _untie(model, seed)
+    return save_model(model, folder, seed)
+
+
+def tiny_mt5(folder: str | Path, *, seed: int = 0) -> PreTrainedModel:
+    """The same as mT5, whose configuration says less."""
+    torch.manual_seed(seed)
+    model = MT5ForConditionalGeneration(MT5Config(**_T5_SETTINGS, initializer_factor=4.0))
+    _untie(model, seed)
+    return save_model(model, folder, seed)
+
+
+def _untie(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed + 1)
+    weight = torch.randn(model.lm_head.weight.shape, generator=generator) * INITIALIZER_RANGE
+    model.lm_head.weight = torch.nn.Parameter(weight)
+
+
 def hf_lora(
     model_folder: str | Path,
     out_folder: str | Path,
@@ -125,7 +190,7 @@ def hf_lora(
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - PEFT takes fractions as well
         target_modules=names,
         fan_in_fan_out=is_gpt2,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
         **settings,
     )
     with their_deprecations():
@@ -143,7 +208,9 @@ def hf_lora(
 
 def hf_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The folder as transformers loads it, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
+    is_t5 = AutoConfig.from_pretrained(str(folder)).is_encoder_decoder
+    auto = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
+    return auto.from_pretrained(str(folder), dtype=dtype).eval()
 
 
 def hf_peft(model_folder: str | Path, adapter_folder: str | Path) -> PeftModel:
@@ -154,9 +221,21 @@ def hf_peft(model_folder: str | Path, adapter_folder: str | Path) -> PeftModel:
 
 
 @torch.inference_mode()
-def hf_logits(model: PreTrainedModel | PeftModel, tokens: Tensor) -> Tensor:
-    """Logits of whole sequences without padding. tokens: [B, S] -> [B, S, V]."""
-    return model(input_ids=tokens, use_cache=False).logits
+def hf_logits(model: PreTrainedModel | PeftModel, tokens: Tensor, *, use_cache: bool = False) -> Tensor:
+    """Logits of whole sequences without padding, as `our_logits` makes them. tokens: [B, S] -> [B, S, V]."""
+    if model.config.is_encoder_decoder:
+        return model(input_ids=tokens, decoder_input_ids=target_of(tokens), use_cache=use_cache).logits
+    return model(input_ids=tokens, use_cache=use_cache).logits
+
+
+def our_logits(model: GPT | T5, tokens: Tensor) -> Tensor:
+    """A T5 reads the tokens and writes `target_of` them, a GPT continues them. tokens: [B, S] -> [B, S, V]."""
+    return model(tokens, target_of(tokens)) if isinstance(model, T5) else model(tokens)
+
+
+def target_of(tokens: Tensor) -> Tensor:
+    """A target for a source, as long as it: any other tokens will do. [B, S] -> [B, S]."""
+    return (tokens + 1).clamp(max=VOCAB_SIZE - 1).flip(-1)
 
 
 @torch.inference_mode()
@@ -173,7 +252,8 @@ def hf_greedy(
         eos_token_id=list(stop_ids),
         pad_token_id=PAD,
     )
-    new: list[int] = out[0, len(prompt) :].tolist()
+    first = 1 if model.config.is_encoder_decoder else len(prompt)
+    new: list[int] = out[0, first:].tolist()
     return new[:-1] if new and new[-1] in stop_ids else new
 
 

@@ -1,4 +1,4 @@
-"""What a base and an adapter are: GPT and (later) T5, the adapter methods, the artefact on disk. Pure torch."""
+"""What a base and an adapter are: GPT and T5, the adapter methods, the artefact on disk. Pure torch."""
 
 from quiver_peft.adapters.bottleneck import CanonicalAdaptersPEFTConfig
 from quiver_peft.adapters.ia3 import IA3PEFTConfig
@@ -6,10 +6,11 @@ from quiver_peft.adapters.lora import LoraPEFTConfig
 from quiver_peft.adapters.prefix import PrefixPEFTConfig
 from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.errors import AdapterError, BaseMismatchError, CheckpointError, QuiverError
-from quiver_peft.model import GPT
+from quiver_peft.model import GPT, T5, load_model
 
 __all__ = [
     "GPT",
+    "T5",
     "AdapterError",
     "BaseMismatchError",
     "CanonicalAdaptersPEFTConfig",
@@ -20,4 +21,5 @@ __all__ = [
     "PromptTuningPEFTConfig",
     "PtuningPEFTConfig",
     "QuiverError",
+    "load_model",
 ]

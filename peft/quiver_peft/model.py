@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,38 +11,42 @@ from torch import Tensor, nn
 from quiver_peft.adapters.adapter import Adapter
 from quiver_peft.adapters.artifact import read_adapter, save_adapter
 from quiver_peft.adapters.configs import PEFTConfig
+from quiver_peft.base.base import Base
 from quiver_peft.base.gpt import GPTBase
-from quiver_peft.base.sites import NO_ADAPTERS, Seam
+from quiver_peft.base.load import load_base
+from quiver_peft.base.sites import NO_ADAPTERS, Seam, Stack
+from quiver_peft.base.t5 import T5Base
+from quiver_peft.base.t5_attention import BiasedAttention, WholeSources
 from quiver_peft.errors import AdapterError
 
+BaseT = TypeVar("BaseT", bound=Base)
 
-class GPT(nn.Module):
-    """A decoder-only model that can be fine-tuned as a whole, or frozen with an adapter (API of NeMo's PEFT guide).
+
+class Model(nn.Module, Generic[BaseT]):
+    """A base that can be fine-tuned as a whole, or frozen with an adapter (API of NeMo's PEFT guide).
 
     base: the definition and its weights. adapter: None until `add_adapter` or `load_adapters`.
     """
 
-    def __init__(self, base: GPTBase) -> None:
+    def __init__(self, base: BaseT) -> None:
         super().__init__()
         self.base = base
         self.adapter: Adapter | None = None
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> "GPT":
-        """Read a Hugging Face folder. Raises CheckpointError."""
-        return cls(GPTBase.from_pretrained(folder, dtype=dtype, device=device))
 
     @property
     def seam(self) -> Seam:
         """The adapter, or the identity."""
         return NO_ADAPTERS if self.adapter is None else self.adapter
 
+    def num_virtual_in(self, stack: Stack) -> int:
+        """Positions that the adapter takes before every sequence of a stack ("": the only one of a GPT)."""
+        return 0 if self.adapter is None else self.adapter.num_virtual_in(stack)
+
     @property
-    def num_virtual_tokens(self) -> int:
-        """Positions that the adapter takes before every sequence."""
-        return 0 if self.adapter is None else self.adapter.num_virtual_tokens
+    def max_tokens(self) -> int | None:
+        """What a prompt and its answer may have together; None: positions are relative, only memory is a limit."""
+        limit = self.base.config.max_positions
+        return None if limit is None else limit - self.num_virtual_in("")
 
     def add_adapter(self, configs: PEFTConfig | Sequence[PEFTConfig]) -> None:
         """Freeze the base and add a new adapter of one or several methods.
@@ -103,6 +107,17 @@ class GPT(nn.Module):
             extra_files=extra_files,
         )
 
+
+class GPT(Model[GPTBase]):
+    """A decoder-only model: it continues a sequence."""
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Self:
+        """Read a Hugging Face folder. Raises CheckpointError."""
+        return cls(GPTBase.from_pretrained(folder, dtype=dtype, device=device))
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits of whole sequences, padded on the right if at all. tokens: [B, S] -> [B, S, V]."""
         return self.base.logits(self.hidden(tokens))
@@ -112,5 +127,49 @@ class GPT(nn.Module):
 
         An adapter's virtual tokens stand before every row; their own states are left out.
         """
-        num_virtual = self.num_virtual_tokens
+        num_virtual = self.num_virtual_in("")
         return self.base(F.pad(tokens, (num_virtual, 0)), seam=self.seam)[:, num_virtual:]
+
+
+class T5(Model[T5Base]):
+    """An encoder-decoder model: it reads a source and writes a target."""
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Self:
+        """Read a Hugging Face folder. Raises CheckpointError."""
+        return cls(T5Base.from_pretrained(folder, dtype=dtype, device=device))
+
+    def forward(self, source: Tensor, target: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """Next-token logits of targets; see `hidden`. -> [B, N, V]."""
+        return self.base.logits(self.hidden(source, target, source_lengths))
+
+    def hidden(self, source: Tensor, target: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """Final hidden states of the decoder. source: [B, S], target: [B, N], start token first -> [B, N, D].
+
+        source_lengths: [B], real tokens of each source, padded on the right; None: all of them.
+        An adapter's virtual tokens stand before every source (prompts) or target (prefixes); the states of these are
+        left out.
+        """
+        num_prompt, num_prefix = self.num_virtual_in("encoder"), self.num_virtual_in("decoder")
+        if source_lengths is None:
+            source_lengths = torch.full((source.shape[0],), source.shape[1], device=source.device)
+        lengths = source_lengths + num_prompt
+        base, seam = self.base, self.seam
+        encoded = base.encode(F.pad(source, (num_prompt, 0)), BiasedAttention(base.encoder.bias, lengths), seam)
+        sources = WholeSources(lengths)
+        base.read(encoded, sources, seam)
+        attend = BiasedAttention(base.decoder.bias)
+        return base(F.pad(target, (num_prefix, 0)), attend, sources, seam)[:, num_prefix:]
+
+
+AnyModel = GPT | T5
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> AnyModel:
+    """A `T5` or a `GPT`, whichever the folder holds. Raises CheckpointError."""
+    base = load_base(folder, dtype=dtype, device=device)
+    return T5(base) if isinstance(base, T5Base) else GPT(base)

@@ -32,10 +32,16 @@ class Resident:
     num_bytes: int
     num_parameters: int
     max_rank: int
-    num_virtual_tokens: int
+    num_prefix_tokens: int
+    num_prompt_tokens: int
     num_leases: int = 0
     retired: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Rows that it puts before a request's own: its prefix's and its prompt's."""
+        return self.num_prefix_tokens + self.num_prompt_tokens
 
 
 @dataclass(eq=False)

@@ -199,7 +199,8 @@ class AdapterStore:
             self._banks.num_bytes(weights),
             num_parameters=weights.num_parameters,
             max_rank=weights.max_rank,
-            num_virtual_tokens=weights.num_virtual_tokens,
+            num_prefix_tokens=weights.num_prefix_tokens,
+            num_prompt_tokens=weights.num_prompt_tokens,
         )
 
     def _check_size(self, entry: Entry, weights: AdapterWeights) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from quiver_peft.adapters.bank_seam import RowGroup, VirtualRows
 from quiver_peft.base.paged import PagedLayout
 from quiver_server.scheduler import ScheduledChunk
+from quiver_server.source_batch import SourceBatch, add_to_groups, prepare_sources
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class StepBatch:
     tokens, positions: [T] int64. layout: where their keys and values lie. groups: rows of one adapter each.
     virtual: rows that hold an adapter's virtual tokens.
     logit_rows: [R] int64, rows of the batch; `logit_counts` says how many of them each chunk has, in order.
+    sources: of an encoder-decoder, what the rows attend to.
     """
 
     tokens: Tensor
@@ -27,6 +29,7 @@ class StepBatch:
     virtual: list[VirtualRows]
     logit_rows: Tensor
     logit_counts: list[int]
+    sources: SourceBatch | None
 
 
 def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.device) -> StepBatch:
@@ -43,10 +46,7 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
         end = start + chunk.num_new_tokens
         tokens += sequence.tokens(start, end)
         positions += range(start, end)
-        if groups and groups[-1].slot == sequence.slot:
-            groups[-1] = groups[-1]._replace(end=len(tokens))
-        else:
-            groups.append(RowGroup(sequence.slot, first_row, len(tokens)))
+        add_to_groups(groups, RowGroup(sequence.slot, first_row, len(tokens)))
         if start < sequence.num_virtual_tokens:
             num_virtual = min(end, sequence.num_virtual_tokens) - start
             virtual.append(VirtualRows(sequence.slot, first_row, first_row + num_virtual, start))
@@ -68,6 +68,7 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
         virtual,
         torch.tensor(logit_rows, dtype=torch.int64, device=device),
         logit_counts,
+        prepare_sources(chunks, block_size, device) if chunks[0].sequence.source else None,
     )
 
 

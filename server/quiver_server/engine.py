@@ -126,6 +126,7 @@ class Engine:
                 sequence.on_started()
             _note_prompt_logprobs(chunk, rows[i])
             sequence.num_cached_tokens += chunk.num_new_tokens
+            sequence.source_is_cached = True
             if i in tokens:
                 events.append((sequence, self._append(sequence, tokens[i], rows[i][-1:])))
         return events

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 
 from quiver_peft.adapters.banks import BASE_SLOT
@@ -12,9 +12,9 @@ from quiver_server.adapter_store import AdapterStore
 from quiver_server.engine import Delivery, Engine
 from quiver_server.errors import BusyError, DrainingError, InvalidRequestError
 from quiver_server.metrics import Metrics
-from quiver_server.request import FinishReason, Sequence, TokenEvent, TokenLogprob
+from quiver_server.request import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprob
 from quiver_server.text_stream import TextStream
-from quiver_server.wire import Asked
+from quiver_server.wire import Asked, Limits, check_source_length
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,10 @@ class Session:
 
 
 class Generator:
-    """Admits requests and runs them on the engine. Lives in the event loop."""
+    """Admits requests and runs them on the engine. Lives in the event loop.
+
+    start_token_id: what an encoder-decoder's answers begin with, inside; None with a decoder-only base.
+    """
 
     def __init__(
         self,
@@ -92,14 +95,16 @@ class Generator:
         metrics: Metrics,
         *,
         max_open: int,
-        context_length: int,
+        limits: Limits,
+        start_token_id: int | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._max_open = max_open
-        self._context_length = context_length
+        self._limits = limits
+        self._start_token_id = start_token_id
         self._num_open = 0
         self._closing: set[asyncio.Task[None]] = set()
         self.draining = False
@@ -144,13 +149,16 @@ class Generator:
     def _check_room(self, session: Session) -> None:
         """Virtual tokens take positions too, which is known only now that the adapter is."""
         num_virtual, num_prompt = session.num_virtual_tokens, len(session.asked.prompt)
-        if num_virtual + num_prompt >= self._context_length:
+        length = self._limits.context_length
+        if num_virtual + num_prompt >= length:
             raise InvalidRequestError(
                 f"the prompt has {num_prompt} tokens; with the {num_virtual} virtual tokens of adapter "
                 f"{session.asked.adapter_id!r} and at least one generated token it must fit into the context of "
-                f"{self._context_length}",
+                f"{length}",
                 "prompt",
             )
+        num_prompt_tokens = 0 if session.adapter is None else session.adapter.num_prompt_tokens
+        check_source_length(num_prompt, num_prompt_tokens, self._limits, "prompt")
 
     def _submit(self, session: Session, index: int, queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]") -> Candidate:
         asked = session.asked
@@ -165,14 +173,28 @@ class Generator:
             if session.started_seconds is None:
                 session.started_seconds = time.monotonic()
 
-        slot = BASE_SLOT if session.adapter is None else session.adapter.slot
-        room = self._context_length - session.num_virtual_tokens - len(asked.prompt)
+        room = self._limits.context_length - session.num_virtual_tokens - len(asked.prompt)
         params = replace(asked.params, max_new_tokens=min(asked.params.max_new_tokens, room))
-        sequence = Sequence(asked.prompt, params, index, emit, slot, session.num_virtual_tokens, on_started)
+        sequence = self._sequence(session, params, index, emit)
+        sequence.on_started = on_started
         text = TextStream(self._tokenizer, asked.stop_strings, asked.include_stop_string, asked.params.min_new_tokens)
         candidate = Candidate(sequence, text, asyncio.Event())
         self._engine.submit(sequence)
         return candidate
+
+    def _sequence(
+        self, session: Session, params: SamplingParams, index: int, emit: Callable[[TokenEvent], None]
+    ) -> Sequence:
+        """What the engine computes; with an encoder-decoder the prompt is the source."""
+        prompt, adapter = session.asked.prompt, session.adapter
+        slot = BASE_SLOT if adapter is None else adapter.slot
+        if self._start_token_id is None:
+            return Sequence(prompt, params, index, emit, slot, session.num_virtual_tokens)
+        num_prefix, num_prompt = (0, 0) if adapter is None else (adapter.num_prefix_tokens, adapter.num_prompt_tokens)
+        start = [self._start_token_id]
+        sequence = Sequence(start, params, index, emit, slot, num_prefix, source=prompt)
+        sequence.num_virtual_source_tokens = num_prompt
+        return sequence
 
     async def _close(self, session: Session, candidates: Iterable[Candidate]) -> None:
         for candidate in candidates:

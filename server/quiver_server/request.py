@@ -84,8 +84,9 @@ class Sequence:
     """One candidate on its way through the engine.
 
     Set by the service: prompt, params, index (which candidate), slot (of its adapter), num_virtual_tokens (that this
-    adapter puts before the prompt), emit (called once for each event, in the service's thread). The rest belongs to
-    the engine's thread.
+    adapter puts before the prompt), emit (called once for each event, in the service's thread). With an
+    encoder-decoder the client's prompt is the source, which is read before the first step, and `prompt` is what the
+    answer starts with inside. The rest belongs to the engine's thread.
     """
 
     prompt: list[int]
@@ -95,10 +96,14 @@ class Sequence:
     slot: int = BASE_SLOT
     num_virtual_tokens: int = 0
     on_started: Callable[[], None] = lambda: None
+    source: list[int] = field(default_factory=list[int])
+    num_virtual_source_tokens: int = 0
 
     generated: list[int] = field(default_factory=list[int])
     num_cached_tokens: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list[int])
+    source_blocks: list[int] = field(default_factory=list[int])
+    source_is_cached: bool = False
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     started: bool = False
 
@@ -106,6 +111,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Positions taken so far: virtual tokens, prompt, generated."""
         return self.num_virtual_tokens + len(self.prompt) + len(self.generated)
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Positions of the source, virtual tokens included; 0 without one."""
+        return self.num_virtual_source_tokens + len(self.source)
 
     @property
     def num_prompt_positions(self) -> int:

@@ -15,6 +15,11 @@ class ScheduledChunk:
     num_new_tokens: int
 
     @property
+    def num_new_source_tokens(self) -> int:
+        """Tokens of its source, all or none, that an encoder reads before."""
+        return 0 if self.sequence.source_is_cached else self.sequence.num_source_tokens
+
+    @property
     def completes(self) -> bool:
         """Whether the chunk reaches the sequence's last token, so that the next one can be drawn."""
         return self.sequence.num_cached_tokens + self.num_new_tokens == self.sequence.num_tokens
@@ -24,7 +29,8 @@ class Scheduler:
     """First come, first served, within a budget of tokens per step, rows, and cache blocks.
 
     Running sequences come first, so that long prompts, cut into chunks, hold nobody up. When blocks run out, the
-    newest running sequence steps back and is computed again later.
+    newest running sequence steps back and is computed again later. Sources, which cannot be cut, have a budget of the
+    same size to themselves: no row that is running can keep them waiting.
     """
 
     def __init__(self, blocks: BlockPool, max_running: int, max_step_tokens: int) -> None:
@@ -58,9 +64,11 @@ class Scheduler:
         if len(self.waiting) > num_waiting:  # someone stepped back: there is no room for anybody new
             chunks = [chunk for chunk in chunks if chunk.sequence in self.running]
             return sorted(chunks, key=lambda chunk: chunk.sequence.slot)
+        source_budget = self._max_step_tokens
         while budget and self.waiting and len(self.running) < self._max_running:
             sequence = self.waiting[0]
-            if not self._blocks.can_extend(sequence, self._chunk_end(sequence, budget)):
+            source_budget -= sequence.num_source_tokens
+            if source_budget < 0 or not self._blocks.can_extend(sequence, self._chunk_end(sequence, budget)):
                 break
             self.running.append(self.waiting.popleft())
             chunks.append(self._take(sequence, budget))

@@ -26,7 +26,9 @@ from quiver_peft.adapters.artifact import read_adapter
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.configs import METHOD_ORDER
 from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.load import load_base
 from quiver_peft.base.paged import PagedKV
+from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapter_store import AdapterStore
@@ -65,7 +67,7 @@ _OPTIONS = (
 class Parts:
     """Everything that lives as long as the server."""
 
-    base: GPTBase
+    base: GPTBase | T5Base
     tokenizer: Tokenizer
     kv: PagedKV
     engine: Engine
@@ -85,7 +87,7 @@ def serve(config: ServerConfig) -> int:
         return 1
 
 
-def _load(config: ServerConfig) -> tuple[GPTBase, Tokenizer]:
+def _load(config: ServerConfig) -> tuple[GPTBase | T5Base, Tokenizer]:
     if not config.adapters.is_dir():
         raise NotADirectoryError(f"--adapters {config.adapters}: no such folder; make it, it may be empty")
     device = config.device
@@ -95,10 +97,10 @@ def _load(config: ServerConfig) -> tuple[GPTBase, Tokenizer]:
     dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
     if config.dtype not in dtypes:
         raise QuiverError(f"--dtype {config.dtype}: must be one of {', '.join(dtypes)}")
-    return GPTBase.from_pretrained(config.base, dtype=dtypes[config.dtype], device=device), Tokenizer(config.base)
+    return load_base(config.base, dtype=dtypes[config.dtype], device=device), Tokenizer(config.base)
 
 
-def _build(config: ServerConfig, base: GPTBase, tokenizer: Tokenizer) -> Parts:
+def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -> Parts:
     """The parts, unstarted. Called in the event loop that will serve."""
     loop = asyncio.get_running_loop()
     weight = base.embedding.weight
@@ -126,9 +128,13 @@ def _build(config: ServerConfig, base: GPTBase, tokenizer: Tokenizer) -> Parts:
     )
     read = partial(read_adapter, base=base, tokenizer_digest=tokenizer.digest)
     store = AdapterStore(config.adapters, banks, read, metrics)
+    is_t5 = isinstance(base, T5Base)
+    # One block less for two tables, which are both rounded up to whole blocks.
+    capacity = (num_blocks - is_t5) * BLOCK_TOKENS
     limits = Limits(
         vocab_size=base.config.vocab_size,
-        context_length=min(base.config.max_positions, num_blocks * BLOCK_TOKENS),
+        context_length=min(base.config.max_positions or capacity, capacity),
+        max_source_length=config.max_step_tokens if is_t5 else None,
         default_max_new_tokens=config.default_max_new_tokens,
         eos_ids=frozenset(base.config.eos_token_ids),
     )
@@ -138,7 +144,8 @@ def _build(config: ServerConfig, base: GPTBase, tokenizer: Tokenizer) -> Parts:
         tokenizer,
         metrics,
         max_open=config.max_running + config.max_waiting,
-        context_length=limits.context_length,
+        limits=limits,
+        start_token_id=base.config.start_token_id if is_t5 else None,
     )
     return Parts(base, tokenizer, kv, engine, store, generator, limits, metrics)
 
@@ -161,7 +168,7 @@ def _describe(config: ServerConfig, parts: Parts) -> model_pb2.GetModelResponse:
     )
 
 
-async def _serve(config: ServerConfig, base: GPTBase, tokenizer: Tokenizer) -> int:
+async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -> int:
     parts = _build(config, base, tokenizer)
     server = grpc.aio.server(options=_OPTIONS)
     generation = GenerationService(parts.generator, tokenizer, parts.limits, parts.metrics)

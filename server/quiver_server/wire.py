@@ -23,10 +23,14 @@ FINISH_REASONS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests are measured against. Lengths in tokens."""
+    """What requests are measured against. Lengths in tokens.
+
+    max_source_length: of what an encoder reads, which it does in one step; None with a decoder-only base.
+    """
 
     vocab_size: int
     context_length: int
+    max_source_length: int | None
     default_max_new_tokens: int
     eos_ids: frozenset[int]
 
@@ -89,7 +93,25 @@ def _read_prompt(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
             f"{limits.context_length}",
             field,
         )
+    check_source_length(len(prompt), 0, limits, field)
+    if message.output.prompt_logprobs and limits.max_source_length is not None:
+        raise InvalidRequestError(
+            "output.prompt_logprobs is set; an encoder-decoder reads its prompt and predicts none of it",
+            "output.prompt_logprobs",
+        )
     return prompt
+
+
+def check_source_length(num_tokens: int, num_virtual_tokens: int, limits: Limits, field: str) -> None:
+    """Raises InvalidRequestError for a source that an encoder could not read in one step."""
+    limit = limits.max_source_length
+    if limit is not None and num_virtual_tokens + num_tokens > limit:
+        virtual = f" beside {num_virtual_tokens} virtual tokens of the adapter" if num_virtual_tokens else ""
+        raise InvalidRequestError(
+            f"the prompt has {num_tokens} tokens{virtual}; the encoder reads {limit} at most, all in one step "
+            "(--max-step-tokens)",
+            field,
+        )
 
 
 def _read_params(message: generation_pb2.GenerateRequest, limits: Limits, room: int) -> SamplingParams:

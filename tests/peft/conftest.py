@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny import tiny_flan, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
 torch.set_num_threads(1)  # tiny products: threads cost more than they give
 
@@ -27,6 +27,9 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_folders(llama_folder: Path, gpt2_folder: Path) -> dict[str, Path]:
-    """Both of them, by family."""
-    return {"llama": llama_folder, "gpt2": gpt2_folder}
+def model_folders(llama_folder: Path, gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both of them, and a T5 of either form, by family."""
+    t5, flan = tmp_path_factory.mktemp("t5"), tmp_path_factory.mktemp("flan")
+    tiny_t5(t5)
+    tiny_flan(flan)
+    return {"llama": llama_folder, "gpt2": gpt2_folder, "t5": t5, "flan": flan}

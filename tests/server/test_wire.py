@@ -13,7 +13,9 @@ from quiver_server.errors import InvalidRequestError
 from quiver_server.request import FinishReason, TokenLogprob
 from quiver_server.wire import FINISH_REASONS, Asked, Limits, logprob_message, read_request
 
-LIMITS = Limits(VOCAB_SIZE, context_length=32, default_max_new_tokens=12, eos_ids=frozenset({EOS}))
+LIMITS = Limits(
+    VOCAB_SIZE, max_source_length=None, context_length=32, default_max_new_tokens=12, eos_ids=frozenset({EOS})
+)
 
 
 @pytest.fixture(scope="module")

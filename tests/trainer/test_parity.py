@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_theirs(
     model = GPT.from_pretrained(base_folder)
     model.load_adapters(hf_folder)
     data = read_dataset(make_config().data.train, tokenizer, eos=EOS, max_length=256, skip_too_long=False)
-    ours = completion_loss(model, collate(data.samples, torch.device("cpu")))
+    ours = completion_loss(model, collate(data.samples, model))
     ours.backward()
     assert ours.item() == pytest.approx(loss.item(), abs=1e-5)
     assert model.adapter is not None and model.adapter.lora is not None

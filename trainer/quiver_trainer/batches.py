@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quiver_peft import T5
+from quiver_peft.base.t5 import T5Base
+from quiver_peft.model import AnyModel
 from quiver_trainer.data import Sample
 
 # Rows are sorted by length within so many batches: little padding, and still another order in each epoch.
@@ -20,12 +23,13 @@ _BATCHES_SORTED_TOGETHER = 16
 class Batch:
     """Rows padded on the right, and where the loss is taken.
 
-    tokens: [B, S]. sources: [R], positions in the flattened [B · S] whose next token is a completion token.
+    inputs: what the model's `hidden` takes: tokens [B, S] of a GPT; source [B, S], target [B, N] and source lengths
+        [B] of a T5. positions: [R], in its flattened output: those whose next token is a completion token.
     targets: [R], those tokens. num_tokens: without padding.
     """
 
-    tokens: Tensor
-    sources: Tensor
+    inputs: tuple[Tensor, ...]
+    positions: Tensor
     targets: Tensor
     num_tokens: int
 
@@ -83,22 +87,41 @@ def by_length(samples: Sequence[Sample], limits: BatchLimits) -> Iterator[list[S
         yield [samples[i] for i in batch]
 
 
-def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
-    """The tensors of some samples. Padding is id 0: rows only look back, so nothing sees it."""
-    lengths = [len(sample.tokens) for sample in samples]
-    longest = max(lengths)
-    padded: list[int] = []
-    sources: list[int] = []
-    targets: list[int] = []
-    for i, sample in enumerate(samples):
-        sources += range(i * longest + sample.num_prompt_tokens - 1, i * longest + lengths[i] - 1)
-        targets += sample.tokens[sample.num_prompt_tokens :]
-        padded += sample.tokens
-        padded += [0] * (longest - lengths[i])
-    tokens = torch.tensor(padded).view(len(samples), longest)
+def collate(samples: Sequence[Sample], model: AnyModel) -> Batch:
+    """The tensors of some samples, on the model's device. Padding is id 0: nothing sees it."""
+    inputs, positions = _source_and_target(samples, model.base) if isinstance(model, T5) else _whole_rows(samples)
+    targets = [token for sample in samples for token in sample.tokens[sample.num_prompt_tokens :]]
+    device = model.base.embedding.weight.device
     return Batch(
-        tokens.to(device), torch.tensor(sources).to(device), torch.tensor(targets).to(device), num_tokens=sum(lengths)
+        tuple(tensor.to(device) for tensor in inputs),
+        torch.tensor(positions).to(device),
+        torch.tensor(targets).to(device),
+        num_tokens=sum(len(sample.tokens) for sample in samples),
     )
+
+
+def _whole_rows(samples: Sequence[Sample]) -> tuple[tuple[Tensor, ...], list[int]]:
+    """Prompt and completion as one row: it only looks back."""
+    tokens = _pad([sample.tokens for sample in samples])
+    longest = tokens.shape[1]
+    positions: list[int] = []
+    for i, sample in enumerate(samples):
+        positions += range(i * longest + sample.num_prompt_tokens - 1, i * longest + len(sample.tokens) - 1)
+    return (tokens,), positions
+
+
+def _source_and_target(samples: Sequence[Sample], base: T5Base) -> tuple[tuple[Tensor, ...], list[int]]:
+    """The prompt as source, the completion as target, one token late behind the start token."""
+    sources = [sample.tokens[: sample.num_prompt_tokens] for sample in samples]
+    targets = [[base.config.start_token_id, *sample.tokens[sample.num_prompt_tokens : -1]] for sample in samples]
+    padded = _pad(targets)
+    positions = [i * padded.shape[1] + j for i, target in enumerate(targets) for j in range(len(target))]
+    return (_pad(sources), padded, torch.tensor([len(source) for source in sources])), positions
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
 
 
 def _typical_rows(lengths: Sequence[int], limits: BatchLimits) -> int:

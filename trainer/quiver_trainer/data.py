@@ -65,16 +65,17 @@ def read_rows(path: Path, *, need_completion: bool = True) -> list[Row]:
     return rows
 
 
-def read_dataset(path: Path, tokenizer: Tokenizer, *, eos: int, max_length: int, skip_too_long: bool) -> Dataset:
+def read_dataset(path: Path, tokenizer: Tokenizer, *, eos: int, max_length: int | None, skip_too_long: bool) -> Dataset:
     """The rows of a file as samples.
 
-    Rows of more than `max_length` tokens are never cut: they are left out and counted, or an error. Raises DataError.
+    Rows of more than `max_length` tokens (None: no limit) are never cut: they are left out and counted, or an error.
+    Raises DataError.
     """
     samples: list[Sample] = []
     skipped: list[int] = []
     for row in read_rows(path):
         sample = encode_row(row, tokenizer, eos, path)
-        if len(sample.tokens) <= max_length:
+        if max_length is None or len(sample.tokens) <= max_length:
             samples.append(sample)
         elif skip_too_long:
             skipped.append(row.line)

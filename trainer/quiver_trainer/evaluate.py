@@ -6,39 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiver_peft.model import GPT
+from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import Batch, BatchLimits, by_length, collate
 from quiver_trainer.data import Sample
 from quiver_trainer.predict import is_exact_match, predict_tokens
 
 
-def completion_loss(model: GPT, batch: Batch) -> Tensor:
+def completion_loss(model: AnyModel, batch: Batch) -> Tensor:
     """Mean cross-entropy of the batch's completion tokens, in nats; a scalar.
 
     Logits are computed for these tokens alone: most rows of a batch are prompt, and the vocabulary is wide.
     """
-    hidden = model.hidden(batch.tokens).flatten(0, 1)
-    logits = model.base.logits(hidden.index_select(0, batch.sources))
+    hidden = model.hidden(*batch.inputs).flatten(0, 1)
+    logits = model.base.logits(hidden.index_select(0, batch.positions))
     return F.cross_entropy(logits.float(), batch.targets)
 
 
 @torch.inference_mode()
-def validation_loss(model: GPT, samples: Sequence[Sample], limits: BatchLimits) -> float:
+def validation_loss(model: AnyModel, samples: Sequence[Sample], limits: BatchLimits) -> float:
     """Mean cross-entropy over all completion tokens of the samples, in nats, without dropout."""
-    device = model.base.embedding.weight.device
     total, count = 0.0, 0
     was_training = model.training
     model.eval()
     for rows in by_length(samples, limits):
-        batch = collate(rows, device)
+        batch = collate(rows, model)
         total += completion_loss(model, batch).item() * len(batch.targets)
         count += len(batch.targets)
     model.train(was_training)
     return total / count
 
 
-def exact_match(model: GPT, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int | None) -> float:
+def exact_match(model: AnyModel, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int | None) -> float:
     """The share of samples whose completion the model generates greedily, white space around it aside.
 
     max_new_tokens: None generates just enough for the longest completion and the end token.

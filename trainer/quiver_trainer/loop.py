@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from quiver_peft.model import GPT
+from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import Batch, BatchLimits, collate, plan_epoch
 from quiver_trainer.checkpoint import read_checkpoint, restore, write_checkpoint
@@ -37,7 +37,7 @@ class TrainingLoop:
     def __init__(
         self,
         config: TrainConfig,
-        model: GPT,
+        model: AnyModel,
         tokenizer: Tokenizer,
         train: Dataset,
         validation: Dataset | None,
@@ -112,7 +112,7 @@ class TrainingLoop:
             progress.epoch, progress.batch = progress.epoch + 1, 0
             self._plan = self._plan_epoch(progress.epoch)
         samples = [self._samples[i] for i in self._plan[progress.batch]]
-        batch = collate(samples, self._model.base.embedding.weight.device)
+        batch = collate(samples, self._model)
         rate = learning_rate(progress.step, self.num_steps, self._config.optimiser.learning_rate, self._config.schedule)
         loss, gradient_norm = self._update(batch, rate)
         seconds = time.perf_counter() - started
@@ -159,7 +159,7 @@ class TrainingLoop:
         self._reporter.validation(record)
 
 
-def trainable(model: GPT) -> dict[str, nn.Parameter]:
+def trainable(model: AnyModel) -> dict[str, nn.Parameter]:
     """What is trained, by name. Raises TrainingError when everything is frozen."""
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:

@@ -7,7 +7,7 @@ from pathlib import Path
 from quiver_peft.adapters.artifact import read_adapter
 from quiver_peft.adapters.merge import merge_into
 from quiver_peft.errors import QuiverError
-from quiver_peft.model import GPT
+from quiver_peft.model import load_model
 from quiver_trainer.result import write_base
 
 _DESCRIPTION = """\
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 def _run(base_folder: Path, adapter_folder: Path, output: Path) -> None:
     if output.exists():
         raise QuiverError(f"{output}: is there already; remove it, or choose another folder")
-    model = GPT.from_pretrained(base_folder)
+    model = load_model(base_folder)
     weights = read_adapter(adapter_folder, model.base)
     merge_into(model.base, weights)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from quiver_peft.decode import greedy_decode
-from quiver_peft.model import GPT
+from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.errors import DataError
 
 
 def predict_tokens(
-    model: GPT,
+    model: AnyModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -20,14 +20,14 @@ def predict_tokens(
     Dropout is off meanwhile. on_finished: called with the number of new tokens whenever one is done.
     Raises DataError for a prompt that fills the context.
     """
-    max_positions = model.base.config.max_positions - model.num_virtual_tokens
+    max_tokens = model.max_tokens
     weights = None if model.adapter is None else model.adapter.weights(model.base)
     # Rows with little room left are decoded apart, each with its own limit.
     by_room: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
-        room = max_positions - len(prompt)
+        room = max_new_tokens if max_tokens is None else max_tokens - len(prompt)
         if room < 1:
-            raise DataError(f"prompt {i + 1} has {len(prompt)} tokens; the base takes {max_positions}, answer included")
+            raise DataError(f"prompt {i + 1} has {len(prompt)} tokens; the base takes {max_tokens}, answer included")
         by_room.setdefault(min(room, max_new_tokens), []).append(i)
     answers: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
@@ -50,7 +50,7 @@ def predict_tokens(
 
 
 def predict_texts(
-    model: GPT,
+    model: AnyModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,

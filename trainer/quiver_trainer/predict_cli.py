@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quiver_peft.errors import QuiverError
-from quiver_peft.model import GPT
+from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data import Row, read_rows
 from quiver_trainer.device import choose_device
@@ -73,12 +73,12 @@ def _positive(text: str) -> int:
 def _run(options: argparse.Namespace) -> None:
     rows = read_rows(options.input, need_completion=False)
     tokenizer = Tokenizer(options.base)
-    model = GPT.from_pretrained(options.base, device=choose_device(options.device))
+    model = load_model(options.base, device=choose_device(options.device))
     if options.adapter is not None:
         model.load_adapters(options.adapter)
     model.freeze()
     prompts = [tokenizer.encode(row.prompt) for row in rows]
-    _check_lengths(prompts, rows, options.input, model.base.config.max_positions - model.num_virtual_tokens)
+    _check_lengths(prompts, rows, options.input, model.max_tokens)
     answers = _predict(model, prompts, options.max_new_tokens)
     results = [_result(row, tokenizer.decode(answer)) for row, answer in zip(rows, answers, strict=True)]
     _write_atomically(options.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
@@ -88,16 +88,18 @@ def _run(options: argparse.Namespace) -> None:
         print(f"exact match: {sum(correct) / len(correct):.1%} ({sum(correct)} of {len(correct)})")
 
 
-def _check_lengths(prompts: Sequence[Sequence[int]], rows: Sequence[Row], path: Path, max_positions: int) -> None:
+def _check_lengths(prompts: Sequence[Sequence[int]], rows: Sequence[Row], path: Path, max_tokens: int | None) -> None:
     for prompt, row in zip(prompts, rows, strict=True):
-        if not 0 < len(prompt) < max_positions:
+        if not prompt:
+            raise DataError(f"{path}:{row.line}: the prompt has 0 tokens; there must be at least one")
+        if max_tokens is not None and len(prompt) >= max_tokens:
             raise DataError(
-                f"{path}:{row.line}: the prompt has {len(prompt)} tokens; there must be at least one, and fewer than "
-                f"the {max_positions} that the base takes, answer included"
+                f"{path}:{row.line}: the prompt has {len(prompt)} tokens; there must be fewer than the {max_tokens} "
+                "that the base takes, answer included"
             )
 
 
-def _predict(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+def _predict(model: AnyModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     console = Console()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

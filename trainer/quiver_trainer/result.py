@@ -13,7 +13,7 @@ import torch
 from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.base.families import FAMILIES
-from quiver_peft.model import GPT
+from quiver_peft.model import AnyModel
 from quiver_trainer.data import Dataset
 from quiver_trainer.progress import Progress
 from quiver_trainer.workplace import RECORD_FILE
@@ -58,7 +58,7 @@ def training_record(
 
 
 def write_base(
-    model: GPT, base_folder: Path, output: Path, record: Mapping[str, Any], files: Mapping[str, bytes]
+    model: AnyModel, base_folder: Path, output: Path, record: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> None:
     """Replace `output` by the fine-tuned base in float32, with the configuration and tokenizer of the base folder."""
     companions = {

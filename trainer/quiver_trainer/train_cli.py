@@ -9,7 +9,7 @@ import torch
 
 from quiver_peft.base.checkpoint import fingerprint
 from quiver_peft.errors import QuiverError
-from quiver_peft.model import GPT
+from quiver_peft.model import AnyModel, load_model
 from quiver_trainer.config import TrainConfig
 from quiver_trainer.describe import list_settings, to_recipe
 from quiver_trainer.device import choose_device
@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace, stop: StopRequest) -> int:
         reporter.note(f"{config.output}: this training is finished already; --restart trains again")
         return 0
     device = choose_device(config.device)
-    model = GPT.from_pretrained(config.base, dtype=getattr(torch, config.dtype), device=device)
+    model = load_model(config.base, dtype=getattr(torch, config.dtype), device=device)
     torch.manual_seed(config.seed)
     if methods:
         model.add_adapter(methods)
@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace, stop: StopRequest) -> int:
     return 0
 
 
-def _introduce(config: TrainConfig, model: GPT, device: torch.device, reporter: Reporter) -> None:
+def _introduce(config: TrainConfig, model: AnyModel, device: torch.device, reporter: Reporter) -> None:
     total = sum(parameter.numel() for parameter in model.base.parameters())
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     what = ", ".join(section.method for section in config.adapter or ()) or "full fine-tuning"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quiver_peft.model import GPT
+from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.config import TrainConfig
 from quiver_trainer.curve import draw_learning_curve
@@ -55,7 +55,7 @@ class Trainer:
         self._reporter = reporter or Reporter()
         self._should_stop = should_stop
 
-    def fit(self, model: GPT) -> TrainingResult:
+    def fit(self, model: AnyModel) -> TrainingResult:
         """Train, or go on with an interrupted training of the same settings, and write the output folder in one step.
 
         With an adapter only its weights are saved; without, a Hugging Face folder of the fine-tuned base.
@@ -87,21 +87,22 @@ class Trainer:
             workplace.remove()
         return TrainingResult(revision, record)
 
-    def predict(self, model: GPT, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+    def predict(self, model: AnyModel, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         """The model's greedy answer to each prompt, without the prompt. Raises DataError for a prompt too long."""
         return predict_texts(model, Tokenizer(self._config.base), prompts, max_new_tokens=max_new_tokens)
 
-    def _read_data(self, model: GPT, tokenizer: Tokenizer) -> dict[str, Dataset]:
+    def _read_data(self, model: AnyModel, tokenizer: Tokenizer) -> dict[str, Dataset]:
         """ "train" and, where there is one, "validation"; says how many rows were left out."""
         config, base = self._config.data, model.base.config
         if not base.eos_token_ids:
             raise ConfigError(
                 f"{self._config.base}: config.json names no eos_token_id, so no answer could learn to end"
             )
-        room = base.max_positions - model.num_virtual_tokens
+        room = model.max_tokens
         max_length = config.max_length or room
-        if max_length > room:
-            virtual = f" beside {model.num_virtual_tokens} virtual tokens" if model.num_virtual_tokens else ""
+        if max_length is not None and room is not None and max_length > room:
+            num_virtual = model.num_virtual_in("")
+            virtual = f" beside {num_virtual} virtual tokens" if num_virtual else ""
             raise ConfigError(f"data.max_length: {max_length} is more than the {room} tokens of the base{virtual}")
         datasets: dict[str, Dataset] = {}
         for name, path in (("train", config.train), ("validation", config.validation)):
@@ -121,7 +122,7 @@ class Trainer:
                 )
         return datasets
 
-    def _write(self, model: GPT, tokenizer: Tokenizer, loop: TrainingLoop, record: Mapping[str, Any]) -> str:
+    def _write(self, model: AnyModel, tokenizer: Tokenizer, loop: TrainingLoop, record: Mapping[str, Any]) -> str:
         """Replace the output folder; returns the adapter's revision."""
         config, progress = self._config, loop.progress
         what = "whole base" if model.adapter is None else "adapter"

@@ -13,8 +13,8 @@ from quiver_peft.adapters.lora import LoraModule, LoraPEFTConfig
 from quiver_peft.adapters.prefix import PrefixModule, PrefixPEFTConfig
 from quiver_peft.adapters.prompt import PromptModule
 from quiver_peft.adapters.weights import AdapterWeights, fold_scales
-from quiver_peft.base.gpt import GPTBase
-from quiver_peft.base.sites import Linear, Site
+from quiver_peft.base.base import Base
+from quiver_peft.base.sites import Linear, Site, Stack
 from quiver_peft.errors import AdapterError
 
 AnyMethod = LoraModule | IA3Module | BottleneckModule | PrefixModule | PromptModule
@@ -23,7 +23,7 @@ AnyMethod = LoraModule | IA3Module | BottleneckModule | PrefixModule | PromptMod
 class Adapter(nn.Module):
     """The methods of one adapter, applied in the order of `METHOD_ORDER` at every site they touch.
 
-    num_virtual_tokens: every sequence given to the base must begin with so many placeholders (any id).
+    Every sequence given to a stack of the base must begin with `num_virtual_in(stack)` placeholders (any id).
     """
 
     def __init__(self, methods: Sequence[AnyMethod]) -> None:
@@ -33,19 +33,22 @@ class Adapter(nn.Module):
             raise AdapterError(f"an adapter holds each method at most once, not {', '.join(names)}")
         self._methods = sorted(methods, key=lambda method: METHOD_ORDER.index(method.name))
         self.methods = nn.ModuleList(self._methods)
-        self.num_virtual_tokens = sum(method.num_virtual_tokens for method in methods)
 
     @classmethod
-    def create(cls, base: GPTBase, configs: Sequence[PEFTConfig]) -> "Adapter":
+    def create(cls, base: Base, configs: Sequence[PEFTConfig]) -> "Adapter":
         """A new adapter. Until it is trained it equals the base, virtual tokens excepted."""
         if not configs:
             raise AdapterError("an adapter needs at least one method; leave add_adapter out for full fine-tuning")
         return cls([_new_module(base, config) for config in configs])
 
     @classmethod
-    def from_weights(cls, base: GPTBase, weights: AdapterWeights) -> "Adapter":
+    def from_weights(cls, base: Base, weights: AdapterWeights) -> "Adapter":
         """The trainable form of weights read from disk."""
         return cls([_module_of(base, config, weights) for config in weights.configs])
+
+    def num_virtual_in(self, stack: Stack) -> int:
+        """Virtual tokens before every sequence of a stack; "" is the only one of a decoder-only base."""
+        return sum(method.num_virtual_in(stack) for method in self._methods)
 
     @property
     def lora(self) -> LoraModule | None:
@@ -57,7 +60,7 @@ class Adapter(nn.Module):
         """The configuration of each method, in the order in which they act."""
         return tuple(method.config for method in self._methods)
 
-    def weights(self, base: GPTBase) -> AdapterWeights:
+    def weights(self, base: Base) -> AdapterWeights:
         """A detached fp32 copy of everything on the host; the revision is for whoever writes it."""
         weights = AdapterWeights("", self.configs)
         for method in self._methods:
@@ -73,17 +76,19 @@ class Adapter(nn.Module):
                 weights = replace(weights, prompt=method.weights())
         return replace(weights, scales=fold_scales(base, weights.lora, weights.ia3))
 
-    def embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """Word embeddings, the placeholders' replaced. tokens: [B, S] -> [B, S, D]."""
         embedded = embedding(tokens)
-        if not self.num_virtual_tokens:
-            return embedded
         virtual: list[Tensor] = []
         for method in self._methods:
-            rows = method.virtual_embeddings()
-            virtual.append(embedded.new_zeros(method.num_virtual_tokens, embedded.shape[-1]) if rows is None else rows)
-        rows = torch.cat([part.to(embedded.dtype) for part in virtual]).expand(*embedded.shape[:-2], -1, -1)
-        return torch.cat([rows, embedded[..., self.num_virtual_tokens :, :]], dim=-2)
+            if number := method.num_virtual_in(site.stack):
+                rows = method.virtual_embeddings()
+                virtual.append(embedded.new_zeros(number, embedded.shape[-1]) if rows is None else rows)
+        if not virtual:
+            return embedded
+        rows = torch.cat([part.to(embedded.dtype) for part in virtual])
+        rest = embedded[..., rows.shape[0] :, :]
+        return torch.cat([rows.expand(*embedded.shape[:-2], -1, -1), rest], dim=-2)
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
         """The base's linear and what each method does around it. x: [*, K] -> [*, N]."""
@@ -106,10 +111,11 @@ class Adapter(nn.Module):
         """Keys and values with those of a prefix in the first rows. k, v: [B, S, G, E]."""
         first = 0
         for method in self._methods:
-            found = method.virtual_key_values(site.layer)
+            number = method.num_virtual_in(site.stack)
+            found = method.virtual_key_values(site.layer) if number else None
             if found is not None:
                 k, v = (_replace_rows(old, new, first) for old, new in zip((k, v), found, strict=True))
-            first += method.num_virtual_tokens
+            first += number
         return k, v
 
 
@@ -119,7 +125,7 @@ def _replace_rows(old: Tensor, new: Tensor, first: int) -> Tensor:
     return torch.cat([old[:, :first], rows, old[:, first + new.shape[0] :]], dim=1)
 
 
-def _new_module(base: GPTBase, config: PEFTConfig) -> AnyMethod:
+def _new_module(base: Base, config: PEFTConfig) -> AnyMethod:
     if isinstance(config, LoraPEFTConfig):
         return LoraModule.create(base, config)
     if isinstance(config, IA3PEFTConfig):
@@ -131,7 +137,7 @@ def _new_module(base: GPTBase, config: PEFTConfig) -> AnyMethod:
     return PromptModule.create(base, config)
 
 
-def _module_of(base: GPTBase, config: PEFTConfig, weights: AdapterWeights) -> AnyMethod:
+def _module_of(base: Base, config: PEFTConfig, weights: AdapterWeights) -> AnyMethod:
     if isinstance(config, LoraPEFTConfig):
         return LoraModule.from_weights(config, weights.lora)
     if isinstance(config, IA3PEFTConfig):

@@ -26,7 +26,7 @@ from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.adapters.formats import read_methods, write_methods
 from quiver_peft.adapters.lora import LoraPEFTConfig
 from quiver_peft.adapters.weights import AdapterWeights
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,7 +37,7 @@ SCHEMA_VERSION = 1
 
 def save_adapter(
     folder: str | Path,
-    base: GPTBase,
+    base: Base,
     adapter: Adapter,
     *,
     base_name: str = "",
@@ -71,7 +71,7 @@ def save_adapter(
     return revision
 
 
-def read_adapter(folder: str | Path, base: GPTBase, tokenizer_digest: str = "") -> AdapterWeights:
+def read_adapter(folder: str | Path, base: Base, tokenizer_digest: str = "") -> AdapterWeights:
     """Read and validate an adapter for `base`. Raises AdapterError; BaseMismatchError when it belongs to another."""
     path = Path(folder)
     config_bytes, weights_bytes = _read_bytes(path / CONFIG_FILE), _read_bytes(path / WEIGHTS_FILE)
@@ -137,7 +137,7 @@ def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: GPTBase, tokenizer_digest: str) -> None:
+def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: Base, tokenizer_digest: str) -> None:
     if record.get("schema_version") != SCHEMA_VERSION:
         raise AdapterError(
             f"{path}: schema_version {record.get('schema_version')!r} is not known; this is {SCHEMA_VERSION}"

@@ -21,7 +21,10 @@ class RowGroup(NamedTuple):
 
 
 class VirtualRows(NamedTuple):
-    """Rows [start, end) of a packed batch are virtual tokens `first`, `first + 1`, ... of the adapter in `slot`."""
+    """Rows [start, end) of a packed batch are virtual tokens `first`, `first + 1`, ... of the adapter in `slot`.
+
+    An adapter's prefix is numbered first, then its prompt.
+    """
 
     slot: int
     start: int
@@ -78,7 +81,7 @@ class BankSeam:
             table = placed.prompt[max(first - num_prefix, 0) : last - num_prefix]
             self._prompts.append(_PromptRows(split, rows.end, table))
 
-    def embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """tokens: [T] -> [T, D], the rows of virtual tokens replaced."""
         embedded = embedding(tokens)
         for rows in self._prompts:

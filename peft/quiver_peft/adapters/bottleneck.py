@@ -8,6 +8,7 @@ Shapes: * any leading dimensions, D hidden size, R width of the bottleneck.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.targets import require_layers
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Site
 from quiver_peft.errors import AdapterError
 from quiver_peft.kernels.grouped_bottleneck import (
@@ -31,6 +32,7 @@ from quiver_peft.kernels.grouped_bottleneck import (
 )
 
 PLACES = ("attention", "mlp")
+_ALL_PLACES = (*PLACES, "cross_attention")
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "norm_position": ("pre", "post", None),
     "column_init_method": ("xavier", "normal", "kaiming", "zero"),
@@ -46,7 +48,8 @@ class CanonicalAdaptersPEFTConfig:
     adapter_dim: width of the bottleneck. norm_position: a LayerNorm on what enters ("pre") or on what is added
         ("post"); None: none. column_init_method: how `down` starts; `up` starts at zero.
     weight_tying: one bottleneck for all layers (of each place). layer_selection: numbers of layers, from 1; None: all.
-    places: after which sub-layers. bias: of both linears. scale: on what is added.
+    places: after which sub-layers; T5's "cross_attention" is not among the defaults, as in NeMo and AdapterHub.
+    bias: of both linears. scale: on what is added.
     source: what enters: the sub-layer's output, its sum with the residual (Pfeiffer), the residual alone (parallel).
     """
 
@@ -69,8 +72,8 @@ class CanonicalAdaptersPEFTConfig:
             raise AdapterError(f"canonical: adapter_dropout must be in [0, 1), not {self.adapter_dropout}")
         if not math.isfinite(self.scale) or self.scale == 0:
             raise AdapterError(f"canonical: scale must be a number other than 0, not {self.scale}")
-        if not self.places or not set(self.places) <= set(PLACES):
-            raise AdapterError(f"canonical: places must be among {', '.join(PLACES)}, not {list(self.places)}")
+        if not self.places or not set(self.places) <= set(_ALL_PLACES):
+            raise AdapterError(f"canonical: places must be among {', '.join(_ALL_PLACES)}, not {list(self.places)}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 choices = ", ".join(map(str, known))
@@ -135,12 +138,15 @@ def at_site(config: CanonicalAdaptersPEFTConfig, tensors: dict[str, Tensor]) -> 
     )
 
 
-def bottleneck_sites(base: GPTBase, config: CanonicalAdaptersPEFTConfig) -> list[Site]:
+def bottleneck_sites(base: Base, config: CanonicalAdaptersPEFTConfig) -> list[Site]:
     """Where a configuration acts on `base`. Raises AdapterError for a layer that is not there."""
     if config.layer_selection is not None:
-        require_layers(config.layer_selection, base.config.num_layers)
-    numbers = config.layer_selection or range(1, base.config.num_layers + 1)
-    return [Site.in_layer(number - 1, place) for number in sorted(set(numbers)) for place in config.places]
+        require_layers(config.layer_selection, base.depth)
+    missing = set(config.places) - {site.kind for site in base.sublayers}
+    if missing:
+        raise AdapterError(f"canonical: places: this base has no {', '.join(sorted(missing))}")
+    layers = range(base.depth) if config.layer_selection is None else [n - 1 for n in config.layer_selection]
+    return [site for site in base.sublayers if site.layer in layers and site.kind in config.places]
 
 
 class Bottleneck(nn.Module):
@@ -180,14 +186,14 @@ class BottleneckModule(Method):
         self._by_site = bottlenecks
 
     @classmethod
-    def create(cls, base: GPTBase, config: CanonicalAdaptersPEFTConfig) -> Self:
+    def create(cls, base: Base, config: CanonicalAdaptersPEFTConfig) -> Self:
         """Fresh bottlenecks. Raises AdapterError."""
         hidden_size = base.config.hidden_size
-        tied = {place: Bottleneck(config, hidden_size) for place in config.places if config.weight_tying}
-        found = {
-            site.name: tied[site.kind] if config.weight_tying else Bottleneck(config, hidden_size)
-            for site in bottleneck_sites(base, config)
-        }
+        found: dict[str, Bottleneck] = {}
+        tied: dict[str, Bottleneck] = {}
+        for site in bottleneck_sites(base, config):
+            new = Bottleneck(config, hidden_size)
+            found[site.name] = tied.setdefault(_place(site.name), new) if config.weight_tying else new
         return cls(config, found)
 
     @classmethod
@@ -196,7 +202,7 @@ class BottleneckModule(Method):
         found: dict[str, Bottleneck] = {}
         tied: dict[str, Bottleneck] = {}
         for item in weights:
-            place = item.site.rpartition(".")[2]
+            place = _place(item.site)
             if config.weight_tying and place in tied:
                 found[item.site] = tied[place]
                 continue
@@ -220,6 +226,11 @@ class BottleneckModule(Method):
         """out, residual: [*, D] -> [*, D]."""
         bottleneck = self._by_site.get(site.name)
         return out if bottleneck is None else bottleneck(out, residual)
+
+
+def _place(site: str) -> str:
+    """A site's name without the layer: those with one name share a tied bottleneck."""
+    return re.sub(r"layers\.\d+", "layers", site)
 
 
 def _key(name: str) -> str:

@@ -17,7 +17,7 @@ from quiver_peft.adapters.bottleneck import (
     bottleneck_shapes,
     bottleneck_sites,
 )
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
 PEFT_TYPE = "QUIVER_BOTTLENECK"
@@ -32,7 +32,7 @@ _NUMBERS: dict[str, type[int] | tuple[type, ...]] = {
 
 
 def write_bottleneck(
-    base: GPTBase, config: CanonicalAdaptersPEFTConfig, weights: Sequence[BottleneckWeights], base_name: str
+    base: Base, config: CanonicalAdaptersPEFTConfig, weights: Sequence[BottleneckWeights], base_name: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """adapter_config.json and its tensors; tied bottlenecks are written at every site."""
     settings = config.to_dict()
@@ -43,7 +43,7 @@ def write_bottleneck(
 
 
 def read_bottleneck(
-    base: GPTBase, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    base: Base, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[CanonicalAdaptersPEFTConfig, tuple[BottleneckWeights, ...]]:
     """Validated weights for `base`. Raises AdapterError; BaseMismatchError."""
     found = _read_config(config)

@@ -18,13 +18,14 @@ from quiver_peft.adapters.bottleneck_files import PEFT_TYPE as BOTTLENECK
 from quiver_peft.adapters.bottleneck_files import read_bottleneck, write_bottleneck
 from quiver_peft.adapters.configs import METHOD_ORDER, PEFTConfig, method_name
 from quiver_peft.adapters.hf_ia3 import read_hf_ia3, write_hf_ia3
-from quiver_peft.adapters.hf_lora import read_hf_lora, write_hf_lora
+from quiver_peft.adapters.hf_lora import read_hf_lora
+from quiver_peft.adapters.hf_lora_writer import write_hf_lora
 from quiver_peft.adapters.hf_prompt import read_hf_prompt, write_hf_prompt
 from quiver_peft.adapters.ia3 import IA3PEFTConfig
 from quiver_peft.adapters.lora import LoraPEFTConfig
 from quiver_peft.adapters.prefix import PrefixPEFTConfig, PrefixWeights
 from quiver_peft.adapters.weights import AdapterWeights, fold_scales
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError
 
 COMPOSITE = "QUIVER_COMPOSITE"
@@ -34,7 +35,7 @@ KNOWN_TYPES = ("LORA", "IA3", *_PROMPT_TYPES, BOTTLENECK, COMPOSITE)
 Form = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def write_methods(base: GPTBase, weights: AdapterWeights, base_name: str) -> Form:
+def write_methods(base: Base, weights: AdapterWeights, base_name: str) -> Form:
     """adapter_config.json and its tensors."""
     forms = {method_name(config): _write_one(base, config, weights, base_name) for config in weights.configs}
     if len(forms) == 1:
@@ -44,7 +45,7 @@ def write_methods(base: GPTBase, weights: AdapterWeights, base_name: str) -> For
     return {"peft_type": COMPOSITE, "base_model_name_or_path": base_name, "methods": configs}, tensors
 
 
-def _write_one(base: GPTBase, config: PEFTConfig, weights: AdapterWeights, base_name: str) -> Form:
+def _write_one(base: Base, config: PEFTConfig, weights: AdapterWeights, base_name: str) -> Form:
     if isinstance(config, LoraPEFTConfig):
         return write_hf_lora(base, config, weights.lora, base_name)
     if isinstance(config, IA3PEFTConfig):
@@ -58,7 +59,7 @@ def _write_one(base: GPTBase, config: PEFTConfig, weights: AdapterWeights, base_
     return write_hf_prompt(base, config, weights.prompt, base_name)
 
 
-def read_methods(base: GPTBase, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterWeights:
+def read_methods(base: Base, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterWeights:
     """Validated weights, without a revision yet. Raises AdapterError; BaseMismatchError."""
     weights = AdapterWeights("", ())
     if config.get("peft_type") == COMPOSITE:
@@ -100,7 +101,7 @@ def _split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _read_one(
-    base: GPTBase, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: AdapterWeights
+    base: Base, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: AdapterWeights
 ) -> AdapterWeights:
     """`weights` with one more method."""
     kind = config.get("peft_type")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.hf_lora import PREFIX, shortest_names
+from quiver_peft.adapters.hf_common import PREFIX, check_task_type, shortest_names
 from quiver_peft.adapters.ia3 import IA3PEFTConfig, IA3Weights, refuse_part_inputs
 from quiver_peft.adapters.targets import Target, matches_module, module_targets
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
 _TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.ia3_l")
@@ -25,12 +25,13 @@ _HARMLESS_FIELDS = {
 
 
 def read_hf_ia3(
-    base: GPTBase, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    base: Base, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[IA3PEFTConfig, tuple[IA3Weights, ...]]:
     """Validated weights for `base`.
 
     Raises AdapterError for a field we cannot honour or a tensor missing, left over or misshapen; BaseMismatchError.
     """
+    check_task_type(base, config)
     _refuse_unknown_mathematics(config)
     names, feedforward = config.get("target_modules"), config.get("feedforward_modules") or []
     modules = module_targets(base)
@@ -64,8 +65,6 @@ def _refuse_unknown_mathematics(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key not in _USED_FIELDS and key not in _HARMLESS_FIELDS and value:
             raise AdapterError(f"adapter_config.json: {key} = {value!r} is not supported (it would change the result)")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise AdapterError(f"adapter_config.json: task_type = {config['task_type']!r} is not supported; use CAUSAL_LM")
 
 
 def _as_config(names: Any) -> Sequence[str] | str:
@@ -106,7 +105,7 @@ def _vector(target: Target, scale: Tensor, on_input: bool) -> Tensor:
 
 
 def write_hf_ia3(
-    base: GPTBase, config: IA3PEFTConfig, weights: Sequence[IA3Weights], base_name: str
+    base: Base, config: IA3PEFTConfig, weights: Sequence[IA3Weights], base_name: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """adapter_config.json and its tensors. A module of which only some rows are scaled gets ones for the others."""
     modules = module_targets(base)
@@ -130,7 +129,7 @@ def write_hf_ia3(
     names = shortest_names(chosen, list(modules))
     return {
         "peft_type": "IA3",
-        "task_type": "CAUSAL_LM",
+        "task_type": base.hf_task_type,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "fan_in_fan_out": base.config.family == "gpt2",

@@ -1,4 +1,4 @@
-"""LoRA in Hugging Face PEFT's form: `adapter_config.json` and tensor names, read strictly, written as PEFT writes them.
+"""LoRA in Hugging Face PEFT's form, read strictly: `adapter_config.json` and tensor names.
 
 Format: peft 0.21 `tuners/lora/config.py`, `utils/save_and_load.py`. LoRA tensors are never transposed, not even for
 GPT-2's Conv1D.
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quiver_peft.adapters.hf_common import PREFIX, check_task_type
 from quiver_peft.adapters.lora import LoraPEFTConfig, LoraWeights, lora_scale
 from quiver_peft.adapters.targets import Target, matches_module, module_targets, require_expression
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
-PREFIX = "base_model.model."
 _TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB]\.weight|magnitude_vector)")
 
 USED_FIELDS = {
@@ -37,12 +37,13 @@ _BASE_KEEPING_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica
 
 
 def read_hf_lora(
-    base: GPTBase, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    base: Base, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[LoraPEFTConfig, tuple[LoraWeights, ...]]:
     """Validated weights for `base`.
 
     Raises AdapterError for a field we cannot honour or a tensor missing, left over or misshapen; BaseMismatchError.
     """
+    check_task_type(base, config)
     _refuse_unknown_mathematics(config)
     _check_values(config)
     modules = module_targets(base)
@@ -72,8 +73,6 @@ def _refuse_unknown_mathematics(config: Mapping[str, Any]) -> None:
         raise AdapterError(f"adapter_config.json: {key} = {value!r} is not supported (it would change the result)")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"adapter_config.json: bias = {config['bias']!r} is not supported; only 'none' is")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise AdapterError(f"adapter_config.json: task_type = {config['task_type']!r} is not supported; use CAUSAL_LM")
     init = config.get("init_lora_weights")
     if init not in _BASE_KEEPING_INITS:
         raise AdapterError(
@@ -219,53 +218,3 @@ def fuse_shared_a(weights: Sequence[LoraWeights]) -> tuple[LoraWeights, ...]:
             items = [LoraWeights(target, first.a, b, first.alpha, first.scale, magnitude)]
         result += items
     return tuple(result)
-
-
-def write_hf_lora(
-    base: GPTBase, config: LoraPEFTConfig, weights: Sequence[LoraWeights], base_name: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and its tensors. A fused target writes its A once for each module of the checkpoint."""
-    modules = module_targets(base)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for item in weights:
-        start, end = item.target.rows
-        for module, target in modules.items():
-            inside = start <= target.rows[0] and target.rows[1] <= end
-            if target.site != item.target.site or not inside:
-                continue
-            b = item.b[target.rows[0] - start : target.rows[1] - start]
-            # Cloned: safetensors refuses two names for one memory.
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = item.a.clone()
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = b.clone()
-            if item.magnitude is not None:
-                rows = item.magnitude[target.rows[0] - start : target.rows[1] - start]
-                tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = rows.clone()
-            ranks[module], alphas[module] = item.a.shape[0], item.alpha
-    rank, alpha = max(ranks.values()), max(alphas.values())
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": config.adapter_dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "bias": "none",
-        "fan_in_fan_out": base.config.family == "gpt2",
-        "target_modules": shortest_names(list(ranks), list(modules)),
-        "rank_pattern": {re.escape(module): r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(module): a for module, a in alphas.items() if a != alpha},
-    }, tensors
-
-
-def shortest_names(chosen: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """Module endings where they mean exactly the chosen modules, else their full names."""
-    for depth in (1, 2):
-        endings = sorted({".".join(module.split(".")[-depth:]) for module in chosen})
-        if [m for m in modules if matches_module(endings, m)] == [m for m in modules if m in set(chosen)]:
-            return endings
-    return sorted(chosen)

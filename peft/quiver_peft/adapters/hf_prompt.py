@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from quiver_peft.adapters.hf_common import check_task_type
 from quiver_peft.adapters.prefix import PrefixPEFTConfig, PrefixWeights
 from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PromptWeights, PtuningPEFTConfig, require_room
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
 KEY = "prompt_embeddings"
@@ -27,7 +28,7 @@ PromptConfig = PtuningPEFTConfig | PromptTuningPEFTConfig | PrefixPEFTConfig
 
 
 def read_hf_prompt(
-    base: GPTBase, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    base: Base, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[PromptConfig, PromptWeights | PrefixWeights]:
     """Validated weights for `base`. Raises AdapterError; BaseMismatchError."""
     _check_config(base, config)
@@ -37,16 +38,18 @@ def read_hf_prompt(
     is_prefix = config["peft_type"] == "PREFIX_TUNING"
     kv_size = base.config.num_kv_heads * base.config.head_dim
     width = 2 * base.config.num_layers * kv_size if is_prefix else base.config.hidden_size
-    if rows.ndim != 2 or rows.shape[0] != n:
+    num_rows = n if is_prefix else n * _num_submodules(base)
+    if rows.ndim != 2 or rows.shape[0] != num_rows:
         raise AdapterError(
-            f"adapter_model.safetensors: {KEY} has shape {list(rows.shape)}; num_virtual_tokens of "
-            f"adapter_config.json is {n}"
+            f"adapter_model.safetensors: {KEY} has shape {list(rows.shape)}; by num_virtual_tokens of "
+            f"adapter_config.json it must have {num_rows} rows"
         )
     if rows.shape[1] != width:
         raise BaseMismatchError(
             f"adapter_model.safetensors: {KEY} has rows of {rows.shape[1]} numbers, this base needs {width}"
         )
     require_room(base, n)
+    rows = rows[:n]
     if is_prefix:
         return PrefixPEFTConfig(n), PrefixWeights.from_rows(rows, base.config)
     if config["peft_type"] == "P_TUNING":
@@ -54,22 +57,22 @@ def read_hf_prompt(
     return PromptTuningPEFTConfig(n), PromptWeights(rows.contiguous())
 
 
-def _check_config(base: GPTBase, config: Mapping[str, Any]) -> None:
+def _check_config(base: Base, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key not in _HARMLESS_FIELDS and key not in _SIZES and value:
             raise AdapterError(f"adapter_config.json: {key} = {value!r} is not supported (it would change the result)")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise AdapterError(f"adapter_config.json: task_type = {config['task_type']!r} is not supported; use CAUSAL_LM")
+    check_task_type(base, config)
     for key in _SIZES:
         value = config.get(key)
         if (value is not None or key == "num_virtual_tokens") and (type(value) is not int or value < 1):
             raise AdapterError(f"adapter_config.json: {key} must be a positive whole number, not {value!r}")
-    if config.get("num_transformer_submodules") not in (None, 1):
+    if config.get("num_transformer_submodules") not in (None, _num_submodules(base)):
         raise BaseMismatchError(
-            f"adapter_config.json: num_transformer_submodules = {config['num_transformer_submodules']}: made for an "
-            "encoder-decoder; this base is a decoder"
+            f"adapter_config.json: num_transformer_submodules = {config['num_transformer_submodules']}: this base has "
+            f"{_num_submodules(base)} (an encoder-decoder has 2, a decoder 1)"
         )
-    if config.get("num_layers") not in (None, base.config.num_layers):
+    # PEFT writes an encoder's number of layers for the decoder's: the table's own width is checked besides.
+    if config.get("num_layers") not in (None, base.config.num_layers, base.depth):
         raise BaseMismatchError(
             f"adapter_config.json: num_layers {config['num_layers']} is another base's; this one has "
             f"{base.config.num_layers}"
@@ -77,16 +80,16 @@ def _check_config(base: GPTBase, config: Mapping[str, Any]) -> None:
 
 
 def write_hf_prompt(
-    base: GPTBase, config: PromptConfig, weights: PromptWeights | PrefixWeights, base_name: str
+    base: Base, config: PromptConfig, weights: PromptWeights | PrefixWeights, base_name: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """adapter_config.json and its tensor."""
     shape = base.config
     common = {
-        "task_type": "CAUSAL_LM",
+        "task_type": base.hf_task_type,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "num_virtual_tokens": config.virtual_tokens,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": _num_submodules(base),
         "num_layers": shape.num_layers,
     }
     if isinstance(weights, PrefixWeights):
@@ -98,7 +101,16 @@ def write_hf_prompt(
     sizes = {"token_dim": shape.hidden_size, "num_attention_heads": shape.num_heads}
     if isinstance(config, PtuningPEFTConfig):
         made = {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": shape.hidden_size}
-        return {"peft_type": "P_TUNING", **common, **sizes, **made}, {KEY: weights.table.clone()}
+        return {"peft_type": "P_TUNING", **common, **sizes, **made}, {KEY: _table(base, weights)}
     return {"peft_type": "PROMPT_TUNING", **common, **sizes, "prompt_tuning_init": "RANDOM"}, {
-        KEY: weights.table.clone()
+        KEY: _table(base, weights)
     }
+
+
+def _num_submodules(base: Base) -> int:
+    return 2 if base.hf_task_type == "SEQ_2_SEQ_LM" else 1
+
+
+def _table(base: Base, weights: PromptWeights) -> Tensor:
+    """PEFT keeps rows for the decoder of an encoder-decoder too, and never uses them."""
+    return weights.table.repeat(_num_submodules(base), 1)

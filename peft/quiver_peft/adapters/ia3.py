@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.targets import Target, matches_module, module_targets, resolve_targets, select_layers
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import AdapterError
 
@@ -78,7 +78,7 @@ class IA3Module(Method):
                 self._outputs.setdefault(scale.target.site, []).append(scale)
 
     @classmethod
-    def create(cls, base: GPTBase, config: IA3PEFTConfig) -> Self:
+    def create(cls, base: Base, config: IA3PEFTConfig) -> Self:
         """Ones for every target of `config` in `base`. Raises AdapterError when nothing matches."""
         targets = scaled_targets(base, config)
         return cls(config, [IA3Scale(target, on_input) for target, on_input in targets])
@@ -114,7 +114,7 @@ class IA3Module(Method):
         return (y * whole).to(y.dtype)
 
 
-def scaled_targets(base: GPTBase, config: IA3PEFTConfig) -> list[tuple[Target, bool]]:
+def scaled_targets(base: Base, config: IA3PEFTConfig) -> list[tuple[Target, bool]]:
     """The targets of a configuration, each with whether its input is scaled."""
     if config.target_modules is None:
         places = [
@@ -127,7 +127,7 @@ def scaled_targets(base: GPTBase, config: IA3PEFTConfig) -> list[tuple[Target, b
         feedforward = config.feedforward_modules or ()
         targets = resolve_targets(base, config.target_modules, fused=False)
         found = [(target, bool(feedforward) and matches_module(feedforward, target.name)) for target in targets]
-    kept = select_layers([target for target, _ in found], config.layer_selection, base.config.num_layers)
+    kept = select_layers([target for target, _ in found], config.layer_selection, base.depth)
     chosen = {(target.site, target.part) for target in kept}
     result = [(target, on_input) for target, on_input in found if (target.site, target.part) in chosen]
     refuse_part_inputs(result)
@@ -145,7 +145,7 @@ def refuse_part_inputs(targets: Sequence[tuple[Target, bool]]) -> None:
 
 
 def _key_and_value(linear: Linear) -> list[Target]:
-    parts = ("k", "v") if linear.site.kind == "attention.qkv" else ()
+    parts = ("k", "v") if linear.site.kind in ("attention.qkv", "cross_attention.kv") else ()
     return [Target.of(f"{linear.site.name}.{part}", linear, part) for part in parts]
 
 

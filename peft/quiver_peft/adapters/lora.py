@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quiver_peft.adapters.dora import gate, row_lengths
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.targets import Target, require_matches, resolve_targets, select_layers
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import AdapterError
 
@@ -130,11 +130,11 @@ class LoraModule(Method):
             self._by_site.setdefault(pair.target.site, []).append(pair)
 
     @classmethod
-    def create(cls, base: GPTBase, config: LoraPEFTConfig) -> Self:
+    def create(cls, base: Base, config: LoraPEFTConfig) -> Self:
         """Fresh weights for every target of `config` in `base`. Raises AdapterError when nothing matches."""
         fused = config.variant == "nemo"
         targets = resolve_targets(base, config.target_modules, fused=fused)
-        targets = select_layers(targets, config.layer_selection, base.config.num_layers)
+        targets = select_layers(targets, config.layer_selection, base.depth)
         linears = {linear.site.name: linear for linear in base.linears()}
         for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
             require_matches(name, patterns, targets)

@@ -4,14 +4,14 @@ import torch
 
 from quiver_peft.adapters.dora import gate
 from quiver_peft.adapters.weights import AdapterWeights
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError
 
 MERGEABLE = ("lora", "ia3")
 
 
 @torch.no_grad()
-def merge_into(base: GPTBase, weights: AdapterWeights) -> None:
+def merge_into(base: Base, weights: AdapterWeights) -> None:
     """Change the base's weights, in place, so that it answers as it did with the adapter.
 
     LoRA: W + s B A; DoRA: g (W + s B A); IA3: rows of W and bias times l, or columns of W where the input is scaled.

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from quiver_peft.base.sites import Linear, Site
+from quiver_peft.base.sites import Linear, Site, Stack
 
 
 class Method(nn.Module):
@@ -11,10 +11,16 @@ class Method(nn.Module):
     Around a linear: every `scale_input`, the linear, every `add_output` (LoRA), every `scale_output` (IA3).
 
     num_virtual_tokens: rows it puts before every sequence; they come to `virtual_embeddings` and `key_values` first.
+    virtual_stack: of an encoder-decoder, whose sequences.
     """
 
     name: str
     num_virtual_tokens: int = 0
+    virtual_stack: Stack = ""
+
+    def num_virtual_in(self, stack: Stack) -> int:
+        """Rows it puts before every sequence of this stack."""
+        return self.num_virtual_tokens if stack in ("", self.virtual_stack) else 0
 
     def scale_input(self, linear: Linear, x: Tensor) -> Tensor:
         """What the linear and everything added to it see. x: [*, K] -> [*, K]."""

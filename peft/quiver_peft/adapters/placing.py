@@ -75,12 +75,18 @@ def place(weights: AdapterWeights, memory: Tensor) -> Placed:
     """Copy an adapter into `memory` [at least num_elements(weights)]."""
     cursor = _Cursor(memory)
     prefix = weights.prefix
+
+    def layers(pairs: Tensor) -> Tensor:
+        """By layer, which is how they are read."""
+        assert prefix is not None
+        return cursor.put(pairs[list(prefix.pairs)])
+
     return Placed(
         _place_lora(weights.lora, cursor),
         {site: _place_scale(scale, cursor) for site, scale in weights.scales.items()},
         {item.site: _place_bottleneck(item, cursor) for item in weights.bottlenecks},
         None if weights.prompt is None else cursor.put(weights.prompt.table),
-        None if prefix is None else (cursor.put(prefix.keys), cursor.put(prefix.values)),
+        None if prefix is None else (layers(prefix.keys), layers(prefix.values)),
     )
 
 

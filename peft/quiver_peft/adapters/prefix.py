@@ -1,5 +1,7 @@
 """Prefix tuning (Li & Liang 2021): learned keys and values that every layer sees before those of the sequence.
 
+In an encoder-decoder: every layer of the decoder, in its self-attention.
+
 Shapes: n virtual tokens, L layers, G key-value heads, E head size. A row is laid out as Hugging Face PEFT's,
 [2 · layer + (0: keys, 1: values)][G][E]; keys are used as they are, without rotary positions.
 """
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.prompt import require_room, require_virtual_tokens
-from quiver_peft.base.config import GPTConfig
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
+from quiver_peft.base.config import BaseConfig, T5Config
 from quiver_peft.errors import AdapterError
 
 
@@ -38,21 +40,34 @@ class PrefixPEFTConfig:
 
 @dataclass(frozen=True)
 class PrefixWeights:
-    """A prefix on the host, fp32. keys, values: [L, n, G, E]."""
+    """A prefix on the host, fp32. keys, values: [L, n, G, E], in the order of the rows; see `pairs_of_layers`."""
 
     keys: Tensor
     values: Tensor
+    pairs: tuple[int, ...]
 
     @classmethod
-    def from_rows(cls, rows: Tensor, config: GPTConfig) -> Self:
+    def from_rows(cls, rows: Tensor, config: BaseConfig) -> Self:
         """rows: [n, 2 · L · G · E]."""
         shape = (rows.shape[0], config.num_layers, 2, config.num_kv_heads, config.head_dim)
         keys, values = rows.reshape(shape).permute(2, 1, 0, 3, 4)
-        return cls(keys.contiguous(), values.contiguous())
+        return cls(keys.contiguous(), values.contiguous(), tuple(pairs_of_layers(config)))
 
     def to_rows(self) -> Tensor:
         """[n, 2 · L · G · E]."""
         return torch.stack((self.keys, self.values)).permute(2, 1, 0, 3, 4).flatten(1).contiguous()
+
+
+def pairs_of_layers(config: BaseConfig) -> list[int]:
+    """Which pair of keys and values of a row each layer takes.
+
+    An encoder-decoder's layers take every second one, round and round, as Hugging Face PEFT's do (0.21,
+    `PeftModel.get_prompt` doubles the rows and deals them out in fours): with an even number of layers half of the
+    pairs serves two layers each, and half none. Another rule would make other models of the same files.
+    """
+    num_layers = config.num_layers
+    stride = 2 if isinstance(config, T5Config) else 1
+    return [layer * stride % num_layers for layer in range(num_layers)]
 
 
 class PrefixRows(nn.Module):
@@ -86,8 +101,9 @@ class PrefixModule(Method):
     """A trainable prefix. Like soft prompts it changes the base's answers from birth."""
 
     name = "prefix"
+    virtual_stack = "decoder"
 
-    def __init__(self, config: PrefixPEFTConfig, base_config: GPTConfig, encoder: nn.Module) -> None:
+    def __init__(self, config: PrefixPEFTConfig, base_config: BaseConfig, encoder: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
@@ -95,7 +111,7 @@ class PrefixModule(Method):
         self._base_config = base_config
 
     @classmethod
-    def create(cls, base: GPTBase, config: PrefixPEFTConfig) -> Self:
+    def create(cls, base: Base, config: PrefixPEFTConfig) -> Self:
         """A fresh prefix of small numbers. Raises AdapterError when it leaves no room for real tokens."""
         require_room(base, config.virtual_tokens)
         kv_size = base.config.num_kv_heads * base.config.head_dim
@@ -107,7 +123,7 @@ class PrefixModule(Method):
         return cls(config, base.config, PrefixRows(0.02 * torch.randn(config.virtual_tokens, row_size)))
 
     @classmethod
-    def from_weights(cls, config: PrefixPEFTConfig, weights: PrefixWeights, base_config: GPTConfig) -> Self:
+    def from_weights(cls, config: PrefixPEFTConfig, weights: PrefixWeights, base_config: BaseConfig) -> Self:
         """The trainable form of a prefix read from disk: the rows themselves."""
         return cls(config, base_config, PrefixRows(weights.to_rows()))
 
@@ -121,8 +137,9 @@ class PrefixModule(Method):
         rows: Tensor = self.encoder()
         config = self._base_config
         size = config.num_kv_heads * config.head_dim
+        pair = pairs_of_layers(config)[layer]
         keys, values = (
-            rows[:, 2 * layer * size : 2 * (layer + 1) * size]
+            rows[:, 2 * pair * size : 2 * (pair + 1) * size]
             .unflatten(1, (2, config.num_kv_heads, config.head_dim))
             .unbind(1)
         )

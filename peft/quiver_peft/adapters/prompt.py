@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.prompt_encoder import LSTMEncoder, MLPEncoder, NemoEncoder
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError
 
 
@@ -100,6 +100,7 @@ class PromptModule(Method):
     """A trainable soft prompt. Unlike other methods it changes the base's answers from birth."""
 
     name = "ptuning"
+    virtual_stack = "encoder"
 
     def __init__(self, config: PtuningPEFTConfig | PromptTuningPEFTConfig, encoder: nn.Module) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class PromptModule(Method):
         self.num_virtual_tokens = config.virtual_tokens
 
     @classmethod
-    def create(cls, base: GPTBase, config: PtuningPEFTConfig | PromptTuningPEFTConfig) -> Self:
+    def create(cls, base: Base, config: PtuningPEFTConfig | PromptTuningPEFTConfig) -> Self:
         """A fresh prompt. Raises AdapterError when it leaves no room for real tokens."""
         require_room(base, config.virtual_tokens)
         hidden_size, n = base.config.hidden_size, config.virtual_tokens
@@ -142,17 +143,17 @@ class PromptModule(Method):
         return self.encoder()
 
 
-def require_room(base: GPTBase, num_virtual_tokens: int) -> None:
+def require_room(base: Base, num_virtual_tokens: int) -> None:
     """Raises AdapterError when virtual tokens would fill the context."""
     limit = base.config.max_positions
-    if num_virtual_tokens > limit - 2:
+    if limit is not None and num_virtual_tokens > limit - 2:
         raise AdapterError(
             f"virtual_tokens: {num_virtual_tokens} leave no room for a prompt and an answer in the {limit} positions "
             "of this base"
         )
 
 
-def _first_rows(base: GPTBase, config: PromptTuningPEFTConfig) -> Tensor:
+def _first_rows(base: Base, config: PromptTuningPEFTConfig) -> Tensor:
     if config.init == "random":
         return torch.randn(config.virtual_tokens, base.config.hidden_size)
     ids = torch.randint(base.config.vocab_size, (config.virtual_tokens,))

@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import AdapterError
+
+_CROSS_ATTENTION = ("cross_attention.q", "cross_attention.kv", "cross_attention.out")
 
 # NeMo `peft_config.py`: target_modules and their shorthands -> kinds of sites.
 NEMO_PLACES: dict[str, tuple[str, ...]] = {
@@ -16,7 +18,9 @@ NEMO_PLACES: dict[str, tuple[str, ...]] = {
     "mlp_fc2": ("mlp.down",),
     "attention": ("attention.qkv", "attention.out"),
     "mlp": ("mlp.up", "mlp.down"),
-    "all": ("attention.qkv", "attention.out", "mlp.up", "mlp.down"),
+    # As in NeMo, the names above leave T5's cross-attention out; these two do not.
+    "cross_attention": _CROSS_ATTENTION,
+    "all": ("attention.qkv", "attention.out", "mlp.up", "mlp.down", *_CROSS_ATTENTION),
 }
 
 
@@ -36,7 +40,7 @@ class Target:
     @property
     def layer(self) -> int:
         """Which layer, from 0."""
-        return int(self.site.split(".")[1])
+        return int(self.site.rpartition("layers.")[2].partition(".")[0])
 
     @property
     def num_rows(self) -> int:
@@ -54,7 +58,7 @@ class Target:
         return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", self.name)), None)
 
 
-def module_targets(base: GPTBase) -> dict[str, Target]:
+def module_targets(base: Base) -> dict[str, Target]:
     """Every module name of the base's checkpoint that an adapter may name -> its target."""
     return {name: Target.of(name, linear, part) for name, (linear, part) in base.checkpoint_linears().items()}
 
@@ -66,7 +70,7 @@ def matches_module(names: Sequence[str] | str, module: str) -> bool:
     return any(module == name or module.endswith("." + name) for name in names)
 
 
-def resolve_targets(base: GPTBase, names: Sequence[str] | str, *, fused: bool) -> list[Target]:
+def resolve_targets(base: Base, names: Sequence[str] | str, *, fused: bool) -> list[Target]:
     """The targets that `names` mean on this base, in the order of its linears, each once.
 
     fused: a NeMo place is one target over all its parts, else one target for each module of the checkpoint in it.
@@ -74,11 +78,11 @@ def resolve_targets(base: GPTBase, names: Sequence[str] | str, *, fused: bool) -
     """
     modules = module_targets(base)
     if not names:
-        raise AdapterError(f"target_modules is empty; name at least one of {', '.join(NEMO_PLACES)} or a module")
+        raise AdapterError(f"target_modules is empty; name at least one of {', '.join(_places(base))} or a module")
     if isinstance(names, str) and names not in NEMO_PLACES:
         require_expression("target_modules", names)
         found = [target for module, target in modules.items() if matches_module(names, module)]
-        _require(bool(found), names, modules)
+        _require(bool(found), names, base)
         return found
     chosen: dict[tuple[str, str], Target] = {}
     for name in [names] if isinstance(names, str) else names:
@@ -86,7 +90,7 @@ def resolve_targets(base: GPTBase, names: Sequence[str] | str, *, fused: bool) -
             matched = _place_targets(base, modules, name, fused)
         else:
             matched = [target for module, target in modules.items() if matches_module([name], module)]
-        _require(bool(matched), name, modules)
+        _require(bool(matched), name, base)
         chosen.update({(target.site, target.part): target for target in matched})
     _refuse_overlap(chosen.values())
     return list(chosen.values())
@@ -107,7 +111,10 @@ def select_layers(targets: Sequence[Target], numbers: Sequence[int] | None, num_
 
 
 def require_layers(numbers: Sequence[int], num_layers: int) -> None:
-    """Raises AdapterError for a number that is no layer's, or where there is none."""
+    """Raises AdapterError for a number that is no layer's, or where there is none.
+
+    In an encoder-decoder a number means that layer of either stack.
+    """
     if not numbers:
         raise AdapterError("layer_selection is empty; leave it out to adapt all layers")
     for number in numbers:
@@ -117,7 +124,7 @@ def require_layers(numbers: Sequence[int], num_layers: int) -> None:
             )
 
 
-def _place_targets(base: GPTBase, modules: Mapping[str, Target], place: str, fused: bool) -> list[Target]:
+def _place_targets(base: Base, modules: Mapping[str, Target], place: str, fused: bool) -> list[Target]:
     kinds = NEMO_PLACES[place]
     linears = [linear for linear in base.linears() if linear.site.kind in kinds]
     if not fused:
@@ -144,12 +151,18 @@ def require_expression(field: str, text: str) -> None:
         raise AdapterError(f"{field}: {text!r} is not a regular expression: {error}") from None
 
 
-def _require(found: bool, name: str, modules: Iterable[str]) -> None:
+def _places(base: Base) -> list[str]:
+    """NeMo's names of what this base has."""
+    kinds = {linear.site.kind for linear in base.linears()}
+    return [place for place, members in NEMO_PLACES.items() if kinds & set(members)]
+
+
+def _require(found: bool, name: str, base: Base) -> None:
     if not found:
-        endings = sorted({module.rpartition(".")[2] for module in modules})
+        endings = sorted({module.rpartition(".")[2] for module in module_targets(base)})
         raise AdapterError(
             f"target_modules: {name!r} matches no linear of this base; "
-            f"use one of {', '.join(NEMO_PLACES)} or a module name such as {', '.join(endings)}"
+            f"use one of {', '.join(_places(base))} or a module name such as {', '.join(endings)}"
         )
 
 

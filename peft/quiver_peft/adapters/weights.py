@@ -13,7 +13,7 @@ from quiver_peft.adapters.ia3 import IA3Weights
 from quiver_peft.adapters.lora import LoraWeights
 from quiver_peft.adapters.prefix import PrefixWeights
 from quiver_peft.adapters.prompt import PromptWeights
-from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.base import Base
 from quiver_peft.kernels.grouped_scale import OutputScale, ScaleAtSite
 
 
@@ -40,10 +40,19 @@ class AdapterWeights:
         return tuple(method_name(config) for config in self.configs)
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Virtual tokens that are keys and values only: before every sequence, in T5 before the decoder's."""
+        return 0 if self.prefix is None else self.prefix.keys.shape[1]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Virtual tokens that are embeddings: after the prefix's, in T5 before the encoder's."""
+        return 0 if self.prompt is None else self.prompt.table.shape[0]
+
+    @property
     def num_virtual_tokens(self) -> int:
-        """Rows put before every sequence: the prefix's, then the prompt's."""
-        num_prefix = 0 if self.prefix is None else self.prefix.keys.shape[1]
-        return num_prefix + (0 if self.prompt is None else self.prompt.table.shape[0])
+        """All of them."""
+        return self.num_prefix_tokens + self.num_prompt_tokens
 
     @property
     def num_parameters(self) -> int:
@@ -66,7 +75,7 @@ class AdapterWeights:
         return max((item.a.shape[0] for item in self.lora), default=0)
 
 
-def fold_scales(base: GPTBase, lora: Sequence[LoraWeights], ia3: Sequence[IA3Weights]) -> dict[str, ScaleAtSite]:
+def fold_scales(base: Base, lora: Sequence[LoraWeights], ia3: Sequence[IA3Weights]) -> dict[str, ScaleAtSite]:
     """For each site the scale on its input and, in order, those on its outputs: DoRA's gates, then IA3."""
     linears = {linear.site.name: linear for linear in base.linears()}
     inputs = {item.target.site: item.scale for item in ia3 if item.on_input}

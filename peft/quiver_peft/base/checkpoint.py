@@ -21,6 +21,7 @@ from quiver_peft.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_HEAD = "lm_head.weight"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,6 +85,16 @@ def stream_tensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
 
 
+def tensor_names(paths: Iterable[Path]) -> Iterator[str]:
+    """The names alone, without reading any tensor."""
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield from file.keys()
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+
+
 def _target(model: nn.Module, rename: Rename) -> Tensor:
     """The rows of the parameter that a checkpoint tensor fills, as a view."""
     module_name, _, parameter_name = rename.ours.rpartition(".")
@@ -100,12 +111,14 @@ def load_checkpoint(model: nn.Module, folder: Path, renames: list[Rename]) -> No
     """Fill every parameter of `model` in place. Raises CheckpointError for a tensor missing, left over or misshapen."""
     family = FAMILIES[read_config(folder)["model_type"]]
     table = {rename.theirs: rename for rename in renames}
-    paths = shard_paths(folder)
-    for name, tensor in stream_tensors(paths):
+    second_head: Tensor | None = None
+    for name, tensor in stream_tensors(shard_paths(folder)):
         full_name = name if name in table else family.prefix + name
         if full_name not in table:
-            # A tied head is sometimes stored a second time; the embedding stands for it.
-            if name.endswith(family.ignored) or name == "lm_head.weight":
+            if name == _HEAD:
+                second_head = tensor
+                continue
+            if name.endswith(family.ignored):
                 continue
             raise CheckpointError(f"{folder}: tensor {name!r} has no place in this architecture")
         rename = table.pop(full_name)
@@ -116,8 +129,24 @@ def load_checkpoint(model: nn.Module, folder: Path, renames: list[Rename]) -> No
                 f"{folder}: tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
             )
         target.copy_(tensor)
+    if second_head is not None:
+        _check_second_head(model, second_head, folder)
     if table:
         raise CheckpointError(f"{folder}: {len(table)} tensors are missing, the first is {next(iter(table))!r}")
+
+
+def _check_second_head(model: nn.Module, head: Tensor, folder: Path) -> None:
+    """A tied head is sometimes stored a second time; the embedding stands for it, if it is the same."""
+    embedding: Tensor = model.get_parameter("embedding.weight")
+    if not torch.equal(head.to(embedding), embedding.data):
+        raise CheckpointError(
+            f"{folder}: {_HEAD} differs from the embedding, but config.json says tie_word_embeddings; set it to false"
+        )
+
+
+def has_head(folder: Path) -> bool:
+    """Whether the checkpoint stores a head of its own."""
+    return any(name == _HEAD for name in tensor_names(shard_paths(folder)))
 
 
 def save_checkpoint(model: nn.Module, folder: Path, renames: list[Rename], dtype: torch.dtype) -> None:

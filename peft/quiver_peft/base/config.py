@@ -1,4 +1,4 @@
-"""The configuration of a GPT-style base: flat, frozen, free of any checkpoint's vocabulary."""
+"""The configuration of a base: flat, frozen, free of any checkpoint's vocabulary."""
 
 import math
 from collections.abc import Mapping
@@ -29,11 +29,13 @@ class RopeConfig:
     attention_factor: float = 1.0
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """Shapes and choices of a decoder-only base. Sizes in elements, positions in tokens.
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """Shapes and choices that every base has. Sizes in elements.
 
-    norm: "layer_1p" is a LayerNorm whose weight is stored less one. qk_norm: an RMSNorm on each head's query and key.
+    num_layers: of the stack that generates. norm: "layer_1p" is a LayerNorm whose weight is stored less one.
+    qk_norm: an RMSNorm on each head's query and key.
+    max_positions: tokens that a sequence may have; None: positions are relative, and only memory is a limit.
     windows: how many tokens each layer looks back, itself included (None: all); () when no layer has a limit.
     """
 
@@ -45,7 +47,7 @@ class GPTConfig:
     num_kv_heads: int
     head_dim: int
     ffn_size: int
-    max_positions: int
+    max_positions: int | None
     norm: Literal["rms", "layer", "layer_1p"]
     norm_eps: float
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -54,8 +56,6 @@ class GPTConfig:
     out_bias: bool
     mlp_bias: bool
     tied_embeddings: bool
-    rope: RopeConfig | None
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
@@ -65,6 +65,31 @@ class GPTConfig:
             raise CheckpointError(
                 f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(BaseConfig):
+    """A decoder-only base. rope: None means learned positions."""
+
+    max_positions: int
+    rope: RopeConfig | None
+    bos_token_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config(BaseConfig):
+    """An encoder-decoder base.
+
+    num_buckets, max_distance: of the relative positions; farther tokens share one bucket.
+    scaled_head: hidden states are multiplied by hidden_size ** -0.5 before the head (T5 1.0).
+    start_token_id: what every answer begins with, inside.
+    """
+
+    num_encoder_layers: int
+    num_buckets: int
+    max_distance: int
+    scaled_head: bool
+    start_token_id: int
 
 
 def token_ids(value: object) -> tuple[int, ...]:

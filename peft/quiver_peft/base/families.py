@@ -1,5 +1,8 @@
-"""The families of GPT checkpoints that are read, by their `model_type`. Another family costs one entry here."""
+"""The families of checkpoints that are read, by their `model_type`. Another family costs one entry here."""
 
+from typing import Any
+
+from quiver_peft.base.config import GPTConfig, T5Config
 from quiver_peft.base.family import Family
 from quiver_peft.base.family_gpt2 import gpt2_renames, read_gpt2
 from quiver_peft.base.family_llama import (
@@ -10,10 +13,11 @@ from quiver_peft.base.family_llama import (
     read_qwen2,
     read_qwen3,
 )
+from quiver_peft.base.family_t5 import read_mt5, read_t5, t5_renames
 
 _INV_FREQ = (".rotary_emb.inv_freq",)
 
-FAMILIES: dict[str, Family] = {
+GPT_FAMILIES: dict[str, Family[GPTConfig]] = {
     "llama": Family(read_llama, llama_renames, "model.", _INV_FREQ),
     "mistral": Family(read_mistral, llama_renames, "model.", _INV_FREQ),
     "qwen2": Family(read_qwen2, llama_renames, "model.", _INV_FREQ),
@@ -21,3 +25,14 @@ FAMILIES: dict[str, Family] = {
     "nemotron": Family(read_nemotron, llama_renames, "model.", _INV_FREQ),
     "gpt2": Family(read_gpt2, gpt2_renames, "transformer.", (".attn.bias", ".attn.masked_bias")),
 }
+
+_EMBEDDED_TWICE = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# Cross-attention has no relative positions; the first checkpoints stored some all the same.
+_UNUSED_BIAS = (".EncDecAttention.relative_attention_bias.weight",)
+
+T5_FAMILIES: dict[str, Family[T5Config]] = {
+    "t5": Family(read_t5, t5_renames, "", _EMBEDDED_TWICE + _UNUSED_BIAS),
+    "mt5": Family(read_mt5, t5_renames, "", _EMBEDDED_TWICE + _UNUSED_BIAS),
+}
+
+FAMILIES: dict[str, Family[Any]] = {**GPT_FAMILIES, **T5_FAMILIES}

@@ -6,10 +6,12 @@ elsewhere).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from quiver_peft.base.config import GPTConfig
+from quiver_peft.base.config import BaseConfig
 from quiver_peft.errors import CheckpointError
+
+ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -36,20 +38,21 @@ class Rename:
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(Generic[ConfigT]):
     """How one `model_type` is read.
 
     ignored: name endings of buffers in old checkpoints that follow from the configuration.
     prefix: what the language-model class puts before the names; checkpoints of the bare model lack it.
     """
 
-    read_config: Callable[[Mapping[str, Any]], GPTConfig]
-    renames: Callable[[GPTConfig], list[Rename]]
+    read_config: Callable[[Mapping[str, Any]], ConfigT]
+    renames: Callable[[ConfigT], list[Rename]]
     prefix: str
     ignored: tuple[str, ...]
 
 
 def choose(hf: Mapping[str, Any], key: str, names: Mapping[str, Any]) -> Any:
+    """The value of a field, in our words. Raises CheckpointError for one we do not know."""
     value = hf[key]
     if value not in names:
         raise CheckpointError(f"config.json: {key} {value!r} is not supported; known: {', '.join(names)}")
@@ -57,5 +60,6 @@ def choose(hf: Mapping[str, Any], key: str, names: Mapping[str, Any]) -> Any:
 
 
 def require(hf: Mapping[str, Any], key: str, expected: object) -> None:
+    """Raises CheckpointError for a field that is there with another value."""
     if hf.get(key, expected) != expected:
         raise CheckpointError(f"config.json: {key} = {hf[key]!r} is not supported; only {expected!r} is")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quiver_peft.base.attention import Attend
-from quiver_peft.base.config import GPTConfig, RopeConfig
-from quiver_peft.base.sites import Linear, Seam, Site
+from quiver_peft.base.config import BaseConfig, RopeConfig
+from quiver_peft.base.sites import Linear, Seam, Site, Stack
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +37,7 @@ class LayerNorm1P(nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
 
-def make_norm(config: GPTConfig) -> nn.Module:
+def make_norm(config: BaseConfig) -> nn.Module:
     """The norm that the configuration names."""
     if config.norm == "rms":
         return RMSNorm(config.hidden_size, config.norm_eps)
@@ -133,21 +133,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention with fused query, key and value; keys and values go through `attend`, which may cache them."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: BaseConfig, layer: int, stack: Stack = "") -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.site = Site.in_layer(layer, "attention")
+        self.site = Site.in_layer(layer, "attention", stack)
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv = Linear(
-            Site.in_layer(layer, "attention.qkv"),
+            Site.in_layer(layer, "attention.qkv", stack),
             config.hidden_size,
             {"q": q_size, "k": kv_size, "v": kv_size},
             config.qkv_bias,
         )
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.out = Linear(Site.in_layer(layer, "attention.out"), q_size, {"out": config.hidden_size}, config.out_bias)
+        out_site = Site.in_layer(layer, "attention.out", stack)
+        self.out = Linear(out_site, q_size, {"out": config.hidden_size}, config.out_bias)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend, seam: Seam) -> Tensor:
         """x: [*, D] -> [*, D]."""
@@ -163,20 +164,20 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Feed-forward sub-layer; with `gated_mlp` act(gate) · up (Shazeer 2020)."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: BaseConfig, layer: int, stack: Stack = "") -> None:
         super().__init__()
         self.activation = config.activation
         self.gated = config.gated_mlp
-        self.site = Site.in_layer(layer, "mlp")
+        self.site = Site.in_layer(layer, "mlp", stack)
         parts = {"gate": config.ffn_size} if config.gated_mlp else {}
         self.up = Linear(
-            Site.in_layer(layer, "mlp.up"),
+            Site.in_layer(layer, "mlp.up", stack),
             config.hidden_size,
             {**parts, "up": config.ffn_size},
             config.mlp_bias,
         )
         self.down = Linear(
-            Site.in_layer(layer, "mlp.down"), config.ffn_size, {"down": config.hidden_size}, config.mlp_bias
+            Site.in_layer(layer, "mlp.down", stack), config.ffn_size, {"down": config.hidden_size}, config.mlp_bias
         )
 
     def forward(self, x: Tensor, seam: Seam) -> Tensor:

@@ -6,30 +6,40 @@ The base knows places, not methods. It calls a `Seam` around each linear, after 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Stack = Literal["", "encoder", "decoder"]
 
 
 @dataclass(frozen=True)
 class Site:
     """A named place in the base.
 
-    name: unique, e.g. "layers.3.attention.qkv", "layers.3.mlp", "embedding".
-    kind: the name without the layer, e.g. "attention.qkv".
+    name: unique, e.g. "layers.3.attention.qkv", "layers.3.mlp", "encoder.layers.0.mlp", "embedding".
+    kind: the name without stack and layer, e.g. "attention.qkv".
     layer: which layer, or -1 outside of the layers.
+    stack: "" in a decoder-only base, else "encoder" or "decoder".
     """
 
     name: str
     kind: str
     layer: int
+    stack: Stack = ""
 
     @classmethod
-    def in_layer(cls, layer: int, kind: str) -> "Site":
-        """The site of `kind` in layer `layer`."""
-        return cls(f"layers.{layer}.{kind}", kind, layer)
+    def in_layer(cls, layer: int, kind: str, stack: Stack = "") -> "Site":
+        """The site of `kind` in layer `layer` of `stack`."""
+        prefix = f"{stack}." if stack else ""
+        return cls(f"{prefix}layers.{layer}.{kind}", kind, layer, stack)
+
+    @classmethod
+    def embedding(cls, stack: Stack = "") -> "Site":
+        """Where `stack` embeds its tokens."""
+        return cls(f"{stack}.embedding" if stack else "embedding", "embedding", -1, stack)
 
 
 class Linear(nn.Module):
@@ -65,7 +75,7 @@ class Linear(nn.Module):
 class Seam(Protocol):
     """What an adapter (one while training, a bank of many while serving) does at the sites of a base."""
 
-    def embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """Word embeddings. tokens: [*] int64 -> [*, D]."""
         ...
 
@@ -85,7 +95,7 @@ class Seam(Protocol):
 class NoAdapters:
     """The identity seam: the bare base."""
 
-    def embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """The base's own word embeddings."""
         return embedding(tokens)
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_close, assert_matters, hf_logits, hf_model, hf_peft, random_tokens
+from tiny import assert_close, assert_matters, hf_logits, hf_model, hf_peft, our_logits, random_tokens
 
 from quiver_peft import (
     GPT,
+    T5,
     AdapterError,
     CanonicalAdaptersPEFTConfig,
     IA3PEFTConfig,
@@ -17,6 +18,7 @@ from quiver_peft import (
     PrefixPEFTConfig,
     PromptTuningPEFTConfig,
     PtuningPEFTConfig,
+    load_model,
 )
 
 TOKENS = random_tokens(2, 12, seed=4)
@@ -51,14 +53,14 @@ IDENTITIES = [name for name in METHODS if name.startswith(("lora", "dora", "ia3"
 IN_HF_FORM = [n for n in METHODS if not n.startswith("canonical") and not isinstance(METHODS[n], list)]
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=["llama", "gpt2", "t5", "flan"])
 def folder(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Path:
     return model_folders[request.param]
 
 
-def adapted(folder: Path, name: str, *, randomised: bool = True) -> GPT:
+def adapted(folder: Path, name: str, *, randomised: bool = True) -> GPT | T5:
     torch.manual_seed(0)
-    model = GPT.from_pretrained(folder)
+    model = load_model(folder)
     model.add_adapter(METHODS[name])
     generator = torch.Generator().manual_seed(7)
     if randomised:
@@ -69,15 +71,16 @@ def adapted(folder: Path, name: str, *, randomised: bool = True) -> GPT:
 
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_a_new_adapter_is_the_base_bit_for_bit(name: str, folder: Path) -> None:
-    bare = GPT.from_pretrained(folder)
-    assert torch.equal(adapted(folder, name, randomised=False)(TOKENS), bare(TOKENS))
-    assert_matters(adapted(folder, name)(TOKENS).detach(), bare(TOKENS).detach())
+    bare = load_model(folder)
+    bare.freeze()  # as it is beneath an adapter: attention may be computed otherwise where its bias is trained
+    assert torch.equal(our_logits(adapted(folder, name, randomised=False), TOKENS), our_logits(bare, TOKENS))
+    assert_matters(our_logits(adapted(folder, name), TOKENS).detach(), our_logits(bare, TOKENS).detach())
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_only_the_adapter_learns(name: str, folder: Path) -> None:
     model = adapted(folder, name)
-    model(TOKENS).square().mean().backward()
+    our_logits(model, TOKENS).square().mean().backward()
     for key, parameter in model.named_parameters():
         if key.startswith("base."):
             assert not parameter.requires_grad and parameter.grad is None, key
@@ -89,10 +92,11 @@ def test_only_the_adapter_learns(name: str, folder: Path) -> None:
 def test_a_saved_adapter_comes_back_as_it_was(name: str, folder: Path, tmp_path: Path) -> None:
     model = adapted(folder, name).eval()
     revision = model.save_adapter(tmp_path / "a")
-    again = GPT.from_pretrained(folder)
+    again = load_model(folder)
     again.load_adapters(tmp_path / "a")
-    assert_close(again.eval()(TOKENS).detach(), model(TOKENS).detach(), tolerance=1e-5)
-    assert again.num_virtual_tokens == model.num_virtual_tokens
+    assert_close(our_logits(again.eval(), TOKENS).detach(), our_logits(model, TOKENS).detach(), tolerance=1e-5)
+    for stack in ("", "encoder", "decoder"):
+        assert again.num_virtual_in(stack) == model.num_virtual_in(stack)
     assert again.save_adapter(tmp_path / "b") == revision, "what was read is written alike"
     methods = json.loads((tmp_path / "a" / "quiver.json").read_text())["methods"]
     expected = METHODS[name] if isinstance(METHODS[name], list) else [METHODS[name]]
@@ -104,18 +108,19 @@ def test_peft_loads_what_we_wrote(name: str, folder: Path, tmp_path: Path) -> No
     model = adapted(folder, name).eval()
     model.save_adapter(tmp_path)
     theirs = hf_peft(folder, tmp_path)
-    with torch.inference_mode():
-        logits = theirs(input_ids=TOKENS).logits[:, -TOKENS.shape[1] :]
-    assert_close(model(TOKENS).detach(), logits)
+    # With a cache, as a prefix lives in one; without the rows of virtual tokens.
+    logits = hf_logits(theirs, TOKENS, use_cache=True)[:, -TOKENS.shape[1] :]
+    assert_close(our_logits(model, TOKENS).detach(), logits)
     assert_matters(logits, hf_logits(hf_model(folder), TOKENS))
 
 
 def test_tied_bottlenecks_stay_tied(folder: Path, tmp_path: Path) -> None:
     model = adapted(folder, "canonical, tied")
     count = sum(parameter.numel() for parameter in model.trainable_parameters())
-    assert count == 2 * (2 * 5 * 64 + 2 * 64), "one bottleneck and its norm for each place"
+    num_stacks = 2 if isinstance(model, T5) else 1
+    assert count == num_stacks * 2 * (2 * 5 * 64 + 2 * 64), "one bottleneck and its norm for each place"
     model.save_adapter(tmp_path)
-    again = GPT.from_pretrained(folder)
+    again = load_model(folder)
     again.load_adapters(tmp_path)
     assert sum(parameter.numel() for parameter in again.adapter.parameters()) == count  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -124,13 +129,13 @@ def test_the_order_of_the_list_does_not_matter(folder: Path) -> None:
     outputs: list[torch.Tensor] = []
     for configs in ([IA3PEFTConfig(), METHODS["lora"]], [METHODS["lora"], IA3PEFTConfig()]):
         torch.manual_seed(0)
-        model = GPT.from_pretrained(folder)
+        model = load_model(folder)
         model.add_adapter(configs)
         generator = torch.Generator().manual_seed(1)
         for _, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
                 parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
-        outputs.append(model(TOKENS).detach())
+        outputs.append(our_logits(model, TOKENS).detach())
     assert torch.equal(*outputs)
 
 
@@ -146,9 +151,41 @@ REFUSED: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED)
-def test_what_does_not_fit_the_base_is_refused(config: Any, message: str, folder: Path) -> None:
-    with pytest.raises(AdapterError, match=message):
-        GPT.from_pretrained(folder).add_adapter(config)
+def test_what_does_not_fit_the_base_is_refused(config: Any, message: str, model_folders: dict[str, Path]) -> None:
+    for family in ("llama", "gpt2"):
+        with pytest.raises(AdapterError, match=message):
+            load_model(model_folders[family]).add_adapter(config)
+
+
+@pytest.mark.parametrize("family", ["t5", "flan"])
+def test_cross_attention_is_adapted_where_it_is_named(family: str, model_folders: dict[str, Path]) -> None:
+    bare = our_logits(load_model(model_folders[family]), TOKENS).detach()
+    configs = (
+        LoraPEFTConfig(adapter_dim=3, target_modules=["cross_attention"]),
+        LoraPEFTConfig(adapter_dim=3, target_modules=["EncDecAttention.v"], variant="canonical"),
+        CanonicalAdaptersPEFTConfig(adapter_dim=3, places=["cross_attention"]),
+    )
+    for config in configs:
+        model = load_model(model_folders[family])
+        model.add_adapter(config)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        assert_matters(our_logits(model, TOKENS).detach(), bare)
+        assert model.adapter is not None
+        weights = model.adapter.weights(model.base)
+        sites = [item.target.site for item in weights.lora] + [item.site for item in weights.bottlenecks]
+        assert sites and all(".cross_attention" in site and site.startswith("decoder.") for site in sites)
+
+
+def test_a_decoder_has_no_cross_attention(folder: Path) -> None:
+    model = load_model(folder)
+    if isinstance(model, T5):
+        return
+    with pytest.raises(AdapterError, match="places: this base has no cross_attention"):
+        model.add_adapter(CanonicalAdaptersPEFTConfig(places=["mlp", "cross_attention"]))
+    with pytest.raises(AdapterError, match="target_modules: 'cross_attention' matches no linear of this base"):
+        model.add_adapter(LoraPEFTConfig(target_modules=["cross_attention"]))
 
 
 IMPOSSIBLE: list[tuple[Any, dict[str, Any], str]] = [
@@ -163,7 +200,11 @@ IMPOSSIBLE: list[tuple[Any, dict[str, Any], str]] = [
     (IA3PEFTConfig, {"feedforward_modules": ["down_proj"]}, "feedforward_modules needs target_modules"),
     (CanonicalAdaptersPEFTConfig, {"adapter_dim": 0}, "adapter_dim must be at least 1, not 0"),
     (CanonicalAdaptersPEFTConfig, {"activation": "tanh"}, "activation must be one of swish, relu, gelu, gelu_tanh"),
-    (CanonicalAdaptersPEFTConfig, {"places": ["head"]}, r"places must be among attention, mlp, not \['head'\]"),
+    (
+        CanonicalAdaptersPEFTConfig,
+        {"places": ["head"]},
+        r"places must be among attention, mlp, cross_attention, not \['head'\]",
+    ),
     (CanonicalAdaptersPEFTConfig, {"norm_position": "both"}, "norm_position must be one of pre, post, None"),
     (CanonicalAdaptersPEFTConfig, {"scale": float("nan")}, "scale must be a number other than 0, not nan"),
 ]

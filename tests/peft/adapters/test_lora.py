@@ -18,7 +18,7 @@ TOKENS = random_tokens(2, 30)
 
 @pytest.mark.parametrize("column_init_method", ["xavier", "normal", "kaiming"])
 @pytest.mark.parametrize("variant", ["nemo", "canonical"])
-@pytest.mark.parametrize("place", NEMO_PLACES)
+@pytest.mark.parametrize("place", [place for place in NEMO_PLACES if place != "cross_attention"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_new_adapter_equals_the_base_bit_for_bit(
     family: str, place: str, variant: Any, column_init_method: Any, model_folders: dict[str, Path]

@@ -125,10 +125,15 @@ def test_other_methods_are_refused(peft_type: object, model: GPT, folder: Path) 
     refused(model, folder, f"peft_type {peft_type!r} is not supported; known: LORA")
 
 
-@pytest.mark.parametrize("task_type", ["SEQ_CLS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", 3])
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "FEATURE_EXTRACTION", 3, ["CAUSAL_LM"]])
 def test_other_tasks_are_refused(task_type: object, model: GPT, folder: Path) -> None:
     edit_json(folder / CONFIG, task_type=task_type)
     refused(model, folder, f"task_type = {task_type!r} is not supported; use CAUSAL_LM")
+
+
+def test_a_task_of_another_kind_of_base_is_refused(model: GPT, folder: Path) -> None:
+    edit_json(folder / CONFIG, task_type="SEQ_2_SEQ_LM")
+    refused(model, folder, "task_type = 'SEQ_2_SEQ_LM' is made for an encoder-decoder; this base is a decoder-only")
 
 
 MALFORMED: list[tuple[str, object, str]] = [

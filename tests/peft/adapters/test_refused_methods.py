@@ -74,7 +74,7 @@ TENSOR_FAULTS: list[tuple[str, Callable[[dict[str, Tensor]], object], str]] = [
     (
         "prompt",
         _put("prompt_embeddings", 5, 64),
-        r"has shape \[5, 64\]; num_virtual_tokens of adapter_config.json is 4",
+        r"has shape \[5, 64\]; by num_virtual_tokens of adapter_config.json it must have 4 rows",
     ),
     ("ptuning", _put("prompt_embeddings", 4, 48), "has rows of 48 numbers, this base needs 64"),
     ("prefix", _put("prompt_embeddings", 4, 64), "has rows of 64 numbers, this base needs 192"),
@@ -119,7 +119,7 @@ CONFIG_FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("ia3", {"feedforward_modules": ["k_proj"]}, "'model.layers.0.self_attn.k_proj' shares its input with other"),
     ("prompt", {"num_virtual_tokens": "4"}, "num_virtual_tokens must be a positive whole number, not '4'"),
     ("prompt", {"num_virtual_tokens": None}, "num_virtual_tokens must be a positive whole number, not None"),
-    ("prompt", {"num_transformer_submodules": 2}, "num_transformer_submodules = 2: made for an encoder-decoder"),
+    ("prompt", {"num_transformer_submodules": 2}, "num_transformer_submodules = 2: this base has 1"),
     ("prefix", {"num_layers": 4}, "num_layers 4 is another base's; this one has 3"),
     ("prefix", {"some_new_field": 1}, "some_new_field = 1 is not supported"),
     ("canonical", {"hidden_size": 32}, "hidden_size 32 is another base's; this one has 64"),

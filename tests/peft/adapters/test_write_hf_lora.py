@@ -7,16 +7,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import assert_close, assert_matters, hf_logits, hf_peft, random_tokens
+from tiny import assert_close, assert_matters, hf_logits, hf_model, hf_peft, our_logits, random_tokens
 from torch import Tensor
 
-from quiver_peft import GPT, LoraPEFTConfig
+from quiver_peft import GPT, T5, LoraPEFTConfig, load_model
 from quiver_peft.adapters.lora import LoraModule
 from quiver_peft.adapters.targets import NEMO_PLACES
 
 TOKENS = random_tokens(2, 40)
 VARIANTS = ("nemo", "canonical")
-PLACES = [(family, variant, place) for family in ("llama", "gpt2") for variant in VARIANTS for place in NEMO_PLACES]
+PLACES = [
+    (family, variant, place)
+    for family in ("llama", "gpt2", "t5", "flan")
+    for variant in VARIANTS
+    for place in NEMO_PLACES
+    if place != "cross_attention" or family in ("t5", "flan")
+]
 OTHER: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["q_proj", "v_proj"], "variant": "canonical", "alpha": 3.0}),
     ("llama", {"target_modules": ["gate_proj"], "use_rslora": True, "alpha": 9}),
@@ -34,6 +40,8 @@ OTHER: list[tuple[str, dict[str, Any]]] = [
             "alpha_pattern": {"v_proj": 1.0, r"layers\.0\.self_attn\.o_proj": 12.5},
         },
     ),
+    ("t5", {"target_modules": ["q", "v"], "variant": "canonical", "alpha": 3.0}),
+    ("flan", {"target_modules": ["EncDecAttention.k", "wi_1", "decoder.block.2.layer.0.SelfAttention.o"]}),
     ("gpt2", {"target_modules": ["c_attn"], "alpha": 3.0}),
     ("gpt2", {"target_modules": ["c_proj"], "variant": "canonical"}),
     ("gpt2", {"target_modules": ["attn.c_proj", "c_fc"], "rank_pattern": {"c_fc": 2}}),
@@ -41,9 +49,9 @@ OTHER: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def randomised(folder: Path, seed: int = 0, **settings: Any) -> GPT:
+def randomised(folder: Path, seed: int = 0, **settings: Any) -> GPT | T5:
     """A model with a new adapter whose weights are no longer those of its birth."""
-    model = GPT.from_pretrained(folder)
+    model = load_model(folder)
     torch.manual_seed(seed)
     values: dict[str, Any] = {"adapter_dim": 4, "alpha": 8.0, **settings}
     model.add_adapter(LoraPEFTConfig(**values))
@@ -52,7 +60,7 @@ def randomised(folder: Path, seed: int = 0, **settings: Any) -> GPT:
     return model
 
 
-def _lora(model: GPT) -> LoraModule:
+def _lora(model: GPT | T5) -> LoraModule:
     assert model.adapter is not None
     assert model.adapter.lora is not None
     return model.adapter.lora
@@ -62,13 +70,13 @@ def _check(folder: Path, out: Path, settings: dict[str, Any]) -> None:
     model = randomised(folder, **settings)
     model.save_adapter(out)
     model.freeze()
-    ours = model(TOKENS)
-    assert_matters(ours, model.base.logits(model.base(TOKENS)))
+    ours = our_logits(model, TOKENS)
+    assert_matters(ours, hf_logits(hf_model(folder), TOKENS))
     assert_close(hf_logits(hf_peft(folder, out), TOKENS), ours)
-    again = GPT.from_pretrained(folder)
+    again = load_model(folder)
     again.load_adapters(out)
     again.freeze()
-    assert_close(again(TOKENS), ours, tolerance=1e-5)
+    assert_close(our_logits(again, TOKENS), ours, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(("family", "variant", "place"), PLACES)
@@ -82,7 +90,7 @@ def test_other_configurations(case: int, model_folders: dict[str, Path], tmp_pat
     _check(model_folders[family], tmp_path / "a", settings)
 
 
-def _state(model: GPT) -> dict[str, Tensor]:
+def _state(model: GPT | T5) -> dict[str, Tensor]:
     return {w.target.name + factor: t for w in _lora(model).weights() for factor, t in (("a", w.a), ("b", w.b))}
 
 
@@ -92,7 +100,7 @@ def test_a_round_trip_keeps_every_bit(
 ) -> None:
     model = randomised(model_folders[family], target_modules=[place], variant=variant)
     first = model.save_adapter(tmp_path / "first")
-    again = GPT.from_pretrained(model_folders[family])
+    again = load_model(model_folders[family])
     again.load_adapters(tmp_path / "first")
     before, after = _state(model), _state(again)
     assert before.keys() == after.keys()
@@ -112,7 +120,7 @@ def test_a_fused_a_is_written_for_each_module_and_fused_again(llama_folder: Path
     assert len(tensors) == 3 * 7 * 2
     name = "base_model.model.model.layers.0.self_attn.{}_proj.lora_A.weight"
     assert torch.equal(tensors[name.format("q")], tensors[name.format("k")])
-    again = GPT.from_pretrained(llama_folder)
+    again = load_model(llama_folder)
     again.load_adapters(tmp_path / "a")
     assert [w.target.name for w in _lora(again).weights()][:2] == ["layers.0.attention.qkv", _OUT]
     assert len(_lora(again).weights()) == 3 * 4
@@ -124,7 +132,7 @@ _OUT = "model.layers.0.self_attn.o_proj"
 def test_separate_as_stay_separate(llama_folder: Path, tmp_path: Path) -> None:
     model = randomised(llama_folder, target_modules=["attention_qkv"], variant="canonical")
     model.save_adapter(tmp_path / "a")
-    again = GPT.from_pretrained(llama_folder)
+    again = load_model(llama_folder)
     again.load_adapters(tmp_path / "a")
     assert len(_lora(again).weights()) == len(_lora(model).weights()) == 3 * 3
 
@@ -176,7 +184,7 @@ def test_the_training_goes_on_as_it_was_configured(llama_folder: Path, tmp_path:
         llama_folder, target_modules=["mlp"], variant="nemo", adapter_dropout=0.3, dropout_position="post"
     )
     model.save_adapter(tmp_path / "a")
-    again = GPT.from_pretrained(llama_folder)
+    again = load_model(llama_folder)
     again.load_adapters(tmp_path / "a")
     assert _lora(again).config.adapter_dropout == 0.3
     assert _lora(again).config.dropout_position == "post"

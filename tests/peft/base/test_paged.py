@@ -10,6 +10,7 @@ from tiny import assert_close, assert_matters, hf_logits, hf_model, random_promp
 from torch import Tensor
 
 from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.load import load_base
 from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
 
 BLOCK_SIZE = 4
@@ -142,7 +143,7 @@ def test_what_is_cached_matters(llama_folder: Path) -> None:
 
 def test_bytes_per_token_is_what_the_cache_takes(model_folders: dict[str, Path]) -> None:
     for folder in model_folders.values():
-        config = GPTBase.from_pretrained(folder).config
+        config = load_base(folder).config
         for dtype in (torch.float32, torch.bfloat16):
             kv = PagedKV(config, 5, BLOCK_SIZE, dtype, torch.device("cpu"))
             assert kv.keys.nbytes + kv.values.nbytes == 5 * BLOCK_SIZE * PagedKV.bytes_per_token(config, dtype)

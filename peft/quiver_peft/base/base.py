@@ -1,0 +1,98 @@
+"""What every base is to those outside: frozen weights with named sites, read from a Hugging Face folder."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from quiver_peft.base.checkpoint import fingerprint, load_checkpoint, read_config
+from quiver_peft.base.config import BaseConfig
+from quiver_peft.base.families import FAMILIES
+from quiver_peft.base.family import Family, Rename
+from quiver_peft.base.sites import Linear, Site
+from quiver_peft.errors import CheckpointError
+
+
+class Base(nn.Module):
+    """A transformer that knows sites, not adapters: what acts there comes in as a `Seam`.
+
+    families: the checkpoints it is read from, by `model_type`.
+    hf_task_type: what Hugging Face PEFT calls the task of such a model.
+    fingerprint: identifies the checkpoint it was read from ("" when freshly initialised).
+    sublayers: the sites of its attention and feed-forward sub-layers, in order.
+    """
+
+    families: ClassVar[Mapping[str, Family[Any]]]
+    hf_task_type: ClassVar[str]
+    embedding: nn.Embedding
+    sublayers: list[Site]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fingerprint = ""
+
+    @property
+    def config(self) -> BaseConfig:
+        """Shapes and choices."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """Layers of the deepest stack."""
+        return 1 + max(site.layer for site in self.sublayers)
+
+    @classmethod
+    def _construct(cls, config: Any, folder: Path) -> Self:
+        """The empty base that a folder's weights will fill, on the meta device."""
+        raise NotImplementedError
+
+    def _fill_computed(self) -> None:
+        """What follows from the configuration and is in no checkpoint."""
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Self:
+        """Read a Hugging Face folder (config.json and safetensors). Raises CheckpointError."""
+        path = Path(folder)
+        hf_config = read_config(path)
+        family = cls.families.get(hf_config["model_type"])
+        if family is None:
+            raise CheckpointError(
+                f"{path / 'config.json'}: model_type {hf_config['model_type']!r} is none of this class, which reads "
+                + ", ".join(cls.families)
+            )
+        try:
+            config = family.read_config(hf_config)
+        except KeyError as error:
+            raise CheckpointError(f"{path / 'config.json'}: lacks the field {error}") from None
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path / 'config.json'}: a field is malformed: {error}") from None
+        with torch.device("meta"):
+            base = cls._construct(config, path).to(dtype)
+        base.to_empty(device=device)
+        base._fill_computed()
+        load_checkpoint(base, path, base.renames())
+        base.fingerprint = fingerprint(path)
+        return base.eval()
+
+    def renames(self) -> list[Rename]:
+        """Every tensor of its checkpoint and the parameter that it fills."""
+        return FAMILIES[self.config.family].renames(self.config)
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear with a site, in order of the layers."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                yield module
+
+    def checkpoint_linears(self) -> dict[str, tuple[Linear, str]]:
+        """Checkpoint module (e.g. "model.layers.0.self_attn.q_proj") -> our linear and its part ("": all of it)."""
+        linears = {linear.site.name + ".weight": linear for linear in self.linears()}
+        return {
+            rename.theirs.removesuffix(".weight"): (linears[rename.ours], rename.part)
+            for rename in self.renames()
+            if rename.ours in linears
+        }

@@ -1,0 +1,160 @@
+"""The encoder-decoder base, whole: T5 1.0, 1.1 and Flan. The encoder reads a source, the decoder writes from it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quiver_peft.base.attention import Attend
+from quiver_peft.base.base import Base
+from quiver_peft.base.checkpoint import has_head
+from quiver_peft.base.config import T5Config
+from quiver_peft.base.families import T5_FAMILIES
+from quiver_peft.base.layers import MLP, Attention, make_norm
+from quiver_peft.base.sites import NO_ADAPTERS, Linear, Seam, Site
+from quiver_peft.base.t5_attention import RelativeBias, Sources
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder to what the encoder made of the source."""
+
+    def __init__(self, config: T5Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.site = Site.in_layer(layer, "cross_attention", "decoder")
+        size = config.num_heads * config.head_dim
+        self.q = Linear(self._part("q"), config.hidden_size, {"q": size}, bias=False)
+        self.kv = Linear(self._part("kv"), config.hidden_size, {"k": size, "v": size}, bias=False)
+        self.out = Linear(self._part("out"), size, {"out": config.hidden_size}, bias=False)
+
+    def _part(self, name: str) -> Site:
+        return Site.in_layer(self.layer, f"cross_attention.{name}", "decoder")
+
+    def read(self, source: Tensor, sources: Sources, seam: Seam) -> None:
+        """Keep the keys and values of a source. source: [*, D], the encoder's output."""
+        k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.kv.split(seam.linear(self.kv, source)))
+        sources.keep(self.layer, k, v)
+
+    def forward(self, x: Tensor, sources: Sources, seam: Seam) -> Tensor:
+        """x: [*, D] -> [*, D]."""
+        q = seam.linear(self.q, x).unflatten(-1, (-1, self.head_dim))
+        return seam.linear(self.out, sources(self.layer, q).flatten(-2))
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm layer: h + attention(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, config: T5Config, layer: int, stack: Literal["encoder", "decoder"] = "encoder") -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer, stack)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config, layer, stack)
+
+    def attend(self, h: Tensor, attend: Attend, seam: Seam) -> Tensor:
+        """h: [*, D] -> [*, D]."""
+        out = self.attention(self.attention_norm(h), None, attend, seam)
+        return h + seam.sublayer(self.attention.site, out, h)
+
+    def feed_forward(self, h: Tensor, seam: Seam) -> Tensor:
+        """h: [*, D] -> [*, D]."""
+        out = self.mlp(self.mlp_norm(h), seam)
+        return h + seam.sublayer(self.mlp.site, out, h)
+
+    def sublayers(self) -> list[Site]:
+        """In order."""
+        return [self.attention.site, self.mlp.site]
+
+
+class DecoderBlock(EncoderBlock):
+    """The same with attention to the source between the two."""
+
+    def __init__(self, config: T5Config, layer: int) -> None:
+        super().__init__(config, layer, "decoder")
+        self.cross_attention_norm = make_norm(config)
+        self.cross_attention = CrossAttention(config, layer)
+
+    def attend_to_source(self, h: Tensor, sources: Sources, seam: Seam) -> Tensor:
+        """h: [*, D] -> [*, D]."""
+        out = self.cross_attention(self.cross_attention_norm(h), sources, seam)
+        return h + seam.sublayer(self.cross_attention.site, out, h)
+
+    def sublayers(self) -> list[Site]:
+        """In order."""
+        return [self.attention.site, self.cross_attention.site, self.mlp.site]
+
+
+class Stack(nn.Module):
+    """The layers of the encoder or of the decoder, the bias that they share, and the norm at their end."""
+
+    def __init__(self, config: T5Config, blocks: list[EncoderBlock] | list[DecoderBlock], bidirectional: bool) -> None:
+        super().__init__()
+        self.bias = RelativeBias(config.num_heads, config.num_buckets, config.max_distance, bidirectional=bidirectional)
+        self.blocks = blocks
+        self.layers = nn.ModuleList(blocks)
+        self.norm = make_norm(config)
+
+
+class T5Base(Base):
+    """An encoder-decoder transformer with relative positions.
+
+    Three calls make an answer: `encode` the source, `read` what came out into `Sources`, then decode from them.
+    """
+
+    families = T5_FAMILIES
+    hf_task_type = "SEQ_2_SEQ_LM"
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self._config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self._encoder_blocks = [EncoderBlock(config, layer) for layer in range(config.num_encoder_layers)]
+        self._decoder_blocks = [DecoderBlock(config, layer) for layer in range(config.num_layers)]
+        self.encoder = Stack(config, self._encoder_blocks, bidirectional=True)
+        self.decoder = Stack(config, self._decoder_blocks, bidirectional=False)
+        blocks = [*self._encoder_blocks, *self._decoder_blocks]
+        self.sublayers = [site for block in blocks for site in block.sublayers()]
+        self.head = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for embedding in (self.embedding, self.head):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.02)
+
+    @property
+    def config(self) -> T5Config:
+        """Shapes and choices."""
+        return self._config
+
+    @classmethod
+    def _construct(cls, config: T5Config, folder: Path) -> Self:
+        # Whether the head is tied is said by the checkpoint alone: transformers 5 writes "tied" for either.
+        return cls(replace(config, tied_embeddings=not has_head(folder)))
+
+    def encode(self, tokens: Tensor, attend: Attend, seam: Seam = NO_ADAPTERS) -> Tensor:
+        """What the encoder makes of sources. tokens: [*] int64 -> [*, D]."""
+        h = seam.embed(Site.embedding("encoder"), tokens, self.embedding)
+        for block in self._encoder_blocks:
+            h = block.feed_forward(block.attend(h, attend, seam), seam)
+        return self.encoder.norm(h)
+
+    def read(self, encoded: Tensor, sources: Sources, seam: Seam = NO_ADAPTERS) -> None:
+        """Keep what the decoder will attend to, for all its layers. encoded: [*, D]."""
+        for block in self._decoder_blocks:
+            block.cross_attention.read(encoded, sources, seam)
+
+    def forward(self, tokens: Tensor, attend: Attend, sources: Sources, seam: Seam = NO_ADAPTERS) -> Tensor:
+        """Final hidden states of the decoder. tokens: [*] int64, the start token first -> [*, D]."""
+        h = seam.embed(Site.embedding("decoder"), tokens, self.embedding)
+        for block in self._decoder_blocks:
+            h = block.attend(h, attend, seam)
+            h = block.attend_to_source(h, sources, seam)
+            h = block.feed_forward(h, seam)
+        return self.decoder.norm(h)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [*, D] -> next-token logits [*, V]."""
+        if self.config.scaled_head:
+            hidden = hidden * self.config.hidden_size**-0.5
+        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
