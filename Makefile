@@ -5,6 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # PyPI's newer torch builds for Linux bring gigabytes of CUDA libraries; this one runs on the CPU.
 TORCH ?= torch==2.13.0
+# The demo's base: a Llama, or with BASE=t5 a T5.
+BASE ?= llama
+ifneq ($(filter $(BASE),llama t5),$(BASE))
+$(error BASE is $(BASE); it must be llama or t5)
+endif
+SUFFIX := $(if $(filter t5,$(BASE)),-t5)
 
 .PHONY: help setup demo serve test test-fast lint proto demo-base clean
 
@@ -21,10 +27,10 @@ $(VENV)/.ready: pyproject.toml
 setup: $(VENV)/.ready  ## Make .venv with everything in it (about two minutes, mostly downloads).
 
 demo: setup  ## Train four adapters, serve them mixed, watch (about four minutes; the second time half a minute).
-	$(BIN)/python -m quiver_trainer.demo.story
+	$(BIN)/python -m quiver_trainer.demo.story --base $(BASE)
 
 serve: setup  ## Leave a server with the demo's adapters running on port 50051 (run `make demo` first).
-	$(BIN)/quiver serve --base trainer/demo/base --adapters runs/demo/adapters
+	$(BIN)/quiver serve --base trainer/demo/base$(SUFFIX) --adapters runs/demo$(SUFFIX)/adapters
 
 lint: setup  ## Formatting, types, import arrows, the wire contract.
 	$(BIN)/ruff check .
@@ -45,7 +51,7 @@ proto: setup  ## Regenerate the committed gRPC stubs.
 	  --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/quiver/v1/*.proto
 
 demo-base: setup  ## Make the bundled demo base from nothing (about 18 minutes; the repository holds the result).
-	$(BIN)/python -m quiver_trainer.demo.pretrain trainer/demo/base
+	$(BIN)/python -m quiver_trainer.demo.pretrain$(subst -,_,$(SUFFIX)) trainer/demo/base$(SUFFIX)
 
 clean:  ## Remove the virtual environment and all that was made.
 	rm -rf $(VENV) runs

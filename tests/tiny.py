@@ -24,6 +24,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MT5Config,
     MT5ForConditionalGeneration,
     T5Config,
@@ -128,6 +130,24 @@ def tiny_gpt2(folder: str | Path, *, seed: int = 0, **overrides: Any) -> GPT2LMH
     }
     torch.manual_seed(seed)
     return save_model(GPT2LMHeadModel(GPT2Config(**settings)), folder, seed)
+
+
+def tiny_mistral(folder: str | Path, *, seed: int = 0) -> MistralForCausalLM:
+    """Write a random Mistral whose layers look 13 tokens back, and return it, in evaluation mode."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+        "sliding_window": 13,
+        "tie_word_embeddings": False,
+        **special_ids(),
+    }
+    torch.manual_seed(seed)
+    return save_model(MistralForCausalLM(MistralConfig(**settings)), folder, seed)
 
 
 def tiny_t5(folder: str | Path, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from quiver_peft.adapters.artifact import CONFIG_FILE, QUIVER_FILE, WEIGHTS_FILE
+from quiver_peft.adapters.artifact import CONFIG_FILE, HUB_WEIGHTS_FILE, QUIVER_FILE, WEIGHTS_FILE
 from quiver_server.errors import RequestError
 
 ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -70,6 +70,6 @@ class Entry:
 
 def files_state(folder: Path) -> tuple[tuple[int, int], ...]:
     """Size and modification time of an adapter's files: what tells that they were replaced."""
-    paths = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, QUIVER_FILE))
+    paths = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, HUB_WEIGHTS_FILE, QUIVER_FILE))
     stats = (path.stat() for path in paths if path.is_file())
     return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)

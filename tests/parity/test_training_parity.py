@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from quiver_peft import (
     GPT,
+    T5,
     IA3PEFTConfig,
     LoraPEFTConfig,
     PrefixPEFTConfig,
     PromptTuningPEFTConfig,
     PtuningPEFTConfig,
+    load_model,
 )
 from quiver_peft.adapters.ia3 import IA3Scale
 from quiver_peft.adapters.lora import LoraPair
@@ -33,52 +35,74 @@ class Case(NamedTuple):
     learning_rate: float = 1e-2
 
 
-_TASK: Any = {"task_type": "CAUSAL_LM"}
-_MLP_NAMES = ["k_proj", "v_proj", "down_proj"]
-CASES = {
-    "lora": Case(
-        lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **_TASK),
-        LoraPEFTConfig(adapter_dim=4, alpha=8, target_modules=["q_proj", "v_proj"], variant="canonical"),
-    ),
-    "dora": Case(
-        lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], use_dora=True, **_TASK),
-        LoraPEFTConfig(adapter_dim=4, alpha=8, target_modules=["q_proj", "o_proj"], variant="canonical", use_dora=True),
-    ),
-    "ia3": Case(
-        lambda: IA3Config(target_modules=_MLP_NAMES, feedforward_modules=["down_proj"], **_TASK),
-        IA3PEFTConfig(target_modules=_MLP_NAMES, feedforward_modules=["down_proj"]),
-    ),
-    "prompt tuning": Case(
-        lambda: PromptTuningConfig(num_virtual_tokens=5, **_TASK), PromptTuningPEFTConfig(5, init="random")
-    ),
-    "P-Tuning, MLP": Case(
-        lambda: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=24, **_TASK),
-        PtuningPEFTConfig(5, encoder="mlp", encoder_hidden_size=24),
-        1e-3,
-    ),
-    "P-Tuning, LSTM": Case(
-        lambda: PromptEncoderConfig(
-            num_virtual_tokens=5, encoder_hidden_size=24, encoder_reparameterization_type="LSTM", **_TASK
-        ),
-        PtuningPEFTConfig(5, encoder="lstm", encoder_hidden_size=24),
-        1e-3,
-    ),
-    "prefix": Case(lambda: PrefixTuningConfig(num_virtual_tokens=4, **_TASK), PrefixPEFTConfig(4)),
-    "prefix, projected": Case(
-        lambda: PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=24, **_TASK),
-        PrefixPEFTConfig(4, projection=True, encoder_hidden_size=24),
-        1e-3,
-    ),
+# Names of modules: query, key, value, output, end of the MLP.
+NAMES = {
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
+    "t5": ("q", "k", "v", "o", "wo"),
+    "flan": ("q", "k", "v", "o", "wo"),
 }
+METHODS = (
+    "lora",
+    "dora",
+    "ia3",
+    "prompt tuning",
+    "P-Tuning, MLP",
+    "P-Tuning, LSTM",
+    "prefix",
+    "prefix, projected",
+)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama."""
-    return make_base(tmp_path_factory.mktemp("llama"))
+def make_case(method: str, family: str) -> Case:
+    q, k, v, out, down = NAMES[family]
+    task: Any = {"task_type": "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM"}
+    return {
+        "lora": Case(
+            lambda: LoraConfig(r=4, lora_alpha=8, target_modules=[q, v], **task),
+            LoraPEFTConfig(adapter_dim=4, alpha=8, target_modules=[q, v], variant="canonical"),
+            # AdamW moves a weight as far whether its gradient is large or rounding: at a T5's kinks that adds up.
+            1e-2 if family == "llama" else 2e-3,
+        ),
+        "dora": Case(
+            lambda: LoraConfig(r=4, lora_alpha=8, target_modules=[q, out], use_dora=True, **task),
+            LoraPEFTConfig(adapter_dim=4, alpha=8, target_modules=[q, out], variant="canonical", use_dora=True),
+        ),
+        "ia3": Case(
+            lambda: IA3Config(target_modules=[k, v, down], feedforward_modules=[down], **task),
+            IA3PEFTConfig(target_modules=[k, v, down], feedforward_modules=[down]),
+        ),
+        "prompt tuning": Case(
+            lambda: PromptTuningConfig(num_virtual_tokens=5, **task), PromptTuningPEFTConfig(5, init="random")
+        ),
+        "P-Tuning, MLP": Case(
+            lambda: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=24, **task),
+            PtuningPEFTConfig(5, encoder="mlp", encoder_hidden_size=24),
+            1e-3,
+        ),
+        "P-Tuning, LSTM": Case(
+            lambda: PromptEncoderConfig(
+                num_virtual_tokens=5, encoder_hidden_size=24, encoder_reparameterization_type="LSTM", **task
+            ),
+            PtuningPEFTConfig(5, encoder="lstm", encoder_hidden_size=24),
+            1e-3,
+        ),
+        "prefix": Case(lambda: PrefixTuningConfig(num_virtual_tokens=4, **task), PrefixPEFTConfig(4)),
+        "prefix, projected": Case(
+            lambda: PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=24, **task),
+            PrefixPEFTConfig(4, projection=True, encoder_hidden_size=24),
+            1e-3,
+        ),
+    }[method]
 
 
-def pairs(ours: GPT, theirs: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+@pytest.fixture(scope="module", params=NAMES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base; its folder is called as its family is."""
+    folder = tmp_path_factory.mktemp("bases") / request.param
+    return make_base(folder, request.param)
+
+
+def pairs(ours: GPT | T5, theirs: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Our trained parameters, each with theirs: by the module's name, or, for prompt encoders, in order."""
     assert ours.adapter is not None
     left = {name: parameter for name, parameter in theirs.named_parameters() if parameter.requires_grad}
@@ -99,37 +123,55 @@ def pairs(ours: GPT, theirs: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter
     return found
 
 
+def used(theirs: Tensor, ours: Tensor) -> Tensor:
+    """As ours is shaped; of an encoder-decoder's prompt, which PEFT keeps for the decoder too, the rows it uses."""
+    return theirs.flatten()[: ours.numel()].view_as(ours)
+
+
 def loss_of(logits: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, -TOKENS.shape[1] : -1].flatten(0, 1), TOKENS[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("name", CASES)
+def their_logits(theirs: nn.Module) -> Tensor:
+    """With a prefix the model has a cache; a T5 reads and writes the same tokens."""
+    target = {"decoder_input_ids": TOKENS} if theirs.config.is_encoder_decoder else {}  # pyright: ignore
+    return theirs(input_ids=TOKENS, **target).logits
+
+
+def our_logits(ours: GPT | T5) -> Tensor:
+    return ours(TOKENS, TOKENS) if isinstance(ours, T5) else ours(TOKENS)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_steps_equal_those_of_peft(name: str, folder: Path) -> None:
-    case = CASES[name]
+    case = make_case(name, folder.name)
+    if name == "P-Tuning, LSTM" and folder.name != "llama":
+        pytest.skip("PEFT's LSTM also reads the rows of the decoder's prompt, which nobody uses")
     torch.manual_seed(1)
     with their_deprecations():
         theirs = get_peft_model(hf_model(folder), case.theirs())
-    ours = GPT.from_pretrained(folder)
+    ours = load_model(folder)
     ours.add_adapter(case.ours)
     together = pairs(ours, theirs)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for mine, other in together:
             other += 0.1 * torch.randn(other.shape, generator=generator)
-            mine.copy_(other.view_as(mine))
+            mine.copy_(used(other, mine))
     before = [mine.detach().clone() for mine, _ in together]
     optimisers = [torch.optim.AdamW(side, lr=case.learning_rate) for side in zip(*together, strict=True)]
     for step in range(1, max(CHECKED_STEPS) + 1):
-        loss_of(ours(TOKENS)).backward()
-        loss_of(theirs(input_ids=TOKENS).logits).backward()
+        loss_of(our_logits(ours)).backward()
+        loss_of(their_logits(theirs)).backward()
         for i, (mine, other) in enumerate(together):
             assert mine.grad is not None and other.grad is not None, i
-            torch.testing.assert_close(mine.grad, other.grad.view_as(mine), atol=1e-4, rtol=1e-3)
+            expected = used(other.grad, mine)
+            torch.testing.assert_close(mine.grad, expected, atol=1e-4, rtol=1e-3)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad()
         if step in CHECKED_STEPS:
             for mine, other in together:
-                torch.testing.assert_close(mine.data, other.data.view_as(mine), atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(mine.data, used(other.data, mine), atol=1e-4, rtol=1e-4)
     for (mine, _), start in zip(together, before, strict=True):
         assert (mine - start).abs().max().item() > case.learning_rate, "the training moved nothing"

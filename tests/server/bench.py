@@ -1,6 +1,6 @@
 """A tiny base with adapters made by Hugging Face PEFT, a server on them, and what transformers answers itself."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +8,17 @@ from typing import Any
 
 from peft import PeftModel
 from server.live_server import LiveServer, answer_tokens
-from tiny import hf_greedy, hf_lora, hf_model, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny import (
+    hf_greedy,
+    hf_lora,
+    hf_model,
+    tiny_flan,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mistral,
+    tiny_t5,
+    tiny_tokenizer,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from quiver import Client
@@ -53,7 +63,14 @@ class Bench:
 
 def make_base(folder: Path, family: str = "llama", *, seed: int = 0) -> Path:
     """A tiny base with its tokenizer."""
-    (tiny_llama if family == "llama" else tiny_gpt2)(folder, seed=seed)
+    makers: dict[str, Callable[..., Any]] = {
+        "llama": tiny_llama,
+        "gpt2": tiny_gpt2,
+        "mistral": tiny_mistral,
+        "t5": tiny_t5,
+        "flan": tiny_flan,
+    }
+    makers[family](folder, seed=seed)
     tiny_tokenizer(folder)
     return folder
 

@@ -8,7 +8,9 @@ The revision is the SHA-256 of the first two files: the same bytes are the same 
 """
 
 import hashlib
+import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from quiver_peft.adapters.adapter import Adapter
+from quiver_peft.adapters.adapterhub import WEIGHTS_FILE as HUB_WEIGHTS_FILE
+from quiver_peft.adapters.adapterhub import from_adapterhub, is_adapterhub
 from quiver_peft.adapters.configs import PEFTConfig
 from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.adapters.formats import read_methods, write_methods
@@ -72,17 +76,23 @@ def save_adapter(
 
 
 def read_adapter(folder: str | Path, base: Base, tokenizer_digest: str = "") -> AdapterWeights:
-    """Read and validate an adapter for `base`. Raises AdapterError; BaseMismatchError when it belongs to another."""
-    path = Path(folder)
-    config_bytes, weights_bytes = _read_bytes(path / CONFIG_FILE), _read_bytes(path / WEIGHTS_FILE)
+    """Read and validate an adapter for `base`. Raises AdapterError; BaseMismatchError when it belongs to another.
+
+    folder: ours, Hugging Face PEFT's, or AdapterHub's; of the latter also its pickle, when it is the file itself that
+    is named (it is read as tensors alone, never as code).
+    """
+    path, weights_path = _locate(Path(folder))
+    config_bytes, weights_bytes = _read_bytes(path / CONFIG_FILE), _read_bytes(weights_path)
     revision = _revision(config_bytes, weights_bytes)
     record: dict[str, Any] = {}
     if (path / QUIVER_FILE).exists():
         record = _parse_json(path / QUIVER_FILE, _read_bytes(path / QUIVER_FILE))
         _check_record(path / QUIVER_FILE, record, revision, base, tokenizer_digest)
     config = _parse_json(path / CONFIG_FILE, config_bytes)
-    tensors = _parse_tensors(path / WEIGHTS_FILE, weights_bytes)
+    tensors = _parse_tensors(weights_path, weights_bytes)
     try:
+        if is_adapterhub(config):
+            config, tensors = from_adapterhub(base, config, tensors)
         weights = read_methods(base, config, tensors)
         configs = _with_dropout_position(weights.configs, record)
     except AdapterError as error:
@@ -99,6 +109,21 @@ def _with_dropout_position(configs: Sequence[PEFTConfig], record: Mapping[str, A
         replace(config, dropout_position=positions[0]) if isinstance(config, LoraPEFTConfig) else config
         for config in configs
     )
+
+
+def _locate(path: Path) -> tuple[Path, Path]:
+    """The adapter's folder and the file that holds its tensors."""
+    if path.is_file() and path.suffix == ".bin":
+        return path.parent, path
+    for name in (WEIGHTS_FILE, HUB_WEIGHTS_FILE):
+        if (path / name).is_file():
+            return path, path / name
+    if pickles := sorted(path.glob("*.bin")):
+        raise AdapterError(
+            f"{path}: holds its tensors only as the pickle {pickles[0].name}, which is not read unless that file "
+            "itself is named; better save it again as safetensors"
+        )
+    return path, path / WEIGHTS_FILE
 
 
 def _revision(config_bytes: bytes, weights_bytes: bytes) -> str:
@@ -125,16 +150,33 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    try:
-        tensors = load_tensors(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise AdapterError(f"{path}: not a whole safetensors file: {error}") from None
+    tensors = _unpickle(path, data) if path.suffix == ".bin" else _parse_safetensors(path, data)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise AdapterError(f"{path}: tensor {name!r} has type {tensor.dtype}; adapter weights are floating point")
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{path}: tensor {name!r} holds a value that is not finite")
     return tensors
+
+
+def _parse_safetensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        return load_tensors(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise AdapterError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _unpickle(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about a pickle's protocol
+            found: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a malformed pickle may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise AdapterError(f"{path}: not a pickle of tensors alone: {reason}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise AdapterError(f"{path}: must hold tensors by name")
+    return found  # pyright: ignore[reportUnknownVariableType]
 
 
 def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: Base, tokenizer_digest: str) -> None:

@@ -24,12 +24,15 @@ class RelativeBias(nn.Module):
 
     def forward(self, distances: Tensor) -> Tensor:
         """distances: position of the key less that of the query, [*] int64 -> [H, *]."""
+        return self.weight[self.bucket(distances)].movedim(-1, 0)
+
+    def bucket(self, distances: Tensor) -> Tensor:
+        """Which row of the weight a distance takes. [*] int64 -> [*] int64."""
         if self._buckets is None or self._buckets.device != distances.device:
             # Made on first use: a base is constructed on the meta device.
             self._buckets = self._all_buckets().to(distances.device)
         limit = self.max_distance
-        buckets = self._buckets[distances.clamp(-limit, limit) + limit]
-        return self.weight[buckets].movedim(-1, 0)
+        return self._buckets[distances.clamp(-limit, limit) + limit]
 
     def _all_buckets(self) -> Tensor:
         """The bucket of every distance from -max_distance to max_distance; farther ones are as those."""

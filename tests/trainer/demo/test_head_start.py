@@ -8,7 +8,8 @@ from torch import Tensor
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.gpt import GPTBase
 from quiver_trainer.demo.head_start import give_head_start
-from quiver_trainer.demo.pretrain import HF_CONFIG, Recipe, optimisers, repeated_phrases
+from quiver_trainer.demo.pretrain import HF_CONFIG, repeated_phrases
+from quiver_trainer.demo.pretraining import Recipe, optimisers
 
 VOCABULARY = 2048
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quiver_peft.base.gpt import GPTBase
 from quiver_trainer.demo.muon import Muon, orthogonalise
-from quiver_trainer.demo.pretrain import Recipe, make_base, rate_factor
+from quiver_trainer.demo.pretrain import make_base
+from quiver_trainer.demo.pretraining import Recipe, Windows, rate_factor
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 40), (1, 40, 24), (3, 16, 16)])
@@ -48,6 +49,14 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
     factors = [rate_factor(step, recipe) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(1 / 90)
+
+
+def test_windows_give_the_whole_stream_once_before_anything_twice() -> None:
+    windows = Windows(torch.arange(101), 10, torch.Generator().manual_seed(0))
+    rows = torch.cat([windows.take(3), windows.take(7)])
+    assert sorted(rows[:, 0].tolist()) == list(range(0, 100, 10)) != rows[:, 0].tolist()
+    assert all(torch.equal(row, torch.arange(int(row[0]), int(row[0]) + 11)) for row in rows)
+    assert torch.equal(windows.take(1)[0], rows[0])
 
 
 @pytest.mark.slow

@@ -5,24 +5,21 @@ Run by `make demo-base`. Seeded: the same machine, Python and torch give the sam
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from quiver_peft.base.checkpoint import save_checkpoint
-from quiver_peft.base.families import FAMILIES
+from quiver_peft.base.families import GPT_FAMILIES
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.demo.corpus import corpus_documents
 from quiver_trainer.demo.head_start import give_head_start
-from quiver_trainer.demo.muon import Muon
+from quiver_trainer.demo.pretraining import Recipe, Windows, model_card, token_stream, train
 from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID, write_tokenizer
 
 HF_CONFIG: dict[str, Any] = {
@@ -49,31 +46,6 @@ HF_CONFIG: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How long and how fast the base learns. Learning rates are peaks: linear warm-up, then linear decay to zero."""
-
-    steps: int = 1200
-    sequences: int = 16
-    repeat_steps: int = 500  # while in these first steps `repeats` of the sequences are a random phrase over and over
-    repeats: int = 2
-    sequence_tokens: int = 256
-    muon_lr: float = 0.02
-    adam_lr: float = 0.005
-    warmup_steps: int = 40
-    weight_decay: float = 0.02
-    seed: int = 7
-
-
-def token_stream(tokenizer: Tokenizer, texts: Iterator[str]) -> Tensor:
-    """All documents one after the other, each closed by the end-of-text token. [number of tokens] int16."""
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer.encode(text)
-        ids.append(END_OF_TEXT_ID)
-    return torch.tensor(ids, dtype=torch.int16)
-
-
 def repeated_phrases(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
     """Tokens drawn from the stream one by one, repeated until the row is full: only copying predicts them.
 
@@ -87,73 +59,20 @@ def repeated_phrases(stream: Tensor, count: int, length: int, generator: torch.G
     return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.long)
 
 
-def optimisers(base: GPTBase, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, which learns from fewer tokens; AdamW for the rest."""
-    matrices = [linear.weight for linear in base.linears()]
-    inner = {id(weight) for weight in matrices}
-    others = [parameter for parameter in base.parameters() if id(parameter) not in inner]
-    muon = Muon(matrices, recipe.muon_lr, recipe.weight_decay)
-    return [muon, torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
-
-
-def rate_factor(step: int, recipe: Recipe) -> float:
-    """The share of the peak learning rate at `step`."""
-    return min((step + 1) / recipe.warmup_steps, (recipe.steps - step) / (recipe.steps - recipe.warmup_steps))
-
-
-def train(base: GPTBase, stream: Tensor, recipe: Recipe) -> float:
-    """One pass over shuffled windows of the stream; returns the mean loss of the last 50 steps, in nats per token."""
+def train_base(base: GPTBase, stream: Tensor, recipe: Recipe) -> float:
+    """Next-token prediction on shuffled windows of the stream; returns the final loss."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    windows = stream[: (len(stream) - 1) // recipe.sequence_tokens * recipe.sequence_tokens + 1]
-    starts = torch.randperm(len(windows) // recipe.sequence_tokens, generator=generator) * recipe.sequence_tokens
-    opts = optimisers(base, recipe)
-    losses: list[float] = []
-    given = 0  # windows
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("pre-training", total=recipe.steps, loss="")
-        for step in range(recipe.steps):
-            num_repeats = recipe.repeats if step < recipe.repeat_steps else 0
-            chosen = starts[torch.arange(given, given + recipe.sequences - num_repeats) % len(starts)]
-            given += len(chosen)
-            rows = windows[chosen[:, None] + torch.arange(recipe.sequence_tokens + 1)].long()
-            repeats = repeated_phrases(stream, num_repeats, recipe.sequence_tokens + 1, generator)
-            rows = torch.cat((rows, repeats))
-            losses.append(_step(base, rows, opts, rate_factor(step, recipe), recipe))
-            progress.update(task, advance=1, loss=f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
-    return sum(losses[-50:]) / len(losses[-50:])
+    windows = Windows(stream, recipe.sequence_tokens, generator)
 
+    def loss_at(step: int) -> Tensor:
+        num_repeats = recipe.copies if step < recipe.copy_steps else 0
+        rows = windows.take(recipe.sequences - num_repeats)
+        repeats = repeated_phrases(stream, num_repeats, recipe.sequence_tokens + 1, generator)
+        rows = torch.cat((rows, repeats))
+        logits = base.logits(base(rows[:, :-1]))
+        return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
-def _step(base: GPTBase, rows: Tensor, opts: list[torch.optim.Optimizer], factor: float, recipe: Recipe) -> float:
-    """rows: [B, S + 1] token ids."""
-    for opt, peak in zip(opts, (recipe.muon_lr, recipe.adam_lr), strict=True):
-        opt.zero_grad()
-        for group in opt.param_groups:
-            group["lr"] = peak * factor
-    logits = base.logits(base(rows[:, :-1]))
-    loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-    loss.backward()
-    nn.utils.clip_grad_norm_(base.parameters(), 1.0)
-    for opt in opts:
-        opt.step()
-    return loss.item()
-
-
-def model_card(loss: float, num_tokens: int, seconds: float, num_parameters: int, seed: int) -> str:
-    """README.md of the folder."""
-    return f"""# Quiver's demo base
-
-A {num_parameters / 1e6:.1f} M-parameter Llama that stands for a company's own language model in
-Quiver's demo. It knows the texts of a fictional shop, a little English prose, and how to repeat names and numbers; it
-does no task by itself. Do not use it for anything else.
-
-- Made by `make demo-base` (`quiver_trainer.demo.pretrain`, seed {seed}); nothing was downloaded.
-- Text: generated documents of the shop's world (`quiver_trainer.demo.corpus`) and the documentation of Python's
-  standard library (PSF licence), as found in the running interpreter.
-- {num_tokens / 1e6:.1f} M training tokens, {seconds / 60:.0f} minutes on two CPU cores, final loss {loss:.3f} nats
-  per token.
-- Plain Hugging Face folder, fp32; `transformers.AutoModelForCausalLM.from_pretrained` loads it.
-"""
+    return train(base, recipe, loss_at)
 
 
 def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
@@ -163,17 +82,15 @@ def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
     (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
     stream = token_stream(Tokenizer(folder), corpus_documents(recipe.seed, num_characters))
     torch.manual_seed(recipe.seed)
-    family = FAMILIES["llama"]
-    base = GPTBase(family.read_config(HF_CONFIG))
+    base = GPTBase(GPT_FAMILIES["llama"].read_config(HF_CONFIG))
     give_head_start(base)
     started = time.monotonic()
-    loss = train(base, stream, recipe)
+    loss = train_base(base, stream, recipe)
     seconds = time.monotonic() - started
-    save_checkpoint(base, folder, family.renames(base.config), torch.float32)
-    num_parameters = sum(parameter.numel() for parameter in base.parameters())
-    num_tokens = recipe.steps * recipe.sequences * recipe.sequence_tokens
-    (folder / "README.md").write_text(model_card(loss, num_tokens, seconds, num_parameters, recipe.seed))
-    print(f"wrote {folder}: loss {loss:.3f}, {num_tokens} tokens in {seconds:.0f} s, stream of {len(stream)} tokens")
+    save_checkpoint(base, folder, base.renames(), torch.float32)
+    card = model_card("Llama", "quiver_trainer.demo.pretrain", "make demo-base", loss, seconds, base, recipe)
+    (folder / "README.md").write_text(card)
+    print(f"wrote {folder}: loss {loss:.3f} after {seconds:.0f} s, stream of {len(stream)} tokens")
 
 
 def main(

@@ -40,17 +40,17 @@ NEXT = r"""  make serve                                   leave the server runni
 console = Console()
 
 
-def train_all(work: Path) -> dict[str, Path]:
+def train_all(work: Path, configs: Path) -> dict[str, Path]:
     """Train what is not trained yet, one task after the other; returns each task's adapter folder."""
     if not (work / "data").is_dir():
         write_dataset(work / "data.new")
         (work / "data.new").rename(work / "data")
     folders = {task: work / ("adapters" if task in EARLY_TASKS else "late") / task for task in TASKS}
     for task, folder in folders.items():
-        console.rule(f"[bold]{task}[/]: quiver train {HERE}/configs/{task}.yaml")
+        console.rule(f"[bold]{task}[/]: quiver train {configs}/{task}.yaml")
         overrides = [f"output={folder}"]
         overrides += [f"data.{split}={work}/data/{task}/{split}.jsonl" for split in ("train", "validation")]
-        command = [sys.executable, "-m", "quiver.cli", "train", f"{HERE}/configs/{task}.yaml", *overrides]
+        command = [sys.executable, "-m", "quiver.cli", "train", f"{configs}/{task}.yaml", *overrides]
         subprocess.run(command, check=True)
     return folders
 
@@ -135,20 +135,26 @@ async def tell(work: Path, address: str, late: Path, num_held_out: int) -> None:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Where data, adapters and logs go.")] = Path("runs/demo"),
-    base: Annotated[Path, typer.Option(help="The base model.")] = HERE / "base",
+    base: Annotated[str, typer.Option(help="The base model: llama or t5.")] = "llama",
     held_out: Annotated[int, typer.Option(help="Held-out tickets to ask about.")] = 60,
 ) -> None:
     """Train, serve and compare."""
+    if base not in ("llama", "t5"):
+        raise typer.BadParameter(f"{base!r} is none; it must be llama or t5", param_hint="--base")
+    suffix = "-t5" if base == "t5" else ""
+    work, base_folder, configs = Path(f"runs/demo{suffix}"), HERE / f"base{suffix}", HERE / f"configs{suffix}"
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    folders = train_all(work)
+    folders = train_all(work, configs)
     shutil.rmtree(work / "adapters" / LATE_TASK, ignore_errors=True)  # of an earlier demo: it joins anew
-    with running_server(work, base) as address:
+    with running_server(work, base_folder) as address:
         asyncio.run(tell(work, address, folders[LATE_TASK], held_out))
+    next_steps = NEXT.replace("make serve        ", "make serve BASE=t5") if base == "t5" else NEXT
     seconds = time.monotonic() - started
-    console.print(f"\nThe whole demo took {seconds:.0f} s. What to try next:\n{NEXT}", soft_wrap=True, highlight=False)
+    console.print(
+        f"\nThe whole demo took {seconds:.0f} s. What to try next:\n{next_steps}", soft_wrap=True, highlight=False
+    )
 
 
 if __name__ == "__main__":

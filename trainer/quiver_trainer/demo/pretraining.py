@@ -1,0 +1,111 @@
+"""What both demo bases share: how long and fast they learn, their text as tokens, and the loop of the steps."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from quiver_peft.base.base import Base
+from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.demo.muon import Muon
+from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast a base learns. Learning rates are peaks: linear warm-up, then linear decay to zero."""
+
+    steps: int = 1200
+    sequences: int = 16
+    sequence_tokens: int = 256
+    copy_steps: int = 500  # while in these first steps `copies` of the sequences can be learnt by copying alone
+    copies: int = 2
+    muon_lr: float = 0.02
+    adam_lr: float = 0.005
+    warmup_steps: int = 40
+    weight_decay: float = 0.02
+    seed: int = 7
+
+
+def token_stream(tokenizer: Tokenizer, texts: Iterator[str]) -> Tensor:
+    """All documents one after the other, each closed by the end-of-text token. [number of tokens] int16."""
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer.encode(text)
+        ids.append(END_OF_TEXT_ID)
+    return torch.tensor(ids, dtype=torch.int16)
+
+
+class Windows:
+    """A stream cut into windows of the same length, given out in a seeded random order, again and again."""
+
+    def __init__(self, stream: Tensor, length: int, generator: torch.Generator) -> None:
+        """stream: [number of tokens]."""
+        self._stream = stream
+        self._length = length
+        count = (len(stream) - 1) // length
+        self._starts = torch.randperm(count, generator=generator) * length
+        self._num_given = 0
+
+    def take(self, count: int) -> Tensor:
+        """The next windows, each with the token after it, [count, length + 1] int64."""
+        chosen = self._starts[torch.arange(self._num_given, self._num_given + count) % len(self._starts)]
+        self._num_given += count
+        return self._stream[chosen[:, None] + torch.arange(self._length + 1)].long()
+
+
+def optimisers(base: Base, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, which learns from fewer tokens; AdamW for the rest."""
+    matrices = [linear.weight for linear in base.linears()]
+    inner = {id(weight) for weight in matrices}
+    others = [parameter for parameter in base.parameters() if id(parameter) not in inner]
+    muon = Muon(matrices, recipe.muon_lr, recipe.weight_decay)
+    return [muon, torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def rate_factor(step: int, recipe: Recipe) -> float:
+    """The share of the peak learning rate at `step`."""
+    return min((step + 1) / recipe.warmup_steps, (recipe.steps - step) / (recipe.steps - recipe.warmup_steps))
+
+
+def train(base: Base, recipe: Recipe, loss_at: Callable[[int], Tensor]) -> float:
+    """All steps; returns the mean loss of the last 50, in nats per token. loss_at: a step's loss, a scalar."""
+    opts = optimisers(base, recipe)
+    losses: list[float] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("pre-training", total=recipe.steps, loss="")
+        for step in range(recipe.steps):
+            for opt, peak in zip(opts, (recipe.muon_lr, recipe.adam_lr), strict=True):
+                opt.zero_grad()
+                for group in opt.param_groups:
+                    group["lr"] = peak * rate_factor(step, recipe)
+            loss = loss_at(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+            for opt in opts:
+                opt.step()
+            losses.append(loss.item())
+            progress.update(task, advance=1, loss=f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
+    return sum(losses[-50:]) / len(losses[-50:])
+
+
+def model_card(what: str, module: str, command: str, loss: float, seconds: float, base: Base, recipe: Recipe) -> str:
+    """README.md of the folder."""
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    num_tokens = recipe.steps * recipe.sequences * recipe.sequence_tokens
+    return f"""# Quiver's demo base
+
+A {num_parameters / 1e6:.1f} M-parameter {what} that stands for a company's own language model in
+Quiver's demo. It knows the texts of a fictional shop, a little English prose, and how to repeat names and numbers; it
+does no task by itself. Do not use it for anything else.
+
+- Made by `{command}` (`{module}`, seed {recipe.seed}); nothing was downloaded.
+- Text: generated documents of the shop's world (`quiver_trainer.demo.corpus`) and the documentation of Python's
+  standard library (PSF licence), as found in the running interpreter.
+- {num_tokens / 1e6:.1f} M training tokens, {seconds / 60:.0f} minutes on two CPU cores, final loss {loss:.3f} nats
+  per token.
+- Plain Hugging Face folder, fp32; `transformers` loads it.
+"""
