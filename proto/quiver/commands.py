@@ -77,6 +77,12 @@ def merge(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_THROUGH)
+def export(context: typer.Context) -> None:
+    """Write an adapter as Hugging Face PEFT folders."""
+    raise typer.Exit(run_room("export", context.args))
+
+
+@app.command(context_settings=_PASS_THROUGH)
 def serve(context: typer.Context) -> None:
     """Serve a base model and its adapters over gRPC."""
     raise typer.Exit(run_room("serve", context.args))

@@ -1,4 +1,4 @@
-"""Hands `quiver serve`, `train`, `predict` and `merge` to the packages that implement them.
+"""Hands `quiver serve`, `train`, `predict`, `merge` and `export` to the packages that implement them.
 
 Standard library only: the server installs its SIGTERM handler in `quiver_server.main`, and nothing slow may
 be imported before it.
@@ -21,6 +21,7 @@ ROOMS = {
     "train": Room("quiver_trainer.train_cli", "trainer"),
     "predict": Room("quiver_trainer.predict_cli", "trainer"),
     "merge": Room("quiver_trainer.merge_cli", "trainer"),
+    "export": Room("quiver_trainer.export_cli", "trainer"),
 }
 
 

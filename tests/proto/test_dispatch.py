@@ -45,6 +45,7 @@ def _quiver(folder: Path, *arguments: str, only_standard_library: bool = False) 
         ("train", "quiver_trainer.train_cli"),
         ("predict", "quiver_trainer.predict_cli"),
         ("merge", "quiver_trainer.merge_cli"),
+        ("export", "quiver_trainer.export_cli"),
     ],
 )
 def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Path, command: str, module: str) -> None:
@@ -58,7 +59,8 @@ def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("command", "extra"), [("serve", "server"), ("train", "trainer"), ("predict", "trainer"), ("merge", "trainer")]
+    ("command", "extra"),
+    [("serve", "server"), *((command, "trainer") for command in ("train", "predict", "merge", "export"))],
 )
 def test_a_package_that_is_not_installed_is_named_with_the_cure(tmp_path: Path, command: str, extra: str) -> None:
     run = _quiver(tmp_path, command, "--help", only_standard_library=True)

@@ -24,7 +24,8 @@ def gate(
     with torch.no_grad():
         # The paper's section 4.3: the length counts as a constant, which saves most of the memory of training.
         weight = _rows(linear.weight, target).to(a.device, torch.float32) + lora_scale * (b @ a)
-        lengths = torch.linalg.vector_norm(weight, dim=1)
+        # A row of zeros has no direction: it stays zero, where 0 / 0 would spread over everything.
+        lengths = torch.linalg.vector_norm(weight, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     scale = magnitude / lengths
     if linear.bias is None:
         return scale, None

@@ -37,7 +37,7 @@ Form = tuple[dict[str, Any], dict[str, Tensor]]
 
 def write_methods(base: Base, weights: AdapterWeights, base_name: str) -> Form:
     """adapter_config.json and its tensors."""
-    forms = {method_name(config): _write_one(base, config, weights, base_name) for config in weights.configs}
+    forms = {method_name(config): write_method(base, config, weights, base_name) for config in weights.configs}
     if len(forms) == 1:
         return next(iter(forms.values()))
     tensors = {f"{method}.{name}": tensor for method, (_, found) in forms.items() for name, tensor in found.items()}
@@ -45,7 +45,8 @@ def write_methods(base: Base, weights: AdapterWeights, base_name: str) -> Form:
     return {"peft_type": COMPOSITE, "base_model_name_or_path": base_name, "methods": configs}, tensors
 
 
-def _write_one(base: Base, config: PEFTConfig, weights: AdapterWeights, base_name: str) -> Form:
+def write_method(base: Base, config: PEFTConfig, weights: AdapterWeights, base_name: str) -> Form:
+    """One method of an adapter in its own form."""
     if isinstance(config, LoraPEFTConfig):
         return write_hf_lora(base, config, weights.lora, base_name)
     if isinstance(config, IA3PEFTConfig):

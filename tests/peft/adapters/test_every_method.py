@@ -77,6 +77,23 @@ def test_a_new_adapter_is_the_base_bit_for_bit(name: str, folder: Path) -> None:
     assert_matters(our_logits(adapted(folder, name), TOKENS).detach(), our_logits(bare, TOKENS).detach())
 
 
+def test_dora_leaves_a_row_of_zeros_alone(folder: Path) -> None:
+    """Bases have such rows: pruned ones, heads without a task. A zero row's length is zero, and so is its magnitude."""
+    bare = load_model(folder)
+    for linear in bare.base.linears():
+        linear.weight.data[3] = 0
+    bare.freeze()
+    expected = our_logits(bare, TOKENS)
+    model = load_model(folder)
+    for linear in model.base.linears():
+        linear.weight.data[3] = 0
+    model.add_adapter(METHODS["dora"])
+    logits = our_logits(model, TOKENS)
+    assert torch.equal(logits, expected)
+    logits.square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.trainable_parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_only_the_adapter_learns(name: str, folder: Path) -> None:
     model = adapted(folder, name)
