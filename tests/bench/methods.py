@@ -53,7 +53,7 @@ class Trial:
 TRIALS = {
     "lora": Trial([_LORA], 3e-3, 180),
     "dora": Trial([{**_LORA, "use_dora": True}], 3e-3, 180),
-    "ia3": Trial([_IA3], 3e-2, 400),
+    "ia3": Trial([_IA3], 1e-1, 400),
     "canonical": Trial([_CANONICAL], 3e-3, 240),
     "ptuning": Trial([_PTUNING], 3e-3, 500),
     "prompt-tuning": Trial([{"method": "prompt_tuning", "virtual_tokens": 20}], 3e-2, 500),
