@@ -3,8 +3,7 @@
 Run by `make demo-base`. Seeded: the same machine, Python and torch give the same folder. About 18 minutes on two cores.
 """
 
-import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +12,11 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.base.families import GPT_FAMILIES
 from quiver_peft.base.gpt import GPTBase
-from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.demo.corpus import corpus_documents
 from quiver_trainer.demo.head_start import give_head_start
-from quiver_trainer.demo.pretraining import Recipe, Windows, model_card, token_stream, train
-from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID, write_tokenizer
+from quiver_trainer.demo.pretraining import Recipe, Windows, make_folder, model_card, train
+from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID
 
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -75,22 +71,17 @@ def train_base(base: GPTBase, stream: Tensor, recipe: Recipe) -> float:
     return train(base, recipe, loss_at)
 
 
-def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
-    """Write the whole Hugging Face folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder, corpus_documents(recipe.seed, num_characters // 4))
-    (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
-    stream = token_stream(Tokenizer(folder), corpus_documents(recipe.seed, num_characters))
-    torch.manual_seed(recipe.seed)
+def fresh_base() -> GPTBase:
+    """Untrained, with the beginnings of a copying circuit."""
     base = GPTBase(GPT_FAMILIES["llama"].read_config(HF_CONFIG))
     give_head_start(base)
-    started = time.monotonic()
-    loss = train_base(base, stream, recipe)
-    seconds = time.monotonic() - started
-    save_checkpoint(base, folder, base.renames(), torch.float32)
-    card = model_card("Llama", "quiver_trainer.demo.pretrain", "make demo-base", loss, seconds, base, recipe)
-    (folder / "README.md").write_text(card)
-    print(f"wrote {folder}: loss {loss:.3f} after {seconds:.0f} s, stream of {len(stream)} tokens")
+    return base
+
+
+def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
+    """Write the whole Hugging Face folder."""
+    card = partial(model_card, "Llama", "quiver_trainer.demo.pretrain", "make demo-base")
+    make_folder(folder, HF_CONFIG, fresh_base, train_base, recipe, num_characters, card)
 
 
 def main(

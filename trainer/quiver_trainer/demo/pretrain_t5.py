@@ -5,9 +5,8 @@ prefix language modelling), a passage with tokens left out or wrong as source an
 (denoising), and, at first, phrases of random tokens to be copied.
 """
 
-import json
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +15,12 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.base.families import T5_FAMILIES
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.model import T5
-from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.demo.corpus import corpus_documents
 from quiver_trainer.demo.head_start_t5 import give_head_start
-from quiver_trainer.demo.pretraining import Recipe, Windows, model_card, token_stream, train
-from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID, write_tokenizer
+from quiver_trainer.demo.pretraining import Recipe, Windows, make_folder, model_card, train
+from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID
 
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["T5ForConditionalGeneration"],
@@ -92,22 +88,17 @@ def train_base(base: T5Base, stream: Tensor, recipe: Recipe) -> float:
     return train(base, recipe, loss_at)
 
 
-def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
-    """Write the whole Hugging Face folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder, corpus_documents(recipe.seed, num_characters // 4))
-    (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
-    stream = token_stream(Tokenizer(folder), corpus_documents(recipe.seed, num_characters))
-    torch.manual_seed(recipe.seed)
+def fresh_base() -> T5Base:
+    """Untrained, with the beginnings of a copying circuit."""
     base = T5Base(T5_FAMILIES["t5"].read_config(HF_CONFIG))
     give_head_start(base)
-    started = time.monotonic()
-    loss = train_base(base, stream, recipe)
-    seconds = time.monotonic() - started
-    save_checkpoint(base, folder, base.renames(), torch.float32)
-    card = model_card("T5", "quiver_trainer.demo.pretrain_t5", "make demo-base BASE=t5", loss, seconds, base, recipe)
-    (folder / "README.md").write_text(card)
-    print(f"wrote {folder}: loss {loss:.3f} after {seconds:.0f} s, stream of {len(stream)} tokens")
+    return base
+
+
+def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
+    """Write the whole Hugging Face folder."""
+    card = partial(model_card, "T5", "quiver_trainer.demo.pretrain_t5", "make demo-base BASE=t5")
+    make_folder(folder, HF_CONFIG, fresh_base, train_base, recipe, num_characters, card)
 
 
 def main(

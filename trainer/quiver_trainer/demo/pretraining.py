@@ -1,16 +1,24 @@
 """What both demo bases share: how long and fast they learn, their text as tokens, and the loop of the steps."""
 
-from collections.abc import Callable, Iterator
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from quiver_peft.base.base import Base
+from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.demo.corpus import corpus_documents
 from quiver_trainer.demo.muon import Muon
-from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID
+from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID, write_tokenizer
+
+BaseT = TypeVar("BaseT", bound=Base)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,30 @@ def train(base: Base, recipe: Recipe, loss_at: Callable[[int], Tensor]) -> float
             losses.append(loss.item())
             progress.update(task, advance=1, loss=f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
     return sum(losses[-50:]) / len(losses[-50:])
+
+
+def make_folder(
+    folder: Path,
+    hf_config: Mapping[str, Any],
+    new_base: Callable[[], BaseT],
+    train_base: Callable[[BaseT, Tensor, Recipe], float],
+    recipe: Recipe,
+    num_characters: int,
+    card: Callable[[float, float, Base, Recipe], str],
+) -> None:
+    """Write a whole Hugging Face folder. card: README.md from the final loss, the seconds, the base and the recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, corpus_documents(recipe.seed, num_characters // 4))
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    stream = token_stream(Tokenizer(folder), corpus_documents(recipe.seed, num_characters))
+    torch.manual_seed(recipe.seed)
+    base = new_base()
+    started = time.monotonic()
+    loss = train_base(base, stream, recipe)
+    seconds = time.monotonic() - started
+    save_checkpoint(base, folder, base.renames(), torch.float32)
+    (folder / "README.md").write_text(card(loss, seconds, base, recipe))
+    print(f"wrote {folder}: loss {loss:.3f} after {seconds:.0f} s, stream of {len(stream)} tokens")
 
 
 def model_card(what: str, module: str, command: str, loss: float, seconds: float, base: Base, recipe: Recipe) -> str:
