@@ -12,14 +12,14 @@ $(error BASE is $(BASE); it must be llama or t5)
 endif
 SUFFIX := $(if $(filter t5,$(BASE)),-t5)
 
-.PHONY: help setup demo serve test test-fast lint proto demo-base clean
+.PHONY: help setup demo serve test test-fast lint lock proto demo-base clean
 
 help:  ## What can be done here.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	@echo "$(TORCH)" > $(VENV)/constraints.txt
+	@(cat .ci/constraints.txt; echo "$(TORCH)") > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet --progress-bar off $(TORCH)
 	$(BIN)/pip install --quiet --progress-bar off --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
@@ -45,6 +45,17 @@ test: lint  ## Everything that CI runs: lint and all tests.
 
 test-fast: setup  ## Unit tests only: seconds.
 	$(BIN)/pytest -m 'not slow'
+
+lock:  ## Take the newest versions of what Quiver stands on, and write them to .ci/constraints.txt (then `make test`).
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@echo "$(TORCH)" > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --progress-bar off $(TORCH)
+	$(BIN)/pip install --quiet --progress-bar off --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@head -1 .ci/constraints.txt > $(VENV)/lock.txt
+	@$(BIN)/pip freeze --exclude-editable | grep -v '^torch==' >> $(VENV)/lock.txt
+	@mv $(VENV)/lock.txt .ci/constraints.txt
+	@touch $(VENV)/.ready
 
 proto: setup  ## Regenerate the committed gRPC stubs.
 	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto \
