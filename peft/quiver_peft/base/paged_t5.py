@@ -6,8 +6,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from quiver_peft.base.paged import PagedKV, attend_chunk, attend_singles, cache_rows, pad_singles
+from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5_attention import RelativeBias
+from quiver_peft.kernels.paged_attention import PagedLayout, paged_attention, store_rows
 
 
 class PackedAttention:
@@ -17,20 +18,14 @@ class PackedAttention:
     """
 
     def __init__(self, lengths: Sequence[int], bias: RelativeBias, device: torch.device) -> None:
-        ends = list(accumulate(lengths))
-        self._rows = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-        positions = torch.arange(max(lengths), device=device)
-        # [H, S, S] of the longest; a shorter source has the same distances in its corner.
-        self._scores = bias(positions - positions[:, None])
+        # The rows themselves are the cache: blocks of one token.
+        tables = [range(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        self._layout = PagedLayout(lengths, lengths, tables, 1, device)
+        self._bias = bias.by_distance()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: [T, H, E] -> [T, H, E]."""
-        out = torch.empty_like(q)
-        for rows in self._rows:
-            length = rows.stop - rows.start
-            scores = self._scores[:, :length, :length]
-            out[rows] = attend_chunk(q[rows], k[rows], v[rows], scores, causal=False, scale=1.0)
-        return out
+        return paged_attention(q, k, v, self._layout, scale=1.0, causal=False, bias=self._bias)
 
 
 class SourceLayout:
@@ -49,21 +44,16 @@ class SourceLayout:
         device: torch.device,
     ) -> None:
         """For each sequence: rows in the decoder's batch, tokens of its source, and whether it comes in this step."""
-        new_rows: list[Tensor] = []
-        singles: list[tuple[int, Tensor]] = []
-        self.chunks: list[tuple[slice, Tensor]] = []
-        row = 0
-        for num_rows, length, table, new in zip(query_lengths, source_lengths, block_tables, is_new, strict=True):
-            cached = cache_rows(table, length, block_size)
-            if new:
-                new_rows.append(cached)
-            if num_rows == 1:
-                singles.append((row, cached))
-            else:
-                self.chunks.append((slice(row, row + num_rows), cached.to(device)))
-            row += num_rows
-        self.new_rows = torch.cat(new_rows).to(device) if new_rows else None
-        self.singles = pad_singles(singles, device) if singles else None
+        self.attended = PagedLayout(query_lengths, source_lengths, block_tables, block_size, device)
+        new = [
+            (length, table)
+            for length, table, is_new_source in zip(source_lengths, block_tables, is_new, strict=True)
+            if is_new_source
+        ]
+        lengths = [length for length, _ in new]
+        self.new_rows = (
+            PagedLayout(lengths, lengths, [table for _, table in new], block_size, device).new_rows if new else None
+        )
 
 
 class PagedSources:
@@ -76,16 +66,9 @@ class PagedSources:
     def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Those of the new sources, in order. k, v: [T, H, E]."""
         assert self._layout.new_rows is not None
-        self._kv.keys[layer][self._layout.new_rows] = k
-        self._kv.values[layer][self._layout.new_rows] = v
+        store_rows(self._kv.keys[layer], self._kv.values[layer], k, v, self._layout.new_rows)
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
         """q: [T, H, E], rows of the decoder's batch -> [T, H, E]."""
         keys, values = self._kv.keys[layer], self._kv.values[layer]
-        out = torch.empty_like(q)
-        for rows, cached in self._layout.chunks:
-            out[rows] = attend_chunk(q[rows], keys[cached], values[cached], None, causal=False, scale=1.0)
-        if (singles := self._layout.singles) is not None:
-            cached = singles.cached
-            out[singles.rows] = attend_singles(q[singles.rows], keys[cached], values[cached], singles.mask, scale=1.0)
-        return out
+        return paged_attention(q, keys, values, self._layout.attended, scale=1.0, causal=False)

@@ -26,6 +26,11 @@ class RelativeBias(nn.Module):
         """distances: position of the key less that of the query, [*] int64 -> [H, *]."""
         return self.weight[self.bucket(distances)].movedim(-1, 0)
 
+    def by_distance(self) -> Tensor:
+        """Of distances -max_distance to max_distance, [H, 2 · max_distance + 1] fp32; farther ones are as those."""
+        limit = self.max_distance
+        return self(torch.arange(-limit, limit + 1, device=self.weight.device)).float().contiguous()
+
     def bucket(self, distances: Tensor) -> Tensor:
         """Which row of the weight a distance takes. [*] int64 -> [*] int64."""
         if self._buckets is None or self._buckets.device != distances.device:
