@@ -28,12 +28,13 @@ def _serve(
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step; long prompts are cut.", min=1)] = 512,
     default_max_new_tokens: Annotated[int, typer.Option(help="Where a request does not say.", min=1)] = 128,
     grace_seconds: Annotated[float, typer.Option(help="How long SIGTERM lets running requests finish.")] = 30.0,
+    prefix_cache: Annotated[bool, typer.Option(help="Share what prompts that begin alike have computed.")] = True,
 ) -> None:
     """Serve one frozen base and any number of its adapters over gRPC."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = ServerConfig(
         base, adapters, host, port, metrics_port, device, dtype, kv_memory_mib, adapter_memory_mib,
-        max_running, max_waiting, max_step_tokens, default_max_new_tokens, grace_seconds,
+        max_running, max_waiting, max_step_tokens, default_max_new_tokens, grace_seconds, prefix_cache,
     )  # fmt: skip
     from quiver_server.serve import serve
 

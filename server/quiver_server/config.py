@@ -22,3 +22,4 @@ class ServerConfig:
     max_step_tokens: int
     default_max_new_tokens: int
     grace_seconds: float
+    prefix_cache: bool

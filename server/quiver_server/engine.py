@@ -125,8 +125,7 @@ class Engine:
                 sequence.started = True
                 sequence.on_started()
             _note_prompt_logprobs(chunk, rows[i])
-            sequence.num_cached_tokens += chunk.num_new_tokens
-            sequence.source_is_cached = True
+            self._scheduler.note_computed(chunk)
             if i in tokens:
                 events.append((sequence, self._append(sequence, tokens[i], rows[i][-1:])))
         return events

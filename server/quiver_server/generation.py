@@ -63,6 +63,7 @@ class Session:
         self.first_token_seconds: float | None = None
         self.last_token_seconds: float | None = None
         self.num_generated_tokens = 0
+        self.num_reused_tokens = 0
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -172,6 +173,7 @@ class Generator:
         def on_started() -> None:
             if session.started_seconds is None:
                 session.started_seconds = time.monotonic()
+                session.num_reused_tokens = sequence.num_reused_tokens
 
         room = self._limits.context_length - session.num_virtual_tokens - len(asked.prompt)
         params = replace(asked.params, max_new_tokens=min(asked.params.max_new_tokens, room))
@@ -187,12 +189,12 @@ class Generator:
     ) -> Sequence:
         """What the engine computes; with an encoder-decoder the prompt is the source."""
         prompt, adapter = session.asked.prompt, session.adapter
-        slot = BASE_SLOT if adapter is None else adapter.slot
+        slot, revision = (BASE_SLOT, "") if adapter is None else (adapter.slot, adapter.revision)
         if self._start_token_id is None:
-            return Sequence(prompt, params, index, emit, slot, session.num_virtual_tokens)
+            return Sequence(prompt, params, index, emit, slot, session.num_virtual_tokens, revision=revision)
         num_prefix, num_prompt = (0, 0) if adapter is None else (adapter.num_prefix_tokens, adapter.num_prompt_tokens)
         start = [self._start_token_id]
-        sequence = Sequence(start, params, index, emit, slot, num_prefix, source=prompt)
+        sequence = Sequence(start, params, index, emit, slot, num_prefix, source=prompt, revision=revision)
         sequence.num_virtual_source_tokens = num_prompt
         return sequence
 

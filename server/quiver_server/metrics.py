@@ -18,6 +18,12 @@ class Metrics:
         r = self.registry
         self.requests = Counter("quiver_requests", "Finished requests.", ("adapter", "code"), registry=r)
         self.prompt_tokens = Counter("quiver_prompt_tokens", "Prompt tokens.", ("adapter",), registry=r)
+        self.cached_prompt_tokens = Counter(
+            "quiver_cached_prompt_tokens",
+            "Prompt tokens found in the prefix cache and not computed again.",
+            ("adapter",),
+            registry=r,
+        )
         self.generated_tokens = Counter("quiver_generated_tokens", "Generated tokens.", ("adapter",), registry=r)
         self.time_to_first_token = Histogram(
             "quiver_time_to_first_token_seconds", "Arrival to first token.", buckets=_LATENCY_BUCKETS, registry=r

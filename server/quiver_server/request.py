@@ -83,10 +83,10 @@ class TokenEvent:
 class Sequence:
     """One candidate on its way through the engine.
 
-    Set by the service: prompt, params, index (which candidate), slot (of its adapter), num_virtual_tokens (that this
-    adapter puts before the prompt), emit (called once for each event, in the service's thread). With an
-    encoder-decoder the client's prompt is the source, which is read before the first step, and `prompt` is what the
-    answer starts with inside. The rest belongs to the engine's thread.
+    Set by the service: prompt, params, index (which candidate), slot and revision of its adapter (0 and "" for the
+    base), num_virtual_tokens (that this adapter puts before the prompt), emit (called once for each event, in the
+    service's thread). With an encoder-decoder the client's prompt is the source, which is read before the first step,
+    and `prompt` is what the answer starts with inside. The rest belongs to the engine's thread.
     """
 
     prompt: list[int]
@@ -98,12 +98,18 @@ class Sequence:
     on_started: Callable[[], None] = lambda: None
     source: list[int] = field(default_factory=list[int])
     num_virtual_source_tokens: int = 0
+    revision: str = ""
 
     generated: list[int] = field(default_factory=list[int])
     num_cached_tokens: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list[int])
     source_blocks: list[int] = field(default_factory=list[int])
     source_is_cached: bool = False
+    num_reused_tokens: int = 0  # tokens of the client's prompt that were in the cache when the sequence first ran
+    block_keys: list[bytes] = field(default_factory=list[bytes])  # names of its first blocks, as far as made
+    num_named_blocks: int = 0
+    source_digest: bytes = b""
+    source_is_named: bool = False
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     started: bool = False
 

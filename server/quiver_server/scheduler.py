@@ -31,12 +31,16 @@ class Scheduler:
     Running sequences come first, so that long prompts, cut into chunks, hold nobody up. When blocks run out, the
     newest running sequence steps back and is computed again later. Sources, which cannot be cut, have a budget of the
     same size to themselves: no row that is running can keep them waiting.
+
+    A new sequence starts behind what the cache already holds of it. Where another's chunk computes in this step what
+    it needs next, it waits for that: candidates of one request compute their prompt once.
     """
 
     def __init__(self, blocks: BlockPool, max_running: int, max_step_tokens: int) -> None:
         self._blocks = blocks
         self._max_running = max_running
         self._max_step_tokens = max_step_tokens
+        self._computing: set[bytes] = set()  # names of the blocks that the step being planned will fill
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -55,6 +59,7 @@ class Scheduler:
     def schedule(self) -> list[ScheduledChunk]:
         """The next step's chunks, ordered by adapter slot so that rows of one adapter lie together."""
         budget = self._max_step_tokens
+        self._computing.clear()
         chunks: list[ScheduledChunk] = []
         num_waiting = len(self.waiting)
         for sequence in list(self.running):
@@ -65,15 +70,31 @@ class Scheduler:
             chunks = [chunk for chunk in chunks if chunk.sequence in self.running]
             return sorted(chunks, key=lambda chunk: chunk.sequence.slot)
         source_budget = self._max_step_tokens
-        while budget and self.waiting and len(self.running) < self._max_running:
-            sequence = self.waiting[0]
-            source_budget -= sequence.num_source_tokens
-            if source_budget < 0 or not self._blocks.can_extend(sequence, self._chunk_end(sequence, budget)):
+        for sequence in list(self.waiting):
+            if not budget or len(self.running) == self._max_running:
                 break
-            self.running.append(self.waiting.popleft())
+            self._blocks.reuse(sequence)
+            chunk_end = self._chunk_end(sequence, budget)
+            num_source_tokens = 0 if sequence.source_is_cached else sequence.num_source_tokens
+            if num_source_tokens > source_budget or not self._blocks.can_extend(sequence, chunk_end):
+                self._blocks.release(sequence)
+                break
+            if self._blocks.next_key(sequence) in self._computing:
+                self._blocks.release(sequence)
+                continue
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            source_budget -= num_source_tokens
             chunks.append(self._take(sequence, budget))
             budget -= chunks[-1].num_new_tokens
         return sorted(chunks, key=lambda chunk: chunk.sequence.slot)
+
+    def note_computed(self, chunk: ScheduledChunk) -> None:
+        """A chunk has been computed: its keys and values are in the cache, and its full blocks can be shared."""
+        sequence = chunk.sequence
+        sequence.num_cached_tokens += chunk.num_new_tokens
+        sequence.source_is_cached = True
+        self._blocks.name_full_blocks(sequence)
 
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
         return min(sequence.num_tokens, sequence.num_cached_tokens + budget)
@@ -81,7 +102,9 @@ class Scheduler:
     def _take(self, sequence: Sequence, budget: int) -> ScheduledChunk:
         end = self._chunk_end(sequence, budget)
         self._blocks.extend(sequence, end)
-        return ScheduledChunk(sequence, end - sequence.num_cached_tokens)
+        chunk = ScheduledChunk(sequence, end - sequence.num_cached_tokens)
+        self._computing.update(self._blocks.keys_of_chunk(sequence, chunk.num_new_tokens))
+        return chunk
 
     def _make_room(self, sequence: Sequence, budget: int) -> bool:
         """Free blocks for the sequence's next chunk, taking them from newer ones; False when it stepped back itself."""

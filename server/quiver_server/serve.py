@@ -112,7 +112,7 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -
         )
     kv = PagedKV(base.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
     banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device)
-    blocks = BlockPool(num_blocks, BLOCK_TOKENS)
+    blocks = BlockPool(num_blocks, BLOCK_TOKENS, share=config.prefix_cache)
     metrics = Metrics(blocks)
 
     def deliver(events: Delivery) -> None:

@@ -115,6 +115,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             adapter = session.adapter.id if session.adapter is not None else ""
             self._metrics.requests.labels(adapter, code).inc()
             self._metrics.prompt_tokens.labels(adapter).inc(len(session.asked.prompt))
+            self._metrics.cached_prompt_tokens.labels(adapter).inc(session.num_reused_tokens)
             self._metrics.generated_tokens.labels(adapter).inc(session.num_generated_tokens)
 
 
@@ -158,6 +159,7 @@ def _summarise(
     """What it took."""
     message.usage.prompt_tokens = len(session.asked.prompt)
     message.usage.virtual_tokens = session.num_virtual_tokens
+    message.usage.cached_tokens = session.num_reused_tokens
     message.usage.generated_tokens = session.num_generated_tokens
     arrival = session.arrival_seconds
     message.timing.queue_seconds = (session.started_seconds or arrival) - arrival

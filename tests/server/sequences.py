@@ -37,6 +37,10 @@ def sequence(
     params: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Sequence:
-    """A sequence of these tokens, or of this many. params, more: fields of SamplingParams that are not as in GREEDY."""
+    """A sequence of these tokens, or of this many. params, more: fields of SamplingParams that are not as in GREEDY.
+
+    Another slot is another adapter.
+    """
     tokens = list(range(10, 10 + prompt)) if isinstance(prompt, int) else prompt
-    return Sequence(tokens, replace(GREEDY, **{**(params or {}), **more}), index, emit, slot)
+    revision = f"revision-{slot}" if slot else ""
+    return Sequence(tokens, replace(GREEDY, **{**(params or {}), **more}), index, emit, slot, revision=revision)

@@ -1,5 +1,6 @@
 """Who runs in the next step: chunks, budgets, order, stepping back. No model here."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from server.sequences import sequence
@@ -8,11 +9,13 @@ from quiver_server.blocks import BlockPool
 from quiver_server.request import Sequence
 from quiver_server.scheduler import ScheduledChunk, Scheduler
 
+OTHER_PROMPT = list(range(50, 58))
+
 
 def make(
-    num_blocks: int = 64, block_size: int = 4, max_running: int = 8, max_step_tokens: int = 16
+    num_blocks: int = 64, block_size: int = 4, max_running: int = 8, max_step_tokens: int = 16, share: bool = True
 ) -> tuple[Scheduler, BlockPool]:
-    blocks = BlockPool(num_blocks, block_size)
+    blocks = BlockPool(num_blocks, block_size, share=share)
     return Scheduler(blocks, max_running, max_step_tokens), blocks
 
 
@@ -21,7 +24,7 @@ def run_step(scheduler: Scheduler) -> list[ScheduledChunk]:
     chunks = scheduler.schedule()
     for chunk in chunks:
         completes = chunk.completes
-        chunk.sequence.num_cached_tokens += chunk.num_new_tokens
+        scheduler.note_computed(chunk)
         if completes:
             chunk.sequence.generated.append(1)
             if len(chunk.sequence.generated) == chunk.sequence.params.max_new_tokens:
@@ -80,7 +83,7 @@ def test_chunks_are_ordered_by_slot() -> None:
 
 def test_the_newest_steps_back_when_blocks_run_out() -> None:
     scheduler, blocks = make(num_blocks=4, block_size=4)
-    old, new = sequence(8), sequence(8)
+    old, new = sequence(8), sequence(OTHER_PROMPT)
     scheduler.add(old)
     scheduler.add(new)
     assert sizes(run_step(scheduler)) == [8, 8]
@@ -91,16 +94,18 @@ def test_the_newest_steps_back_when_blocks_run_out() -> None:
     assert blocks.num_free_blocks == 1
 
 
-def test_one_that_stepped_back_is_computed_again_from_the_start() -> None:
-    scheduler, _ = make(num_blocks=4, block_size=4)
-    old, new = sequence(8, max_new_tokens=3), sequence(8, max_new_tokens=3)
+@pytest.mark.parametrize(("share", "expected"), [(False, 9), (True, 5)])
+def test_one_that_stepped_back_computes_again_what_the_cache_lost(share: bool, expected: int) -> None:
+    """All of its 9 tokens without sharing; with it, the one block that `old` did not take is found again."""
+    scheduler, _ = make(num_blocks=4, block_size=4, share=share)
+    old, new = sequence(8, max_new_tokens=3), sequence(OTHER_PROMPT, max_new_tokens=3)
     scheduler.add(old)
     scheduler.add(new)
     for _ in range(3):
         run_step(scheduler)
     assert scheduler.running == []
     chunks = run_step(scheduler)
-    assert [(chunk.sequence, chunk.num_new_tokens) for chunk in chunks] == [(new, 9)], "prompt and first token"
+    assert [(chunk.sequence, chunk.num_new_tokens) for chunk in chunks] == [(new, expected)]
 
 
 def test_removal_frees_place_and_blocks() -> None:
@@ -142,3 +147,51 @@ def test_everybody_is_served_in_the_end(
         assert slots == sorted(slots)
     assert [len(item.generated) for item in sequences] == [item.params.max_new_tokens for item in sequences]
     assert blocks.num_free_blocks == num_blocks
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    """Those that come with the first wait one step for it; each still computes its last token."""
+    scheduler, blocks = make(max_running=8, max_step_tokens=64)
+    sequences = [sequence(17, max_new_tokens=3) for _ in range(4)]
+    for item in sequences:
+        scheduler.add(item)
+    assert sizes(run_step(scheduler)) == [17]
+    assert sizes(run_step(scheduler)) == [1, 1, 1, 1]
+    assert [item.num_reused_tokens for item in sequences] == [0, 16, 16, 16]
+    assert blocks.num_free_blocks == 64 - 4 - 4, "four blocks shared, one more for each"
+
+
+def test_a_cut_prompt_is_followed_at_its_own_pace() -> None:
+    scheduler, _ = make(max_step_tokens=16)
+    first, second, other = sequence(40), sequence(40), sequence([99, 98])
+    for item in (first, second, other):
+        scheduler.add(item)
+    assert [(c.sequence, c.num_new_tokens) for c in run_step(scheduler)] == [(first, 16)]
+    assert [(c.sequence, c.num_new_tokens) for c in run_step(scheduler)] == [(first, 16)]
+    taken = {id(c.sequence): c.num_new_tokens for c in run_step(scheduler)}
+    assert taken == {id(first): 8, id(other): 2}, "the second lacks what the first is computing; who lacks nothing runs"
+    taken = {id(c.sequence): c.num_new_tokens for c in run_step(scheduler)}
+    assert taken == {id(first): 1, id(second): 4, id(other): 1}
+
+
+def test_nobody_waits_for_another_adapter() -> None:
+    scheduler, _ = make(max_step_tokens=64)
+    for slot in (0, 1, 2):
+        scheduler.add(sequence(20, slot))
+    assert sizes(run_step(scheduler)) == [20, 20, 20]
+
+
+def test_sequences_with_shared_blocks_step_back() -> None:
+    """The newest goes; what it shared stays with the others, and it comes back with that."""
+    scheduler, blocks = make(num_blocks=5, block_size=4)
+    old, new = sequence(9, max_new_tokens=8), sequence(9, max_new_tokens=8)
+    scheduler.add(old)
+    scheduler.add(new)
+    for _ in range(6):
+        run_step(scheduler)
+        assert old.blocks[:2] == new.blocks[:2] or not new.blocks
+    assert new in scheduler.waiting
+    while scheduler.running or scheduler.waiting:
+        run_step(scheduler)
+    assert (len(old.generated), len(new.generated)) == (8, 8)
+    assert blocks.num_free_blocks == 5
