@@ -4,6 +4,7 @@ B sequences follow one another in T packed rows; the other letters are those of 
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -19,7 +20,6 @@ class PagedLayout:
     context_lengths: [B] int32, tokens of each sequence, the new ones included.
     tables: [B, blocks of the longest] int32; token i of a sequence is cache row
         tables[b, i // block_size] · block_size + i % block_size.
-    new_rows: [T] int64, the cache rows of the batch's own tokens.
     """
 
     def __init__(
@@ -47,7 +47,16 @@ class PagedLayout:
         self.query_starts = on_device[: size + 1]
         self.context_lengths = on_device[size + 1 : 2 * size + 1]
         self.tables = on_device[2 * size + 1 :].view(size, width)
-        self.new_rows = torch.from_numpy(_new_rows(self.query_lengths, self.lengths, tables, block_size)).to(device)
+        self._tables = tables
+
+    @cached_property
+    def new_rows(self) -> Tensor:
+        """The cache rows of the batch's own tokens, [T] int64.
+
+        Not for a source, which may be shorter than the rows that attend to it.
+        """
+        rows = _new_rows(self.query_lengths, self.lengths, self._tables, self.block_size)
+        return torch.from_numpy(rows).to(self.tables.device)
 
     def cache_rows(self, sequence: int) -> Tensor:
         """The cache rows of all tokens of a sequence, [S] int64."""

@@ -125,6 +125,16 @@ def test_a_packed_ragged_batch_equals_whole_sequences(family: str, tmp_path: Pat
             assert_close(logits, expected[i, spans[i][2] : spans[i][3]])
 
 
+@torch.inference_mode()
+def test_a_source_may_be_shorter_than_the_rows_that_come_at_once(tmp_path: Path) -> None:
+    MAKERS["t5"](tmp_path)
+    base = T5Base.from_pretrained(tmp_path)
+    kv = PagedKV(base.config, 16, 8, torch.float32, torch.device("cpu"))
+    [at_once] = step(base, kv, [(SOURCE[0, :3], TARGET[0], 0, 19)])
+    one_by_one = [step(base, kv, [(SOURCE[0, :3], TARGET[0], i, i + 1)])[0] for i in range(19)]
+    assert_close(at_once, torch.cat(one_by_one))
+
+
 @pytest.mark.parametrize("family", MAKERS)
 def test_greedy_answers_equal_generate(family: str, tmp_path: Path) -> None:
     MAKERS[family](tmp_path)
