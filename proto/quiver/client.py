@@ -89,17 +89,19 @@ class Client:
         memory however long it is unused.
         """
         request = adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, source=source, pin=pin)
-        return response_messages.adapter(self._call(self._adapters.LoadAdapter, request).adapter)
+        answer = self._call(self._adapters.LoadAdapter, request, routing_metadata(adapter_id))
+        return response_messages.adapter(answer.adapter)
 
     def unload_adapter(self, adapter_id: str) -> int:
         """Takes an adapter out of memory when its last request has ended. Returns the bytes given back."""
         request = adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id)
-        return self._call(self._adapters.UnloadAdapter, request).freed_bytes
+        return self._call(self._adapters.UnloadAdapter, request, routing_metadata(adapter_id)).freed_bytes
 
     def get_adapter(self, adapter_id: str) -> Adapter:
         """Describes one adapter."""
         request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)
-        return response_messages.adapter(self._call(self._adapters.GetAdapter, request).adapter)
+        answer = self._call(self._adapters.GetAdapter, request, routing_metadata(adapter_id))
+        return response_messages.adapter(answer.adapter)
 
     def list_adapters(self) -> list[Adapter]:
         """Describes every adapter that the server knows, in the order of their ids."""

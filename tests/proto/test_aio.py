@@ -102,6 +102,13 @@ async def test_tokenize(aclient: AsyncClient) -> None:
     assert (tokens.token_ids, tokens.pieces) == ((2, 2, 2), ("to", "be", "or"))
 
 
+async def test_an_adapters_own_calls_are_routed_as_its_requests_are(aclient: AsyncClient, script: Script) -> None:
+    for call in (aclient.load_adapter, aclient.get_adapter, aclient.unload_adapter):
+        script.metadata = {}
+        await call("support")
+        assert script.metadata["x-adapter-id"] == "support"
+
+
 async def test_an_adapters_life(aclient: AsyncClient) -> None:
     loaded = await aclient.load_adapter("support", pin=True)
 

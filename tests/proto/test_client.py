@@ -116,6 +116,13 @@ def test_tokenize(client: Client) -> None:
     assert client.tokenize("to be or", pieces=True).pieces == ("to", "be", "or")
 
 
+def test_an_adapters_own_calls_are_routed_as_its_requests_are(client: Client, script: Script) -> None:
+    for call in (client.load_adapter, client.get_adapter, client.unload_adapter):
+        script.metadata = {}
+        call("support")
+        assert script.metadata["x-adapter-id"] == "support"
+
+
 def test_an_adapters_life(client: Client, script: Script) -> None:
     assert client.list_adapters() == []
 
