@@ -12,7 +12,7 @@ $(error BASE is $(BASE); it must be llama or t5)
 endif
 SUFFIX := $(if $(filter t5,$(BASE)),-t5)
 
-.PHONY: help setup demo serve test test-fast lint lock proto demo-base clean
+.PHONY: help setup demo serve test test-fast test-deploy lint lock proto demo-base clean
 
 help:  ## What can be done here.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ test: lint  ## Everything that CI runs: lint and all tests.
 
 test-fast: setup  ## Unit tests only: seconds.
 	$(BIN)/pytest -m 'not slow'
+
+test-deploy: setup  ## Of the tests, those of the chart: helm, Envoy and, where there is one, podman.
+	$(BIN)/pytest tests/helm
 
 lock:  ## Take the newest versions of what Quiver stands on, and write them to .ci/constraints.txt (then `make test`).
 	rm -rf $(VENV)

@@ -1,0 +1,34 @@
+{{- /* Refuses values that contradict each other, before anything is created. What one value alone may be is in values.schema.json. */ -}}
+{{- define "quiver.validate" -}}
+{{- $v := .Values -}}
+{{- $most := ternary (int $v.autoscaling.maxReplicas) (int $v.replicaCount) $v.autoscaling.enabled -}}
+{{- range $name, $volume := dict "model" $v.model.volume "adapters" $v.adapters.volume -}}
+  {{- $shared := has "ReadWriteMany" $volume.accessModes -}}
+  {{- if and (gt $most 1) $volume.size (not $volume.existingClaim) (not $shared) -}}
+    {{- fail (printf "%d replicas share the %s volume: %s.volume.accessModes must hold ReadWriteMany" $most $name $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- if and (hasPrefix "/models/" $v.model.path) (not (include "quiver.hasModels" .)) -}}
+  {{- fail (printf "model.path %s lies on a volume: set model.volume.existingClaim, or model.download.image" $v.model.path) -}}
+{{- end -}}
+{{- if and (include "quiver.hasModels" .) (not (hasPrefix "/models/" $v.model.path)) -}}
+  {{- fail (printf "model.path %s: a model from a volume or a download lies under /models/" $v.model.path) -}}
+{{- end -}}
+{{- if and $v.autoscaling.enabled (gt (int $v.autoscaling.minReplicas) (int $v.autoscaling.maxReplicas)) -}}
+  {{- fail "autoscaling.minReplicas is greater than autoscaling.maxReplicas" -}}
+{{- end -}}
+{{- if and $v.metrics.serviceMonitor.enabled $v.networkPolicy.enabled (not $v.networkPolicy.metrics) -}}
+  {{- fail "metrics.serviceMonitor is on and networkPolicy lets nobody read metrics: name Prometheus in networkPolicy.metrics" -}}
+{{- end -}}
+{{- if $v.training.jobs -}}
+  {{- if not (or $v.adapters.volume.existingClaim $v.adapters.volume.size) -}}
+    {{- fail "training.jobs put adapters into the served volume: adapters.volume needs a size or an existingClaim" -}}
+  {{- end -}}
+  {{- if eq (empty $v.training.data.existingClaim) (empty $v.training.data.configMap) -}}
+    {{- fail "training.jobs need rows: set one of training.data.existingClaim and training.data.configMap" -}}
+  {{- end -}}
+  {{- if and $v.model.download.image (not $v.model.volume.existingClaim) (not $v.model.volume.size) -}}
+    {{- fail "training.jobs need the base too: give model.volume a size or an existingClaim" -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,111 @@
+"""Secure by default: no root, nothing writable, no capabilities, no token, and a closed network."""
+
+import pytest
+from helm.chart import SETTINGS, Object, containers, objects, of_kind, pods, render_text, rendered, server, the
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_pods_are_restricted(settings: str) -> None:
+    """What the Pod Security Standard `restricted` asks for, and more."""
+    found = pods(objects(rendered(settings)))
+    assert found
+    for where, pod in found.items():
+        spec = pod["spec"]
+        assert spec["automountServiceAccountToken"] is False, where
+        assert spec["enableServiceLinks"] is False, where
+        assert spec["securityContext"]["runAsNonRoot"] is True, where
+        assert spec["securityContext"]["runAsUser"] >= 10000, where
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), where
+        for volume in spec["volumes"]:
+            assert "hostPath" not in volume, where
+        for container in containers(pod):
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False, where
+            assert security["readOnlyRootFilesystem"] is True, where
+            assert security["capabilities"] == {"drop": ["ALL"]}, where
+            assert "memory" in container["resources"]["limits"], where
+            assert {"cpu", "memory"} <= set(container["resources"]["requests"]), where
+            assert not container["image"].endswith(":latest") and ":" in container["image"], where
+
+
+def test_only_those_that_bring_adapters_can_write_them() -> None:
+    for where, pod in pods(objects(rendered("everything"))).items():
+        for container in containers(pod):
+            for mount in container["volumeMounts"]:
+                if mount["name"] in ("adapters", "model"):
+                    writer = container["name"] in ("train", "adapter-sync", "model-download")
+                    reads_model = container["name"] == "train" and mount["name"] == "model"
+                    assert mount.get("readOnly", False) is (not writer or reads_model), where
+
+
+def test_the_digest_wins_over_the_tag() -> None:
+    assert server(objects(rendered("everything")))["image"].startswith("quiver@sha256:0123")
+
+
+def test_a_gpu_is_asked_for_and_its_taint_tolerated() -> None:
+    deployment = the(objects(rendered("one-gpu")), "Deployment")
+    spec = deployment["spec"]["template"]["spec"]
+    assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "--device=cuda" in spec["containers"][0]["args"]
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec["tolerations"]
+    assert spec["runtimeClassName"] == "nvidia"
+    # One that is there once is replaced in place.
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+def policy(items: list[Object], component: str) -> Object:
+    return the(items, "NetworkPolicy", f"rel-quiver-{component}")["spec"]
+
+
+def sources(spec: Object, port: str) -> list[Object]:
+    return [peer for rule in spec["ingress"] if {"port": port} in rule["ports"] for peer in rule["from"]]
+
+
+OWN = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "quiver", "app.kubernetes.io/instance": "rel"}}}
+
+
+def test_by_default_only_the_namespace_reaches_the_server_and_it_reaches_nobody() -> None:
+    spec = policy(objects(rendered("defaults")), "server")
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert sources(spec, "grpc") == [OWN, {"podSelector": {}}]
+    assert sources(spec, "metrics") == []
+    assert spec["egress"] == []
+
+
+def test_behind_a_router_the_servers_answer_only_their_own_release() -> None:
+    items = objects(rendered("multi-replica"))
+    assert sources(policy(items, "server"), "grpc") == [OWN]
+    assert len(sources(policy(items, "server"), "metrics")) == 1
+    router = policy(items, "router")
+    assert sources(router, "grpc") == [OWN, {"podSelector": {}}]
+    dns, servers = router["egress"]
+    assert {port["port"] for port in dns["ports"]} == {53}
+    assert servers["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "server"
+
+
+def test_what_fetches_may_go_out_as_far_as_it_is_told() -> None:
+    spec = policy(objects(rendered("everything")), "server")
+    assert [{port["port"] for port in rule["ports"]} for rule in spec["egress"]] == [{53}, {443}]
+    training = policy(objects(rendered("everything")), "training")
+    assert (training["ingress"], training["egress"]) == ([], [])
+
+
+def test_a_policy_covers_each_workload() -> None:
+    items = objects(rendered("everything"))
+    covered = [item["spec"]["podSelector"]["matchLabels"] for item in of_kind(items, "NetworkPolicy")]
+    for where, pod in pods(items).items():
+        matches = [labels for labels in covered if labels.items() <= pod["metadata"]["labels"].items()]
+        assert len(matches) == (0 if where == "Pod/rel-quiver-test" else 1), where
+
+
+def test_claims_outlive_the_release() -> None:
+    claims = of_kind(objects(rendered("everything")), "PersistentVolumeClaim")
+    assert len(claims) == 2
+    for claim in claims:
+        assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+def test_long_names_stay_valid() -> None:
+    items = objects(render_text("--set", f"fullnameOverride={'a' * 40}", *SETTINGS["everything"]))
+    assert max(len(item["metadata"]["name"]) for item in items) <= 63

@@ -1,0 +1,109 @@
+"""The training Job, run: its own arguments and recipe, in folders in place of its volumes, beside a running server."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helm.chart import Object, objects, of_kind, render_text, the
+from server.bench import make_base
+from server.live_server import LiveServer
+
+from quiver import AdapterNotFound
+
+pytestmark = pytest.mark.slow
+RECIPE = {
+    "adapter": {"method": "lora", "adapter_dim": 2, "target_modules": ["attention"]},
+    "data": {"train": "/data/train.jsonl"},
+    "max_steps": 2,
+}
+
+
+def job(recipe: Object, *more: str) -> list[Object]:
+    values = {"data": {"configMap": "rows"}, "jobs": [{"name": "routing", "recipe": recipe}]}
+    return objects(render_text("--set-json", f"training={json.dumps(values)}", *more))
+
+
+def run_job(items: list[Object], volumes: dict[str, Path]) -> subprocess.CompletedProcess[str]:
+    """What the Job's container would do: `volumes` are the folders in place of its mounts."""
+    spec = the(items, "Job")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    config = next(volume["configMap"]["name"] for volume in spec["volumes"] if volume["name"] == "recipe")
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    text = the(items, "ConfigMap", config)["data"]["recipe.yaml"]
+    arguments = container["args"]
+    places = {mounts[name]: str(folder) for name, folder in volumes.items() if name in mounts}
+    places |= {"/opt/quiver/demo-base": str(volumes["base"])}
+    for inside, outside in places.items():
+        text = text.replace(f"{inside}/", f"{outside}/")
+        arguments = [argument.replace(inside, outside) for argument in arguments]
+    (volumes["recipe"] / "recipe.yaml").write_text(text)
+    command = [sys.executable, "-m", "quiver.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def volumes(tmp_path: Path) -> dict[str, Path]:
+    folders = {name: tmp_path / name for name in ("base", "adapters", "data", "recipe")}
+    for folder in folders.values():
+        folder.mkdir()
+    make_base(folders["base"])
+    rows = [{"prompt": f"Ticket {number}:", "completion": " billing"} for number in range(8)]
+    (folders["data"] / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folders
+
+
+def test_the_adapter_is_served_as_soon_as_the_job_has_ended(volumes: dict[str, Path], tmp_path: Path) -> None:
+    server = LiveServer(volumes["base"], volumes["adapters"], tmp_path / "log")
+    try:
+        with server.client() as client:
+            with pytest.raises(AdapterNotFound):
+                client.generate("Ticket 1:", adapter="routing", max_new_tokens=2)
+            result = run_job(job(RECIPE), volumes)
+            assert result.returncode == 0, result.stdout + result.stderr
+            answer = client.generate("Ticket 1:", adapter="routing", max_new_tokens=2)
+        assert answer.adapter is not None
+        assert answer.adapter.methods == ("lora",)
+        revision = json.loads((volumes["adapters"] / "routing" / "quiver.json").read_text())["revision"]
+        assert answer.adapter.revision == revision
+    finally:
+        assert server.stop() == 0
+    assert [folder.name for folder in volumes["adapters"].iterdir()] == ["routing"], "something was left behind"
+    # The Job that a node's failure starts again has nothing left to do.
+    again = run_job(job(RECIPE), volumes)
+    assert again.returncode == 0, again.stderr
+    assert "finished already" in again.stdout + again.stderr
+
+
+def test_what_trying_again_cannot_mend_ends_the_job(volumes: dict[str, Path]) -> None:
+    """Exit code 2, which the Job's failure policy names."""
+    items = job({**RECIPE, "batch_syze": 4})
+    result = run_job(items, volumes)
+    rule, _ = the(items, "Job")["spec"]["podFailurePolicy"]["rules"]
+    assert result.returncode in rule["onExitCodes"]["values"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["containerName"] == "train"
+    assert "batch_syze is not a known key" in result.stderr
+
+
+def test_another_recipe_is_another_job() -> None:
+    """A Job's template cannot be changed; helm would fail to upgrade one of the same name."""
+
+    def name(*more: str, **changes: object) -> str:
+        return the(job({**RECIPE, **changes}, *more), "Job")["metadata"]["name"]
+
+    assert name() == name()
+    others = {name(), name(max_steps=3), name("--set", "image.tag=two"), name("--set", "training.backoffLimit=9")}
+    others.add(name("--set", "resources.requests.cpu=7", "--set", "nodeSelector.disk=fast"))
+    assert len(others) == 5, "what is in the template must be in the name"
+
+
+def test_a_volume_of_one_node_keeps_the_job_beside_the_server() -> None:
+    spec = the(job(RECIPE), "Job")["spec"]["template"]["spec"]
+    (term,) = spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    server = the(job(RECIPE), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert term["labelSelector"]["matchLabels"].items() <= server.items()
+    shared = job(RECIPE, "--set", "adapters.volume.accessModes={ReadWriteMany}")
+    assert "affinity" not in the(shared, "Job")["spec"]["template"]["spec"]
+    assert len(of_kind(shared, "Job")) == 1
