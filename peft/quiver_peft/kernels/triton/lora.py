@@ -1,0 +1,159 @@
+"""Grouped LoRA in Triton: a shrink whose inputs are split into planes, and an expand that sums them."""
+
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quiver_peft.kernels.triton.dot_type import dot_type
+from quiver_peft.kernels.triton.records import LORA_EXPAND, LORA_FIELDS, LORA_HEAD
+from quiver_peft.kernels.triton.tiles import FEW_TILE, MANY_TILE, Tiles
+
+FIELDS, HEAD, EXPAND = tl.constexpr(LORA_FIELDS), tl.constexpr(LORA_HEAD), tl.constexpr(LORA_EXPAND)
+# A plane sums so many inputs: by the linear's size alone, so that no row's sum depends on the batch.
+PLANE_INPUTS = 512
+MAX_PLANES = 16
+
+
+@triton.jit
+def _shrink(
+    x,
+    arena,
+    table,
+    tiles,
+    planes,
+    num_inputs,
+    x_stride,
+    num_rows,
+    max_rank,
+    PLANE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+):
+    """planes[p, row, rank] = the part of x Aᵀ that inputs [p · PLANE, (p + 1) · PLANE) make."""
+    tile = tiles + 3 * tl.program_id(0)
+    first_rank = tl.program_id(1) * BLOCK_R
+    plane = tl.program_id(2)
+    record = table + tl.load(tile).to(tl.int64) * FIELDS
+    rank = tl.load(record).to(tl.int32)
+    if first_rank < rank:
+        a = arena + tl.load(record + 1)
+        count = tl.load(tile + 2)
+        rows = tl.load(tile + 1) + tl.arange(0, BLOCK_M)
+        is_row = tl.arange(0, BLOCK_M) < count
+        ranks = first_rank + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for block in range(0, PLANE, BLOCK_K):
+            inputs = plane * PLANE + block + tl.arange(0, BLOCK_K)
+            is_input = inputs < num_inputs
+            xs = tl.load(
+                x + rows.to(tl.int64)[:, None] * x_stride + inputs[None, :],
+                mask=is_row[:, None] & is_input[None, :],
+                other=0.0,
+            )
+            weights = tl.load(
+                a + ranks.to(tl.int64)[:, None] * num_inputs + inputs[None, :],
+                mask=(ranks < rank)[:, None] & is_input[None, :],
+                other=0.0,
+            )
+            if DOT:
+                acc = tl.dot(xs.to(DOT_TYPE), tl.trans(weights.to(DOT_TYPE)), acc, input_precision="ieee")
+            else:
+                acc += tl.sum(xs.to(tl.float32)[:, None, :] * weights.to(tl.float32)[None, :, :], axis=2)
+        out = planes + (plane * num_rows + rows).to(tl.int64)[:, None] * max_rank + ranks[None, :]
+        tl.store(out, acc, mask=is_row[:, None] & (ranks < rank)[None, :])
+
+
+@triton.jit
+def _expand(
+    y,
+    arena,
+    table,
+    tiles,
+    planes,
+    num_outputs,
+    y_stride,
+    num_rows,
+    max_rank,
+    NUM_PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+):
+    """y[row, outputs of a target] += the sum of the row's planes · Bᵀ, for every target at the site."""
+    tile = tiles + 3 * tl.program_id(0)
+    first_column = tl.program_id(1) * BLOCK_N
+    record = table + tl.load(tile).to(tl.int64) * FIELDS
+    num_expands = tl.load(record + 2).to(tl.int32)
+    if num_expands > 0:
+        rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_M)).to(tl.int64)
+        is_row = tl.arange(0, BLOCK_M) < tl.load(tile + 2)
+        columns = first_column + tl.arange(0, BLOCK_N)
+        touched = columns < 0
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for index in range(0, num_expands):
+            expand = record + HEAD + EXPAND * index
+            first = tl.load(expand).to(tl.int32)
+            last = tl.load(expand + 1).to(tl.int32)
+            start = tl.load(expand + 2).to(tl.int32)
+            end = tl.load(expand + 3).to(tl.int32)
+            b_t = arena + tl.load(expand + 4)
+            is_output = (columns >= start) & (columns < end)
+            if (start < first_column + BLOCK_N) & (end > first_column):
+                touched = touched | is_output
+                for block in range(first, last, BLOCK_R):
+                    ranks = block + tl.arange(0, BLOCK_R)
+                    is_rank = ranks < last
+                    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+                    for plane in tl.static_range(NUM_PLANES):
+                        low += tl.load(
+                            planes + (plane * num_rows + rows)[:, None] * max_rank + ranks[None, :],
+                            mask=is_row[:, None] & is_rank[None, :],
+                            other=0.0,
+                        )
+                    weights = tl.load(
+                        b_t + (ranks - first).to(tl.int64)[:, None] * (end - start) + (columns - start)[None, :],
+                        mask=is_rank[:, None] & is_output[None, :],
+                        other=0.0,
+                    )
+                    if DOT:
+                        acc = tl.dot(low.to(DOT_TYPE), weights.to(DOT_TYPE), acc, input_precision="ieee")
+                    else:
+                        acc += tl.sum(low[:, :, None] * weights.to(tl.float32)[None, :, :], axis=1)
+        out = y + rows[:, None] * y_stride + columns[None, :]
+        mask = is_row[:, None] & touched[None, :]
+        total = tl.load(out, mask=mask, other=0.0).to(tl.float32) + acc
+        tl.store(out, total.to(y.dtype.element_ty), mask=mask)
+
+
+def add_grouped_lora_triton_(y: Tensor, x: Tensor, arena: Tensor, table: Tensor, tiles: Tiles, max_rank: int) -> None:
+    """y[rows] += scale · (x[rows] Aᵀ) Bᵀ for each tile, in place. x: [T, K], y: [T, N], rows contiguous.
+
+    arena: the adapter memory, [any]. table: the site's LoRA records, [rows of the tables, LORA_FIELDS] int64.
+    max_rank: of all records; it sizes the sums between the two kernels, no weight is padded to it.
+    """
+    num_inputs, num_rows = x.shape[1], x.shape[0]
+    num_planes = min(MAX_PLANES, triton.cdiv(num_inputs, PLANE_INPUTS))
+    plane = triton.next_power_of_2(triton.cdiv(num_inputs, num_planes))
+    num_planes = triton.cdiv(num_inputs, plane)
+    planes = torch.empty(num_planes, num_rows, max_rank, dtype=torch.float32, device=x.device)
+    for part, is_dot, block_m, block_r in ((tiles.few, False, FEW_TILE, 8), (tiles.many, True, MANY_TILE, 16)):
+        if not len(part):
+            continue
+        sizes = {"BLOCK_M": block_m, "BLOCK_R": block_r, "DOT": is_dot, "DOT_TYPE": dot_type(x.dtype)}
+        shared = (arena, table, part, planes)
+        grid = (len(part), triton.cdiv(max_rank, block_r), num_planes)
+        _shrink[grid](
+            x, *shared, num_inputs, x.stride(0), num_rows, max_rank, PLANE=plane, BLOCK_K=min(128, plane), **sizes
+        )
+        grid = (len(part), triton.cdiv(y.shape[1], 128))
+        _expand[grid](
+            y, *shared, y.shape[1], y.stride(0), num_rows, max_rank, NUM_PLANES=num_planes, BLOCK_N=128, **sizes
+        )
