@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quiver_peft.kernels.grouped_bottleneck import NORM_EPS
-from quiver_peft.kernels.triton.dot_type import dot_type
+from quiver_peft.kernels.triton.launch import regimes, split_inputs
 from quiver_peft.kernels.triton.records import ACTIVATIONS, BOTTLENECK_FIELDS, NORMS, SOURCES
-from quiver_peft.kernels.triton.tiles import FEW_TILE, MANY_TILE, Tiles
+from quiver_peft.kernels.triton.tiles import Tiles
 
 FIELDS = tl.constexpr(BOTTLENECK_FIELDS)
 PRE, POST = tl.constexpr(NORMS.index("pre")), tl.constexpr(NORMS.index("post"))
@@ -18,9 +18,6 @@ OUTPUT, RESIDUAL = tl.constexpr(SOURCES.index("output")), tl.constexpr(SOURCES.i
 SWISH, RELU = tl.constexpr(ACTIVATIONS.index("swish")), tl.constexpr(ACTIVATIONS.index("relu"))
 GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
 EPS = tl.constexpr(NORM_EPS)
-# A plane sums so many inputs: by the hidden size alone, so that no row's sum depends on the batch.
-PLANE_INPUTS = 512
-MAX_PLANES = 16
 
 
 @triton.jit
@@ -210,22 +207,16 @@ def add_grouped_bottleneck_triton_(
     max_rank: of all records; it sizes the sums between the kernels, no weight is padded to it.
     """
     num_rows, hidden_size = out.shape
-    plane = triton.next_power_of_2(triton.cdiv(hidden_size, min(MAX_PLANES, triton.cdiv(hidden_size, PLANE_INPUTS))))
-    num_planes = triton.cdiv(hidden_size, plane)
+    plane, num_planes = split_inputs(hidden_size)
     planes = torch.empty(num_planes, num_rows, max_rank, dtype=torch.float32, device=out.device)
     deltas = torch.empty(num_rows, hidden_size, dtype=torch.float32, device=out.device)
-    for part, is_dot, block_m, block_r in ((tiles.few, False, FEW_TILE, 8), (tiles.many, True, MANY_TILE, 16)):
-        if not len(part):
-            continue
-        sizes = {"BLOCK_M": block_m, "BLOCK_R": block_r, "DOT": is_dot, "DOT_TYPE": dot_type(arena.dtype)}
-        counts = (hidden_size, num_rows, max_rank)
-        grid = (len(part), triton.cdiv(max_rank, block_r), num_planes)
-        bottleneck_down_kernel[grid](
+    counts = (hidden_size, num_rows, max_rank)
+    for part, sizes in regimes(tiles, arena.dtype):
+        bottleneck_down_kernel[len(part), triton.cdiv(max_rank, sizes["BLOCK_R"]), num_planes](
             out, residual, arena, table, part, planes, *counts, PLANE=plane, BLOCK_K=min(128, plane), **sizes
         )
-        grid = (len(part), triton.cdiv(hidden_size, 64))
-        bottleneck_up_kernel[grid](
+        bottleneck_up_kernel[len(part), triton.cdiv(hidden_size, 64)](
             out, arena, table, part, planes, deltas, *counts, NUM_PLANES=num_planes, BLOCK_N=64, **sizes
         )
     block = triton.next_power_of_2(hidden_size)
-    bottleneck_norm_kernel[(num_rows,)](out, arena, table, tiles.records, deltas, hidden_size, BLOCK=block)
+    bottleneck_norm_kernel[num_rows,](out, arena, table, tiles.records, deltas, hidden_size, BLOCK=block)

@@ -7,18 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quiver_peft.kernels.triton.dot_type import dot_type
+from quiver_peft.kernels.triton.launch import regimes, split_inputs
 from quiver_peft.kernels.triton.records import LORA_EXPAND, LORA_FIELDS, LORA_HEAD
-from quiver_peft.kernels.triton.tiles import FEW_TILE, MANY_TILE, Tiles
+from quiver_peft.kernels.triton.tiles import Tiles
 
 FIELDS, HEAD, EXPAND = tl.constexpr(LORA_FIELDS), tl.constexpr(LORA_HEAD), tl.constexpr(LORA_EXPAND)
-# A plane sums so many inputs: by the linear's size alone, so that no row's sum depends on the batch.
-PLANE_INPUTS = 512
-MAX_PLANES = 16
 
 
 @triton.jit
-def _shrink(
+def lora_shrink_kernel(
     x,
     arena,
     table,
@@ -70,7 +67,7 @@ def _shrink(
 
 
 @triton.jit
-def _expand(
+def lora_expand_kernel(
     y,
     arena,
     table,
@@ -139,21 +136,14 @@ def add_grouped_lora_triton_(y: Tensor, x: Tensor, arena: Tensor, table: Tensor,
     arena: the adapter memory, [any]. table: the site's LoRA records, [rows of the tables, LORA_FIELDS] int64.
     max_rank: of all records; it sizes the sums between the two kernels, no weight is padded to it.
     """
-    num_inputs, num_rows = x.shape[1], x.shape[0]
-    num_planes = min(MAX_PLANES, triton.cdiv(num_inputs, PLANE_INPUTS))
-    plane = triton.next_power_of_2(triton.cdiv(num_inputs, num_planes))
-    num_planes = triton.cdiv(num_inputs, plane)
+    (num_rows, num_inputs), num_outputs = x.shape, y.shape[1]
+    plane, num_planes = split_inputs(num_inputs)
     planes = torch.empty(num_planes, num_rows, max_rank, dtype=torch.float32, device=x.device)
-    for part, is_dot, block_m, block_r in ((tiles.few, False, FEW_TILE, 8), (tiles.many, True, MANY_TILE, 16)):
-        if not len(part):
-            continue
-        sizes = {"BLOCK_M": block_m, "BLOCK_R": block_r, "DOT": is_dot, "DOT_TYPE": dot_type(x.dtype)}
+    for part, sizes in regimes(tiles, x.dtype):
         shared = (arena, table, part, planes)
-        grid = (len(part), triton.cdiv(max_rank, block_r), num_planes)
-        _shrink[grid](
+        lora_shrink_kernel[len(part), triton.cdiv(max_rank, sizes["BLOCK_R"]), num_planes](
             x, *shared, num_inputs, x.stride(0), num_rows, max_rank, PLANE=plane, BLOCK_K=min(128, plane), **sizes
         )
-        grid = (len(part), triton.cdiv(y.shape[1], 128))
-        _expand[grid](
-            y, *shared, y.shape[1], y.stride(0), num_rows, max_rank, NUM_PLANES=num_planes, BLOCK_N=128, **sizes
+        lora_expand_kernel[len(part), triton.cdiv(num_outputs, 128)](
+            y, *shared, num_outputs, y.stride(0), num_rows, max_rank, NUM_PLANES=num_planes, BLOCK_N=128, **sizes
         )
