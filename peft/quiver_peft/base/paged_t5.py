@@ -8,7 +8,8 @@ from torch import Tensor
 
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5_attention import RelativeBias
-from quiver_peft.kernels.paged_attention import PagedLayout, paged_attention, store_rows
+from quiver_peft.kernels.paged_attention import paged_attention, store_rows
+from quiver_peft.kernels.paged_layout import PagedLayout
 
 
 class PackedAttention:

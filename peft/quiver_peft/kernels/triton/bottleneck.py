@@ -1,6 +1,7 @@
 """Grouped bottlenecks in Triton: a shrink (of a normed input) into planes, and an expand that activates their sum."""
 
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false
+# Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
 
 import torch
 import triton
@@ -33,16 +34,21 @@ def _source(out, residual, source, rows, columns, mask, hidden_size, TYPE: tl.co
 
 
 @triton.jit
+def _sigmoid(x):
+    decayed = tl.exp(-tl.abs(x))  # never overflows
+    return tl.where(x >= 0.0, 1.0, decayed) / (1.0 + decayed)
+
+
+@triton.jit
 def _activate(kind, x):
-    result = x / (1.0 + tl.exp(-x))  # swish
+    result = x * _sigmoid(x)
     if kind == RELU:
         result = tl.maximum(x, 0.0)
     elif kind == GELU:
         result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif kind != SWISH:
-        # tanh(z) = 2 · sigmoid(2z) - 1, with z = sqrt(2 / pi) · (x + 0.044715 x³)
-        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        result = x / (1.0 + tl.exp(-inner))
+        # 0.5 · x · (1 + tanh(z)) = x · sigmoid(2z), with z = sqrt(2 / pi) · (x + 0.044715 x³)
+        result = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     return result
 
 

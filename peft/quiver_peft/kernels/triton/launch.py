@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton import knobs
 
 from quiver_peft.kernels.triton.tiles import FEW_TILE, MANY_TILE, Tiles
-from torch import Tensor
 
 # A plane sums so many inputs, or more: by the linear's size alone, so that no row's sum depends on the batch.
 PLANE_INPUTS = 512
@@ -17,14 +18,14 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 def dot_type(dtype: torch.dtype) -> tl.dtype:
     """The tensors' own type, with fp32 sums. The interpreter, whose numpy knows no bfloat16, multiplies in fp32."""
-    return tl.float32 if triton.knobs.runtime.interpret else _TYPES[dtype]
+    return tl.float32 if knobs.runtime.interpret else _TYPES[dtype]
 
 
 def split_inputs(num_inputs: int) -> tuple[int, int]:
     """How many inputs a plane sums, and the number of planes."""
-    fewest = min(MAX_PLANES, triton.cdiv(num_inputs, PLANE_INPUTS))
-    plane = triton.next_power_of_2(triton.cdiv(num_inputs, fewest))
-    return plane, triton.cdiv(num_inputs, plane)
+    fewest = min(MAX_PLANES, -(-num_inputs // PLANE_INPUTS))
+    plane = int(triton.next_power_of_2(-(-num_inputs // fewest)))
+    return plane, -(-num_inputs // plane)
 
 
 def regimes(tiles: Tiles, dtype: torch.dtype) -> list[tuple[Tensor, dict[str, Any]]]:

@@ -76,7 +76,7 @@ def record_table(records: list[list[int]], num_fields: int) -> Tensor:
 
 
 def _offset(tensor: Tensor | None) -> int:
-    return -1 if tensor is None else tensor.storage_offset()
+    return -1 if tensor is None else int(tensor.storage_offset())
 
 
 def _check_room(count: int, limit: int, what: str) -> None:

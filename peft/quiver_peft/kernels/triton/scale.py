@@ -1,6 +1,7 @@
 """Grouped scales in Triton: IA3's vectors and DoRA's gates on the rows and columns that are theirs."""
 
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false
+# Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
 
 import torch
 import triton

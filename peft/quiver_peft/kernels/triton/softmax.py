@@ -1,0 +1,28 @@
+"""What the attention kernels share: where tokens lie in the cache, and one more block of keys in a softmax."""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false
+# Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def cache_rows(table, positions, length, BLOCK_SIZE: tl.constexpr):
+    """Where a sequence's tokens lie in the cache."""
+    blocks = tl.load(table + positions // BLOCK_SIZE, mask=positions < length, other=0)
+    return blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+@triton.jit
+def take_in(scores, values, top, total, acc, DOT_TYPE: tl.constexpr):
+    """A running softmax (Milakov & Gimelshein 2018) goes on. scores: in units of log 2; -inf: not seen."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - safe_top[:, None])
+    kept = tl.exp2(top - safe_top)
+    total = total * kept + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(DOT_TYPE), values.to(DOT_TYPE), acc * kept[:, None], input_precision="ieee")
+    return new_top, total, acc
