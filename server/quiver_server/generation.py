@@ -191,11 +191,13 @@ class Generator:
         prompt, adapter = session.asked.prompt, session.adapter
         slot, revision = (BASE_SLOT, "") if adapter is None else (adapter.slot, adapter.revision)
         if self._start_token_id is None:
-            return Sequence(prompt, params, index, emit, slot, session.num_virtual_tokens, revision=revision)
-        num_prefix, num_prompt = (0, 0) if adapter is None else (adapter.num_prefix_tokens, adapter.num_prompt_tokens)
-        start = [self._start_token_id]
-        sequence = Sequence(start, params, index, emit, slot, num_prefix, source=prompt, revision=revision)
-        sequence.num_virtual_source_tokens = num_prompt
+            sequence = Sequence(prompt, params, index, emit, slot, session.num_virtual_tokens)
+        else:
+            num_prefix = 0 if adapter is None else adapter.num_prefix_tokens
+            sequence = Sequence([self._start_token_id], params, index, emit, slot, num_prefix, source=prompt)
+            sequence.num_virtual_source_tokens = 0 if adapter is None else adapter.num_prompt_tokens
+        sequence.revision = revision
+        sequence.tenant = "" if adapter is None else adapter.id
         return sequence
 
     async def _close(self, session: Session, candidates: Iterable[Candidate]) -> None:

@@ -85,8 +85,9 @@ class Sequence:
 
     Set by the service: prompt, params, index (which candidate), slot and revision of its adapter (0 and "" for the
     base), num_virtual_tokens (that this adapter puts before the prompt), emit (called once for each event, in the
-    service's thread). With an encoder-decoder the client's prompt is the source, which is read before the first step,
-    and `prompt` is what the answer starts with inside. The rest belongs to the engine's thread.
+    service's thread), tenant (whose share of the engine it takes: the adapter's id), priority (within the tenant).
+    With an encoder-decoder the client's prompt is the source, which is read before the first step, and `prompt` is
+    what the answer starts with inside. The rest belongs to the engine's thread.
     """
 
     prompt: list[int]
@@ -99,7 +100,12 @@ class Sequence:
     source: list[int] = field(default_factory=list[int])
     num_virtual_source_tokens: int = 0
     revision: str = ""
+    tenant: str = ""
+    priority: int = 0
 
+    arrival: int = -1  # its number in the queue
+    waiting_since_seconds: float = 0.0  # of the monotonic clock
+    num_charged_tokens: int = 0  # its first positions, up to its prompt's end, that count against its tenant already
     generated: list[int] = field(default_factory=list[int])
     num_cached_tokens: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list[int])

@@ -39,8 +39,9 @@ def sequence(
 ) -> Sequence:
     """A sequence of these tokens, or of this many. params, more: fields of SamplingParams that are not as in GREEDY.
 
-    Another slot is another adapter.
+    Another slot is another adapter, whose requests are another tenant's.
     """
     tokens = list(range(10, 10 + prompt)) if isinstance(prompt, int) else prompt
-    revision = f"revision-{slot}" if slot else ""
-    return Sequence(tokens, replace(GREEDY, **{**(params or {}), **more}), index, emit, slot, revision=revision)
+    name = f"adapter-{slot}" if slot else ""
+    params_ = replace(GREEDY, **{**(params or {}), **more})
+    return Sequence(tokens, params_, index, emit, slot, revision=name, tenant=name)
