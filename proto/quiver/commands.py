@@ -99,6 +99,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.")] = None,
+    priority: Annotated[int, typer.Option(help="Among the adapter's waiting requests, -10 to 10.")] = 0,
     stream: Annotated[bool, typer.Option(help="Print the text while it is generated.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
     server: Server = channel.DEFAULT_TARGET,
@@ -106,7 +107,12 @@ def generate(
     """Answer a prompt."""
     text = _read_prompt(prompt, file)
     options = GenerateOptions(
-        adapter=adapter, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop
+        adapter=adapter,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=stop,
+        priority=priority,
     )
     with terminal.connected(server) as client:
         if as_json:

@@ -34,6 +34,7 @@ class GenerateOptions(TypedDict, total=False):
     top_logprobs: int | None  # alternatives per token; implies logprobs
     prompt_logprobs: bool
     request_id: str
+    priority: int | None  # among the waiting requests of the same adapter, -10 to 10: higher ones run first
 
 
 def generate_request(prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> generation_pb2.GenerateRequest:
@@ -54,6 +55,7 @@ def generate_request(prompt: str | Sequence[int], **options: Unpack[GenerateOpti
             stopping=_stopping(options),
             output=_output(options),
             request_id=options.get("request_id", ""),
+            priority=options.get("priority") or 0,
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -65,7 +67,7 @@ def generate_request(prompt: str | Sequence[int], **options: Unpack[GenerateOpti
 
 
 def _check_counts(prompt: str | Sequence[int], options: GenerateOptions) -> None:
-    """Refuses what an unsigned field cannot hold: protobuf's own error would not name the option."""
+    """Refuses what a field of whole numbers cannot hold: protobuf's own error would not name the option."""
     counts: dict[str, int | Sequence[int] | None] = {
         "prompt": None if isinstance(prompt, str) else prompt,
         "max_new_tokens": options.get("max_new_tokens"),
@@ -79,6 +81,9 @@ def _check_counts(prompt: str | Sequence[int], options: GenerateOptions) -> None
         if value is not None:
             _check_unsigned(name, value, num_bits=32)
     _check_unsigned("seed", options.get("seed") or 0, num_bits=64)
+    priority = options.get("priority") or 0
+    if not -(2**31) <= priority < 2**31:
+        raise _invalid(f"priority is {priority}: it must lie between -2^31 and 2^31 - 1")
 
 
 def _check_unsigned(name: str, value: int | Sequence[int], num_bits: int) -> None:

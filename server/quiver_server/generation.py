@@ -198,6 +198,7 @@ class Generator:
             sequence.num_virtual_source_tokens = 0 if adapter is None else adapter.num_prompt_tokens
         sequence.revision = revision
         sequence.tenant = "" if adapter is None else adapter.id
+        sequence.priority = session.asked.priority
         return sequence
 
     async def _close(self, session: Session, candidates: Iterable[Candidate]) -> None:

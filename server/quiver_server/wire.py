@@ -12,6 +12,7 @@ from quiver_server.request import FinishReason, SamplingParams, TokenLogprob
 MAX_CANDIDATES = 16
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_PRIORITY = 10
 
 FINISH_REASONS = {
     FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
@@ -46,6 +47,7 @@ class Asked:
     stop_strings: tuple[str, ...]
     include_stop_string: bool
     request_id: str
+    priority: int
 
 
 def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> Asked:
@@ -58,6 +60,8 @@ def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
         raise InvalidRequestError(
             f"sampling.n is {num_candidates} with temperature 0: all candidates would be the same", "sampling.n"
         )
+    in_range = -MAX_PRIORITY <= message.priority <= MAX_PRIORITY
+    _require(in_range, "priority", message.priority, f"from -{MAX_PRIORITY} to {MAX_PRIORITY}")
     strings = tuple(message.stopping.strings)
     _require(len(strings) <= MAX_STOP_STRINGS, "stopping.strings", len(strings), f"at most {MAX_STOP_STRINGS} strings")
     _require(all(strings), "stopping.strings", "an empty string", "without empty strings")
@@ -69,6 +73,7 @@ def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
         strings,
         message.stopping.include_stop_string,
         message.request_id or secrets.token_hex(8),
+        message.priority,
     )
 
 

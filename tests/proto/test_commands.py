@@ -68,6 +68,8 @@ def test_generate_sends_its_options(server: ScriptedServer) -> None:
         "0.5",
         "--seed",
         "3",
+        "--priority",
+        "-4",
         "--stop",
         "END",
         "--stop",
@@ -77,7 +79,7 @@ def test_generate_sends_its_options(server: ScriptedServer) -> None:
     _succeeds(_quiver("generate", "hello", *options, server=server))
 
     request = server.script.generate_request
-    assert (request.text, request.adapter_id) == ("hello", "support")
+    assert (request.text, request.adapter_id, request.priority) == ("hello", "support", -4)
     assert request.sampling == generation_pb2.Sampling(temperature=0.5, seed=3)
     assert request.stopping == generation_pb2.Stopping(max_new_tokens=9, strings=["END", "###"])
 

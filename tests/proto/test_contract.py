@@ -19,7 +19,7 @@ BUF = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which
 
 # Names and numbers that clients in the field rely on: never change one, only add.
 FIELDS: dict[type[Message], str] = {
-    generation_pb2.GenerateRequest: "adapter_id text tokens sampling stopping output request_id",
+    generation_pb2.GenerateRequest: "adapter_id text tokens sampling stopping output request_id priority",
     generation_pb2.TokenIds: "ids",
     generation_pb2.Sampling: "temperature top_k top_p min_p repetition_penalty presence_penalty"
     " frequency_penalty seed n",

@@ -35,6 +35,7 @@ OPTIONS: list[tuple[str, Any, str, Any]] = [
     ("top_logprobs", 5, "output.top_logprobs", 5),
     ("prompt_logprobs", True, "output.prompt_logprobs", True),
     ("request_id", "r-1", "request_id", "r-1"),
+    ("priority", -7, "priority", -7),
 ]
 
 # Options for which an explicit zero is not the same as none: the server refuses it, so it must get there.
@@ -68,7 +69,7 @@ def test_each_option_sets_its_field_and_no_other(option: str, value: Any, field:
 
 def test_the_table_above_holds_every_option_and_every_field() -> None:
     assert {option for option, *_ in OPTIONS} == set(GenerateOptions.__annotations__)
-    paths = {"adapter_id", "request_id"}
+    paths = {"adapter_id", "request_id", "priority"}
     parts = {
         "sampling": generation_pb2.Sampling,
         "stopping": generation_pb2.Stopping,
@@ -129,6 +130,7 @@ def test_text_arrives_unchanged(prompt: str) -> None:
         ({"stop_token_ids": [1, -1]}, "stop_token_ids is -1"),
         ({"seed": -1}, r"seed is -1: it must lie between 0 and 2\^64 - 1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"priority": 2**31}, r"priority is 2147483648: it must lie between -2\^31 and 2\^31 - 1"),
         ({"adapter": "a\ud800"}, "not valid Unicode"),
         ({"stop": "\ud800"}, "not valid Unicode"),
     ],

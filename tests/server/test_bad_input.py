@@ -30,6 +30,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"presence_penalty": 2.5}, "sampling.presence_penalty is 2.5; it must be from -2 to 2"),
     ({"frequency_penalty": -3.0}, "sampling.frequency_penalty is -3.0; it must be from -2 to 2"),
     ({"frequency_penalty": float("nan")}, "sampling.frequency_penalty is nan"),
+    ({"priority": 11}, "priority is 11; it must be from -10 to 10"),
+    ({"priority": -11}, "priority is -11"),
     ({"n": 0}, "sampling.n is 0; it must be from 1 to 16"),
     ({"n": 17, "temperature": 1.0}, "sampling.n is 17"),
     ({"n": 2}, "sampling.n is 2 with temperature 0: all candidates would be the same"),

@@ -24,45 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aquiver/v1/generation.proto\x12\tquiver.v1\"\xeb\x01\n\x0fGenerateRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.quiver.v1.TokenIdsH\x00\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.quiver.v1.Sampling\x12%\n\x08stopping\x18\x05 \x01(\x0b\x32\x13.quiver.v1.Stopping\x12!\n\x06output\x18\x06 \x01(\x0b\x32\x11.quiver.v1.Output\x12\x12\n\nrequest_id\x18\x07 \x01(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xfa\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x02\x88\x01\x01\x12\x0e\n\x01n\x18\t \x01(\rH\x03\x88\x01\x01\x42\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x04\n\x02_n\"\xa7\x01\n\x08Stopping\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x0f\n\x07strings\x18\x03 \x03(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x1b\n\x13include_stop_string\x18\x06 \x01(\x08\x42\x11\n\x0f_max_new_tokens\"I\n\x06Output\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x03 \x01(\x08\"\xbc\x01\n\x10GenerateResponse\x12(\n\ncandidates\x18\x01 \x03(\x0b\x32\x14.quiver.v1.Candidate\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.quiver.v1.Usage\x12&\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x15.quiver.v1.AdapterRef\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12!\n\x06timing\x18\x05 \x01(\x0b\x32\x11.quiver.v1.Timing\"\xc8\x01\n\tCandidate\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.quiver.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.quiver.v1.FinishReason\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.quiver.v1.TokenLogprob\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.quiver.v1.Alternative\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"g\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10generated_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0evirtual_tokens\x18\x04 \x01(\r\";\n\nAdapterRef\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07methods\x18\x03 \x03(\t\"[\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\xd5\x02\n\x16GenerateStreamResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.quiver.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.quiver.v1.FinishReason\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.quiver.v1.Usage\x12&\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x15.quiver.v1.AdapterRef\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12!\n\x06timing\x18\t \x01(\x0b\x32\x11.quiver.v1.Timing\x12\x30\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x17.quiver.v1.TokenLogprob\"/\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06pieces\x18\x02 \x01(\x08\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t*\x9b\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x04\x32\xf0\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x1a.quiver.v1.GenerateRequest\x1a\x1b.quiver.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.quiver.v1.GenerateRequest\x1a!.quiver.v1.GenerateStreamResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.quiver.v1.TokenizeRequest\x1a\x1b.quiver.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aquiver/v1/generation.proto\x12\tquiver.v1\"\xfd\x01\n\x0fGenerateRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.quiver.v1.TokenIdsH\x00\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.quiver.v1.Sampling\x12%\n\x08stopping\x18\x05 \x01(\x0b\x32\x13.quiver.v1.Stopping\x12!\n\x06output\x18\x06 \x01(\x0b\x32\x11.quiver.v1.Output\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x11\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xfa\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x02\x88\x01\x01\x12\x0e\n\x01n\x18\t \x01(\rH\x03\x88\x01\x01\x42\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x04\n\x02_n\"\xa7\x01\n\x08Stopping\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x0f\n\x07strings\x18\x03 \x03(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x1b\n\x13include_stop_string\x18\x06 \x01(\x08\x42\x11\n\x0f_max_new_tokens\"I\n\x06Output\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x03 \x01(\x08\"\xbc\x01\n\x10GenerateResponse\x12(\n\ncandidates\x18\x01 \x03(\x0b\x32\x14.quiver.v1.Candidate\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.quiver.v1.Usage\x12&\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x15.quiver.v1.AdapterRef\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12!\n\x06timing\x18\x05 \x01(\x0b\x32\x11.quiver.v1.Timing\"\xc8\x01\n\tCandidate\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.quiver.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.quiver.v1.FinishReason\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.quiver.v1.TokenLogprob\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.quiver.v1.Alternative\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"g\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10generated_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0evirtual_tokens\x18\x04 \x01(\r\";\n\nAdapterRef\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07methods\x18\x03 \x03(\t\"[\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\xd5\x02\n\x16GenerateStreamResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.quiver.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.quiver.v1.FinishReason\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.quiver.v1.Usage\x12&\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x15.quiver.v1.AdapterRef\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12!\n\x06timing\x18\t \x01(\x0b\x32\x11.quiver.v1.Timing\x12\x30\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x17.quiver.v1.TokenLogprob\"/\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06pieces\x18\x02 \x01(\x08\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t*\x9b\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x04\x32\xf0\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x1a.quiver.v1.GenerateRequest\x1a\x1b.quiver.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.quiver.v1.GenerateRequest\x1a!.quiver.v1.GenerateStreamResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.quiver.v1.TokenizeRequest\x1a\x1b.quiver.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quiver.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2042
-  _globals['_FINISHREASON']._serialized_end=2197
+  _globals['_FINISHREASON']._serialized_start=2060
+  _globals['_FINISHREASON']._serialized_end=2215
   _globals['_GENERATEREQUEST']._serialized_start=42
-  _globals['_GENERATEREQUEST']._serialized_end=277
-  _globals['_TOKENIDS']._serialized_start=279
-  _globals['_TOKENIDS']._serialized_end=302
-  _globals['_SAMPLING']._serialized_start=305
-  _globals['_SAMPLING']._serialized_end=555
-  _globals['_STOPPING']._serialized_start=558
-  _globals['_STOPPING']._serialized_end=725
-  _globals['_OUTPUT']._serialized_start=727
-  _globals['_OUTPUT']._serialized_end=800
-  _globals['_GENERATERESPONSE']._serialized_start=803
-  _globals['_GENERATERESPONSE']._serialized_end=991
-  _globals['_CANDIDATE']._serialized_start=994
-  _globals['_CANDIDATE']._serialized_end=1194
-  _globals['_TOKENLOGPROB']._serialized_start=1196
-  _globals['_TOKENLOGPROB']._serialized_end=1282
-  _globals['_ALTERNATIVE']._serialized_start=1284
-  _globals['_ALTERNATIVE']._serialized_end=1332
-  _globals['_USAGE']._serialized_start=1334
-  _globals['_USAGE']._serialized_end=1437
-  _globals['_ADAPTERREF']._serialized_start=1439
-  _globals['_ADAPTERREF']._serialized_end=1498
-  _globals['_TIMING']._serialized_start=1500
-  _globals['_TIMING']._serialized_end=1591
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1594
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1935
-  _globals['_TOKENIZEREQUEST']._serialized_start=1937
-  _globals['_TOKENIZEREQUEST']._serialized_end=1984
-  _globals['_TOKENIZERESPONSE']._serialized_start=1986
-  _globals['_TOKENIZERESPONSE']._serialized_end=2039
-  _globals['_GENERATIONSERVICE']._serialized_start=2200
-  _globals['_GENERATIONSERVICE']._serialized_end=2440
+  _globals['_GENERATEREQUEST']._serialized_end=295
+  _globals['_TOKENIDS']._serialized_start=297
+  _globals['_TOKENIDS']._serialized_end=320
+  _globals['_SAMPLING']._serialized_start=323
+  _globals['_SAMPLING']._serialized_end=573
+  _globals['_STOPPING']._serialized_start=576
+  _globals['_STOPPING']._serialized_end=743
+  _globals['_OUTPUT']._serialized_start=745
+  _globals['_OUTPUT']._serialized_end=818
+  _globals['_GENERATERESPONSE']._serialized_start=821
+  _globals['_GENERATERESPONSE']._serialized_end=1009
+  _globals['_CANDIDATE']._serialized_start=1012
+  _globals['_CANDIDATE']._serialized_end=1212
+  _globals['_TOKENLOGPROB']._serialized_start=1214
+  _globals['_TOKENLOGPROB']._serialized_end=1300
+  _globals['_ALTERNATIVE']._serialized_start=1302
+  _globals['_ALTERNATIVE']._serialized_end=1350
+  _globals['_USAGE']._serialized_start=1352
+  _globals['_USAGE']._serialized_end=1455
+  _globals['_ADAPTERREF']._serialized_start=1457
+  _globals['_ADAPTERREF']._serialized_end=1516
+  _globals['_TIMING']._serialized_start=1518
+  _globals['_TIMING']._serialized_end=1609
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1612
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1953
+  _globals['_TOKENIZEREQUEST']._serialized_start=1955
+  _globals['_TOKENIZEREQUEST']._serialized_end=2002
+  _globals['_TOKENIZERESPONSE']._serialized_start=2004
+  _globals['_TOKENIZERESPONSE']._serialized_end=2057
+  _globals['_GENERATIONSERVICE']._serialized_start=2218
+  _globals['_GENERATIONSERVICE']._serialized_end=2458
 # @@protoc_insertion_point(module_scope)

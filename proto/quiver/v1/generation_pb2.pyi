@@ -64,6 +64,7 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
     """Which adapter answers: an id, "id@revision" (the revision may be shortened to 8 or more leading
     characters), or an alias. "" is the base model without any adapter. An adapter that is registered but not
@@ -74,6 +75,11 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """A name for this request in logs and traces, chosen by the client; at most 128 printable ASCII characters.
     "": the server makes one. The answer repeats it.
+    """
+    priority: _builtins.int
+    """Orders the waiting requests of one adapter (and those of the base): higher ones run first, equal ones in the
+    order of their arrival, and one that has waited for three seconds before all others. Requests for other adapters
+    are not affected: each adapter has its share of the server. From -10 to 10. Default: 0.
     """
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
@@ -101,10 +107,11 @@ class GenerateRequest(_message.Message):
         stopping: Global___Stopping | None = ...,
         output: Global___Output | None = ...,
         request_id: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "output", b"output", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
