@@ -9,6 +9,7 @@ from pathlib import Path
 from quiver_peft.adapters.artifact import CONFIG_FILE, HUB_WEIGHTS_FILE, QUIVER_FILE, WEIGHTS_FILE
 from quiver_server.errors import RequestError
 
+FilesState = tuple[tuple[int, ...], ...]
 ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -23,7 +24,11 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Resident:
-    """One revision of an adapter in memory. num_leases: requests that use it; a retired one goes when that is 0."""
+    """One revision of an adapter in memory. num_leases: requests that use it; a retired one goes when that is 0.
+
+    reload_seconds: what it would take to bring it back. worth, num_uses: what decides whether it gives way to others
+    (eviction.py). num_remaining_tokens: what its requests may still generate.
+    """
 
     id: str
     revision: str
@@ -34,7 +39,11 @@ class Resident:
     max_rank: int
     num_prefix_tokens: int
     num_prompt_tokens: int
+    reload_seconds: float
+    worth: float = 0.0
+    num_uses: int = 0
     num_leases: int = 0
+    num_remaining_tokens: int = 0
     retired: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -46,17 +55,20 @@ class Resident:
 
 @dataclass(eq=False)
 class Entry:
-    """What the store knows of one id. `seen`: the files' state at the last load, to notice a change."""
+    """What the store knows of one id. `seen`: the files' state at the last load, to notice a change.
+
+    draining: gets no new request until it has given way to one that waits.
+    """
 
     id: str
     folder: Path
     resident: Resident | None = None
     loading: "asyncio.Task[Resident] | None" = None
     failure: RequestError | None = None
-    seen: tuple[tuple[int, int], ...] = ()
+    seen: FilesState = ()
     pinned: bool = False
+    draining: bool = False
     num_waiting: int = 0
-    last_used_seconds: float = 0.0
 
     @property
     def state(self) -> State:
@@ -68,8 +80,8 @@ class Entry:
         return State.REGISTERED if self.failure is None else State.FAILED
 
 
-def files_state(folder: Path) -> tuple[tuple[int, int], ...]:
-    """Size and modification time of an adapter's files: what tells that they were replaced."""
+def files_state(folder: Path) -> FilesState:
+    """Size, times and number of an adapter's files: what tells that they were replaced."""
     paths = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, HUB_WEIGHTS_FILE, QUIVER_FILE))
     stats = (path.stat() for path in paths if path.is_file())
-    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats)

@@ -1,22 +1,21 @@
 """The adapters a server knows: found in a folder, loaded at first use beside the step loop, given back when unused.
 
-Everything here runs in the service's event loop, except reading and placing an adapter, which happens in one thread.
+A load begins when the first request for it arrives. Everything here runs in the service's event loop, except reading
+an adapter, and copying it into the banks, which happens in one thread.
 """
 
 import asyncio
 import re
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from quiver_peft.adapters.artifact import CONFIG_FILE
-from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
-from quiver_peft.adapters.weights import AdapterWeights
+from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.errors import AdapterError, BaseMismatchError
 from quiver_server.adapter_entry import ADAPTER_ID, Entry, Resident, State, files_state
+from quiver_server.adapter_memory import AdapterMemory
 from quiver_server.errors import (
-    AdapterTooLargeError,
     BusyError,
     DrainingError,
     InvalidRequestError,
@@ -26,26 +25,21 @@ from quiver_server.errors import (
     UnknownAdapterError,
 )
 from quiver_server.metrics import Metrics
+from quiver_server.weights_cache import WeightsCache
 
 _REVISION = re.compile(r"[0-9a-f]{6,64}")
-_PATIENCE_SECONDS = 60.0  # how long a request waits for memory that other adapters' requests hold
 
 
 class AdapterStore:
-    """Ids to residents. `read`: reads and validates a folder (blocking); raises AdapterError."""
+    """Ids to residents."""
 
-    def __init__(
-        self, root: Path, banks: AdapterBanks, read: Callable[[Path], AdapterWeights], metrics: Metrics
-    ) -> None:
+    def __init__(self, root: Path, banks: AdapterBanks, weights: WeightsCache, metrics: Metrics) -> None:
         self.root = root.resolve()
-        self._banks = banks
-        self._read = read
+        self._weights = weights
         self._metrics = metrics
         self._entries: dict[str, Entry] = {}
-        self._released = asyncio.Condition()
-        self._placing = asyncio.Lock()  # two that look for room at once would evict it from under each other
-        self._num_leases = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+        self.memory = AdapterMemory(banks, self._thread, metrics)
 
     def close(self) -> None:
         """Wait for a load under way and end the thread."""
@@ -88,27 +82,23 @@ class AdapterStore:
         entry.num_waiting += 1
         try:
             # Looked at again after each wait: what was loaded may have given way before this task went on.
-            while (resident := entry.resident) is None:
-                await self._load(entry)
+            while (resident := entry.resident) is None or entry.draining:
+                if resident is None:
+                    await self._load(entry)
+                else:
+                    await self.memory.changed(self.memory.num_changes)
         finally:
             entry.num_waiting -= 1
         if not resident.revision.startswith(revision):
             raise UnknownAdapterError(
                 f"adapter {adapter_id!r} has the revision {resident.revision[:12]}, not {revision}", "adapter_id"
             )
-        resident.num_leases += 1
-        self._num_leases += 1
-        entry.last_used_seconds = time.monotonic()
+        self.memory.lease(resident)
         return resident
 
     async def release(self, resident: Resident) -> None:
         """A request that used this adapter has ended."""
-        resident.num_leases -= 1
-        self._num_leases -= 1
-        if resident.retired and not resident.num_leases:
-            self._free(resident)
-        async with self._released:
-            self._released.notify_all()
+        await self.memory.release(resident)
 
     async def load(self, adapter_id: str, source: str, pin: bool) -> Entry:
         """Bring an adapter, or its newer content, into memory. Running requests finish on what they started with."""
@@ -131,7 +121,8 @@ class AdapterStore:
         resident, entry.resident = entry.resident, None
         if resident is None:
             return 0
-        self._retire(resident)
+        self.memory.retire(resident)
+        await self.memory.notify()
         await resident.gone.wait()
         return resident.num_bytes
 
@@ -171,87 +162,18 @@ class AdapterStore:
             entry.loading = None
         self._metrics.adapter_loads.labels("ok").inc()
         self._metrics.adapter_load_seconds.observe(time.monotonic() - started)
-        previous, entry.resident, entry.failure = entry.resident, resident, None
-        if previous is not None:
-            self._retire(previous)
-        self._observe()
+        entry.failure = None
         return resident
 
     async def _read_and_place(self, entry: Entry) -> Resident:
-        loop = asyncio.get_running_loop()
+        started = time.monotonic()
         try:
-            weights = await loop.run_in_executor(self._thread, self._read, entry.folder)
+            read = asyncio.get_running_loop().run_in_executor(self._thread, self._weights.read, entry.folder)
+            weights = await read
         except BaseMismatchError as error:
             raise OtherBaseError(f"adapter {entry.id!r}: {error}", "adapter_id") from None
         except AdapterError as error:
             raise MalformedAdapterError(f"adapter {entry.id!r}: {error}", "adapter_id") from None
-        self._check_size(entry, weights)
-        async with self._placing:
-            deadline = time.monotonic() + _PATIENCE_SECONDS
-            while (slot := await loop.run_in_executor(self._thread, self._banks.insert, weights)) is None:
-                if not self._evict_one():
-                    await self._wait_for_release(weights, deadline)
-        return Resident(
-            entry.id,
-            weights.revision,
-            weights.methods,
-            slot,
-            self._banks.num_bytes(weights),
-            num_parameters=weights.num_parameters,
-            max_rank=weights.max_rank,
-            num_prefix_tokens=weights.num_prefix_tokens,
-            num_prompt_tokens=weights.num_prompt_tokens,
-        )
-
-    def _check_size(self, entry: Entry, weights: AdapterWeights) -> None:
-        """Refuse for good, and evict nobody for, what could never be placed. Raises AdapterTooLargeError."""
-        needed, capacity = self._banks.num_bytes(weights), self._banks.capacity_bytes
-        if needed > capacity:
-            raise AdapterTooLargeError(
-                f"adapter {entry.id!r} needs {needed} bytes; the whole adapter memory of this server has {capacity} "
-                "(--adapter-memory-mib)",
-                "adapter_id",
-            )
-
-    async def _wait_for_release(self, weights: AdapterWeights, deadline: float) -> None:
-        """Nothing can be evicted now: wait until some request ends. Raises BusyError when that takes too long."""
-        needed = self._banks.num_bytes(weights)
-        busy = BusyError(f"no adapter memory for {needed} bytes: all resident adapters are pinned or in use")
-        if not self._num_leases:
-            raise busy
-        try:
-            async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)), self._released:
-                await self._released.wait()
-        except TimeoutError:
-            raise busy from None
-
-    def _evict_one(self) -> bool:
-        """The least recently used adapter that nobody needs gives way; False when there is none."""
-        idle = [
-            entry
-            for entry in self._entries.values()
-            if entry.resident is not None and not entry.resident.num_leases and not entry.pinned
-        ]
-        if not idle:
-            return False
-        entry = min(idle, key=lambda entry: entry.last_used_seconds)
-        resident, entry.resident = entry.resident, None
-        if resident is not None:
-            self._retire(resident)
-        self._metrics.adapter_evictions.inc()
-        return True
-
-    def _retire(self, resident: Resident) -> None:
-        resident.retired = True
-        if not resident.num_leases:
-            self._free(resident)
-
-    def _free(self, resident: Resident) -> None:
-        assert resident.slot != BASE_SLOT
-        self._banks.remove(resident.slot)
-        resident.gone.set()
-        self._observe()
-
-    def _observe(self) -> None:
-        self._metrics.resident_adapters.set(sum(entry.resident is not None for entry in self._entries.values()))
-        self._metrics.adapter_free_bytes.set(self._banks.free_bytes)
+        self.memory.check_size(entry, weights)
+        is_kept = self._weights.bytes_of(entry.folder) > 0
+        return await self.memory.place(entry, weights, 0.0 if is_kept else time.monotonic() - started)

@@ -23,6 +23,9 @@ def _serve(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU.")] = "auto",
     kv_memory_mib: Annotated[int, typer.Option(help="Memory for keys and values.", min=1)] = 512,
     adapter_memory_mib: Annotated[int, typer.Option(help="Memory for resident adapters.", min=1)] = 256,
+    adapter_host_memory_mib: Annotated[
+        int, typer.Option(help="Main memory for adapters that were read before, resident or not.", min=0)
+    ] = 384,
     max_running: Annotated[int, typer.Option(help="Sequences in one batch.", min=1)] = 64,
     max_waiting: Annotated[int, typer.Option(help="Sequences in the queue; more are refused.", min=0)] = 512,
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step; long prompts are cut.", min=1)] = 512,
@@ -34,6 +37,7 @@ def _serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = ServerConfig(
         base, adapters, host, port, metrics_port, device, dtype, kv_memory_mib, adapter_memory_mib,
+        adapter_host_memory_mib,
         max_running, max_waiting, max_step_tokens, default_max_new_tokens, grace_seconds, prefix_cache,
     )  # fmt: skip
     from quiver_server.serve import serve

@@ -17,6 +17,7 @@ class ServerConfig:
     dtype: str
     kv_memory_mib: int
     adapter_memory_mib: int
+    adapter_host_memory_mib: int
     max_running: int
     max_waiting: int
     max_step_tokens: int

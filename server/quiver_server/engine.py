@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -111,12 +112,11 @@ class Engine:
 
     def _postprocess(self, chunks: Seq[ScheduledChunk], batch: StepBatch, logits: Tensor) -> Delivery:
         """Draw tokens for the chunks that are complete, note what is cached, and let go of what ended."""
-        rows = torch.split(logits, batch.logit_counts)
+        ends = list(accumulate(batch.logit_counts))  # of each chunk's rows among the logits
         complete = [i for i, chunk in enumerate(chunks) if chunk.completes]
-        drawn: list[int] = []
-        if complete:
-            last = torch.stack([rows[i][-1] for i in complete])
-            drawn = sample(last, [chunks[i].sequence for i in complete])
+        # Mostly every row is one to draw from: they are not copied then.
+        last = logits if len(complete) == len(logits) else logits[[ends[i] - 1 for i in complete]]
+        drawn = sample(last, [chunks[i].sequence for i in complete]) if complete else []
         tokens = dict(zip(complete, drawn, strict=True))
         events: Delivery = []
         for i, chunk in enumerate(chunks):
@@ -124,16 +124,17 @@ class Engine:
             if not sequence.started:
                 sequence.started = True
                 sequence.on_started()
-            _note_prompt_logprobs(chunk, rows[i])
+            if sequence.params.prompt_logprobs:
+                _note_prompt_logprobs(chunk, logits[ends[i] - batch.logit_counts[i] : ends[i]])
             self._scheduler.note_computed(chunk)
             if i in tokens:
-                events.append((sequence, self._append(sequence, tokens[i], rows[i][-1:])))
+                events.append((sequence, self._append(sequence, tokens[i], logits, ends[i] - 1)))
         return events
 
-    def _append(self, sequence: Sequence, token: int, logits: Tensor) -> TokenEvent:
-        """logits: [1, V], those the token was drawn from."""
+    def _append(self, sequence: Sequence, token: int, logits: Tensor, row: int) -> TokenEvent:
+        """logits: [R, V]; the token was drawn from `row`."""
         num_top = sequence.params.num_top_logprobs
-        logprob = None if num_top is None else logprobs_of(logits, [token], num_top)[0]
+        logprob = None if num_top is None else logprobs_of(logits[row : row + 1], [token], num_top)[0]
         prompt_logprobs = () if sequence.generated else tuple(sequence.prompt_logprobs)
         sequence.generated.append(token)
         reason = _finish_reason(sequence, token)
@@ -156,7 +157,7 @@ def _note_prompt_logprobs(chunk: ScheduledChunk, logits: Tensor) -> None:
     The first token of a prompt has none, virtual tokens before it or not.
     """
     sequence = chunk.sequence
-    if not sequence.params.prompt_logprobs or sequence.generated:
+    if sequence.generated:
         return
     end = sequence.num_cached_tokens + chunk.num_new_tokens + 1 - sequence.num_virtual_tokens
     first = max(end - chunk.num_new_tokens, 1)

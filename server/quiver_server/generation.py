@@ -63,6 +63,7 @@ class Session:
         self.first_token_seconds: float | None = None
         self.last_token_seconds: float | None = None
         self.num_generated_tokens = 0
+        self.num_remaining_tokens = 0
         self.num_reused_tokens = 0
 
     @property
@@ -80,6 +81,13 @@ class Session:
             metrics.inter_token.observe(now - self.last_token_seconds)
         self.last_token_seconds = now
         self.num_generated_tokens += 1
+        self.note_remaining(self.num_remaining_tokens - 1)
+
+    def note_remaining(self, num_tokens: int) -> None:
+        """So many tokens may still be generated, which is how long the adapter may be needed."""
+        if self.adapter is not None:
+            self.adapter.num_remaining_tokens += num_tokens - self.num_remaining_tokens
+        self.num_remaining_tokens = num_tokens
 
 
 class Generator:
@@ -128,6 +136,7 @@ class Generator:
         try:
             if asked.adapter_id:
                 session.adapter = await self._store.acquire(asked.adapter_id)
+                session.note_remaining(asked.params.max_new_tokens * asked.num_candidates)
                 self._check_room(session)
             queue: asyncio.Queue[tuple[Candidate, TokenEvent]] = asyncio.Queue()
             candidates += [self._submit(session, index, queue) for index in range(asked.num_candidates)]
@@ -208,6 +217,7 @@ class Generator:
                 await candidate.gone.wait()
         self._num_open -= session.asked.num_candidates
         if session.adapter is not None:
+            session.note_remaining(0)
             await self._store.release(session.adapter)
 
     async def wait_closed(self) -> None:

@@ -41,6 +41,7 @@ from quiver_server.metrics import Metrics
 from quiver_server.runner import Runner
 from quiver_server.scheduler import Scheduler
 from quiver_server.service import GenerationService
+from quiver_server.weights_cache import WeightsCache
 from quiver_server.wire import Limits
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,8 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -
         deliver=deliver,
     )
     read = partial(read_adapter, base=base, tokenizer_digest=tokenizer.digest)
-    store = AdapterStore(config.adapters, banks, read, metrics)
+    weights = WeightsCache(read, config.adapter_host_memory_mib * _MIB)
+    store = AdapterStore(config.adapters, banks, weights, metrics)
     is_t5 = isinstance(base, T5Base)
     # One block less for two tables, which are both rounded up to whole blocks.
     capacity = (num_blocks - is_t5) * BLOCK_TOKENS

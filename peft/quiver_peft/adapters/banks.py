@@ -52,6 +52,12 @@ class AdapterBanks:
         with self._lock:
             return self._arena.free_bytes
 
+    def occupied(self) -> dict[int, tuple[int, int]]:
+        """The bytes [start, end) of the adapter memory that each slot takes."""
+        size = self._arena.buffer.element_size()
+        extents = {slot: resident.extent for slot, resident in list(self._residents.items())}
+        return {slot: (it.start * size, (it.start + it.size) * size) for slot, it in extents.items()}
+
     def num_bytes(self, weights: AdapterWeights) -> int:
         """What these weights would take."""
         return aligned(num_elements(weights)) * self._arena.buffer.element_size()
