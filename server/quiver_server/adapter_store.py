@@ -73,6 +73,10 @@ class AdapterStore:
             )
         return entry
 
+    def host_bytes(self, entry: Entry) -> int:
+        """Main memory that keeps an adapter's weights for the next time that it is loaded."""
+        return self._weights.bytes_of(entry.folder)
+
     async def acquire(self, name: str) -> Resident:
         """A lease on the adapter of "id" or "id@revision", loading it if need be. Give it back with `release`."""
         adapter_id, at, revision = name.partition("@")

@@ -29,12 +29,13 @@ async def _or_refuse(work: Awaitable[T], context: "grpc.aio.ServicerContext[Any,
         raise  # `refuse` ends the call; this line tells the type checker so
 
 
-def adapter_message(entry: Entry) -> adapters_pb2.Adapter:
-    """An adapter as the wire describes it."""
+def adapter_message(entry: Entry, host_bytes: int) -> adapters_pb2.Adapter:
+    """An adapter as the wire describes it. host_bytes: main memory that it takes beside that of the banks."""
     message = adapters_pb2.Adapter(
         id=entry.id,
         source=str(entry.folder),
         state=_STATES[entry.state],
+        host_bytes=host_bytes,
         pinned=entry.pinned,
         waiting=entry.num_waiting,
     )
@@ -65,7 +66,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """Bring an adapter into memory."""
         load = self._store.load(request.adapter_id, request.source, request.pin)
         entry = await _or_refuse(load, context)
-        return adapters_pb2.LoadAdapterResponse(adapter=adapter_message(entry))
+        return adapters_pb2.LoadAdapterResponse(adapter=self._describe(entry))
 
     async def UnloadAdapter(  # noqa: N802
         self,
@@ -87,7 +88,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             return self._store.find(request.adapter_id)
 
         entry = await _or_refuse(find(), context)
-        return adapters_pb2.GetAdapterResponse(adapter=adapter_message(entry))
+        return adapters_pb2.GetAdapterResponse(adapter=self._describe(entry))
 
     async def ListAdapters(  # noqa: N802
         self,
@@ -95,7 +96,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         context: "grpc.aio.ServicerContext[adapters_pb2.ListAdaptersRequest, adapters_pb2.ListAdaptersResponse]",
     ) -> adapters_pb2.ListAdaptersResponse:
         """Describe every adapter."""
-        return adapters_pb2.ListAdaptersResponse(adapters=[adapter_message(e) for e in self._store.entries()])
+        return adapters_pb2.ListAdaptersResponse(adapters=[self._describe(e) for e in self._store.entries()])
+
+    def _describe(self, entry: Entry) -> adapters_pb2.Adapter:
+        return adapter_message(entry, self._store.host_bytes(entry))
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):

@@ -56,6 +56,7 @@ def test_list_and_get_adapters(llama: Bench, client: Client) -> None:
     loaded = client.load_adapter("pattern-r3")
     assert (loaded.state, loaded.rank, loaded.methods, loaded.running) == ("resident", 7, ("lora",), 0)
     assert loaded.device_bytes == 4 * loaded.parameters > 0
+    assert loaded.host_bytes == 4 * loaded.parameters
     assert Path(loaded.source) == llama.adapters / "pattern-r3"
     listed = client.list_adapters()
     assert [adapter.id for adapter in listed] == sorted(adapter.id for adapter in listed)

@@ -157,6 +157,23 @@ def test_eviction_changes_no_answer(small: Bench) -> None:
     assert small.server.metric("quiver_resident_adapters") <= 2
 
 
+def test_one_that_waits_for_memory_holds_up_nobody(small: Bench) -> None:
+    """Two adapters run on all the memory there is; a third waits for it. Base and first answer meanwhile."""
+    with small.server.client() as client, ThreadPoolExecutor(1) as thread:
+        streams = [client.stream(PROMPT, **{**LONG, "adapter": name}) for name in ("large-0", "large-1")]
+        for stream in streams:
+            next(stream)
+        waiting = thread.submit(client.generate, PROMPT, adapter="large-2", max_new_tokens=6)
+        eventually(lambda: client.get_adapter("large-2").waiting == 1)
+        small.check(client)
+        small.check(client, "large-0")
+        assert small.server.metric("quiver_running_sequences") == 2, "too late to show anything"
+        assert not waiting.done()
+        for stream in streams:
+            stream.close()
+        assert answer_tokens(waiting.result(20)) == small.expected("large-2", PROMPT, 6)
+
+
 def test_pinned_adapters_are_not_evicted(small: Bench) -> None:
     with small.server.client() as client:
         for name in ("large-0", "large-1"):
