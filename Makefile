@@ -12,7 +12,7 @@ $(error BASE is $(BASE); it must be llama or t5)
 endif
 SUFFIX := $(if $(filter t5,$(BASE)),-t5)
 
-.PHONY: help setup demo serve test test-fast test-deploy lint lock proto demo-base clean
+.PHONY: help setup demo serve test test-fast test-deploy lint bench bench-peers lock proto demo-base clean
 
 help:  ## What can be done here.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,12 @@ test-fast: setup  ## Unit tests only: seconds.
 
 test-deploy: setup  ## Of the tests, those of the chart: helm, Envoy and, where there is one, podman.
 	$(BIN)/pytest tests/helm
+
+bench: setup  ## Measure the server over gRPC against the machine's limits (about 9 minutes; BENCH="--help" has more).
+	PYTHONPATH=tests $(BIN)/python -m bench.grid $(BENCH)
+
+bench-peers: setup  ## Measure it against vLLM, OpenVINO and Hugging Face in turns (installs them first; BENCH="--help").
+	PYTHONPATH=tests $(BIN)/python -m bench.against $(BENCH)
 
 lock:  ## Take the newest versions of what Quiver stands on, and write them to .ci/constraints.txt (then `make test`).
 	rm -rf $(VENV)

@@ -20,11 +20,12 @@ _METRICS = re.compile(r"metrics on (http://\S+)")
 
 
 class LiveServer:
-    """One server process. `log`: the file that takes what it prints."""
+    """One server process. `log`: the file that takes what it prints; num_threads: as of `spawn`."""
 
-    def __init__(self, base: Path, adapters: Path, log: Path, *options: str) -> None:
+    def __init__(self, base: Path, adapters: Path, log: Path, *options: str, num_threads: int | None = 1) -> None:
         self.log = log
-        self.process = spawn(log, "--base", str(base), "--adapters", str(adapters), *options)
+        folders = ("--base", str(base), "--adapters", str(adapters))
+        self.process = spawn(log, *folders, *options, num_threads=num_threads)
         self.target = self._wait_for(_SERVING)
         self.metrics_url = self._wait_for(_METRICS)
 
@@ -76,10 +77,16 @@ class LiveServer:
         raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
 
 
-def spawn(log: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start `quiver serve` with these options, which win over the tests' own; returns at once."""
+def spawn(log: Path, *options: str, num_threads: int | None = 1) -> subprocess.Popen[bytes]:
+    """Start `quiver serve` with these options, which win over the tests' own; returns at once.
+
+    num_threads: of torch, one so that tests do not stand in each other's way; None: the server's own choice.
+    """
     command = [sys.executable, "-m", "quiver.cli", "serve", "--port", "0", "--metrics-port", "0", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.pop("OMP_NUM_THREADS", None)
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     with log.open("wb") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
 
