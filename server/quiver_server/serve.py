@@ -27,9 +27,11 @@ from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.configs import METHOD_ORDER
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base
+from quiver_peft.base.packing import pack
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
+from quiver_peft.kernels.native.library import take_over
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.admin_services import AdapterService, ModelService
@@ -98,7 +100,11 @@ def _load(config: ServerConfig) -> tuple[GPTBase | T5Base, Tokenizer]:
     dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
     if config.dtype not in dtypes:
         raise QuiverError(f"--dtype {config.dtype}: must be one of {', '.join(dtypes)}")
-    return load_base(config.base, dtype=dtypes[config.dtype], device=device), Tokenizer(config.base)
+    base = load_base(config.base, dtype=dtypes[config.dtype], device=device)
+    if device == "cpu":
+        pack(base)
+        take_over()
+    return base, Tokenizer(config.base)
 
 
 def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -> Parts:
@@ -162,7 +168,7 @@ def _describe(config: ServerConfig, parts: Parts) -> model_pb2.GetModelResponse:
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
         fingerprint=parts.base.fingerprint,
-        parameters=sum(parameter.numel() for parameter in parts.base.parameters()),
+        parameters=parts.base.num_parameters,
         kv_capacity_tokens=parts.kv.num_blocks * BLOCK_TOKENS,
         adapter_methods=METHOD_ORDER,
         server_version=version("quiver"),

@@ -32,6 +32,7 @@ class AdapterBanks:
         self._residents: dict[int, _Resident] = {}
         self._lock = threading.Lock()
         self._next_slot = FIRST_SLOT
+        self._last_seam: tuple[list[RowGroup], Seam] = ([], NO_ADAPTERS)
 
     @classmethod
     def for_one(cls, weights: AdapterWeights, dtype: torch.dtype, device: torch.device) -> "AdapterBanks":
@@ -86,6 +87,12 @@ class AdapterBanks:
 
         virtual: which of these rows are virtual tokens.
         """
+        if not virtual and self._last_seam[0] == groups:
+            # Decoding mostly goes on with the batch of the step before. Slots are never given out twice.
+            return self._last_seam[1]
         used = [(group, self._residents[group.slot].placed) for group in groups if group.slot != BASE_SLOT]
         rows = [(item, self._residents[item.slot].placed) for item in virtual]
-        return BankSeam(used, rows) if used else NO_ADAPTERS
+        seam = BankSeam(used, rows) if used else NO_ADAPTERS
+        if not virtual:
+            self._last_seam = (list(groups), seam)
+        return seam

@@ -14,7 +14,7 @@ from quiver_peft.base.sites import Linear
 
 def row_lengths(linear: Linear, target: Target) -> Tensor:
     """‖W‖ of each row of the target, [N] fp32: the magnitudes that DoRA starts with."""
-    return torch.linalg.vector_norm(_rows(linear.weight, target).float(), dim=1)
+    return torch.linalg.vector_norm(_rows(linear.plain_weight(), target).float(), dim=1)
 
 
 def gate(
@@ -23,7 +23,7 @@ def gate(
     """Scale g and shift (1 - g) bias, both [N] where `a` is; no shift without a bias. a: [R, K], b: [N, R]."""
     with torch.no_grad():
         # The paper's section 4.3: the length counts as a constant, which saves most of the memory of training.
-        weight = _rows(linear.weight, target).to(a.device, torch.float32) + lora_scale * (b @ a)
+        weight = _rows(linear.plain_weight(), target).to(a.device, torch.float32) + lora_scale * (b @ a)
         # A row of zeros has no direction: it stays zero, where 0 / 0 would spread over everything.
         lengths = torch.linalg.vector_norm(weight, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     scale = magnitude / lengths

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from quiver_peft.base.checkpoint import fingerprint, load_checkpoint, read_config
 from quiver_peft.base.config import BaseConfig
@@ -13,6 +14,7 @@ from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.family import Family, Rename
 from quiver_peft.base.sites import Linear, Site
 from quiver_peft.errors import CheckpointError
+from quiver_peft.kernels.packed_linear import PackedWeight, packed_linear
 
 
 class Base(nn.Module):
@@ -22,16 +24,19 @@ class Base(nn.Module):
     hf_task_type: what Hugging Face PEFT calls the task of such a model.
     fingerprint: identifies the checkpoint it was read from ("" when freshly initialised).
     sublayers: the sites of its attention and feed-forward sub-layers, in order.
+    head: None when the embedding is the head too.
     """
 
     families: ClassVar[Mapping[str, Family[Any]]]
     hf_task_type: ClassVar[str]
     embedding: nn.Embedding
+    head: nn.Linear | None
     sublayers: list[Site]
 
     def __init__(self) -> None:
         super().__init__()
         self.fingerprint = ""
+        self.packed_head: PackedWeight | None = None
 
     @property
     def config(self) -> BaseConfig:
@@ -42,6 +47,25 @@ class Base(nn.Module):
     def depth(self) -> int:
         """Layers of the deepest stack."""
         return 1 + max(site.layer for site in self.sublayers)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """What makes logits of hidden states, [V, D]; empty once packed, unless tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Through the head. hidden: [*, D] -> [*, V]."""
+        if self.packed_head is not None:
+            return packed_linear(hidden, self.packed_head, None)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases, a tied head counted once; packed or not."""
+        packed = sum(linear.in_features * linear.out_features for linear in self.linears() if linear.packed is not None)
+        if self.packed_head is not None and self.head is not None:
+            packed += self.head.in_features * self.head.out_features
+        return packed + sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
     def _construct(cls, config: Any, folder: Path) -> Self:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quiver_peft.base.attention import Attend, CausalAttention
@@ -94,4 +93,4 @@ class GPTBase(Base):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [*, D] -> next-token logits [*, V]."""
-        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+        return self.project(hidden)

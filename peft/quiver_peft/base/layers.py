@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quiver_peft.base.attention import Attend
 from quiver_peft.base.config import BaseConfig, RopeConfig
 from quiver_peft.base.sites import Linear, Seam, Site, Stack
+from quiver_peft.kernels.elementwise import Activation, activate, rms_norm, rotate
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [*, D] -> [*, D]."""
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm1P(nn.LayerNorm):
@@ -43,17 +44,6 @@ def make_norm(config: BaseConfig) -> nn.Module:
         return RMSNorm(config.hidden_size, config.norm_eps)
     kind = LayerNorm1P if config.norm == "layer_1p" else nn.LayerNorm
     return kind(config.hidden_size, config.norm_eps)
-
-
-def activate(kind: str, x: Tensor) -> Tensor:
-    """The activation that the configuration names, elementwise."""
-    if kind == "silu":
-        return F.silu(x)
-    if kind == "relu":
-        return F.relu(x)
-    if kind == "relu2":
-        return F.relu(x).square()
-    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def rope_frequencies(rope: RopeConfig) -> Tensor:
@@ -121,15 +111,6 @@ class Rotary(nn.Module):
         )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `dim` features of every head, the two halves being the pairs. x: [*, H, E]."""
-    dim = cos.shape[-1]
-    turned, rest = x[..., :dim], x[..., dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
 class Attention(nn.Module):
     """Self-attention with fused query, key and value; keys and values go through `attend`, which may cache them."""
 
@@ -166,7 +147,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: BaseConfig, layer: int, stack: Stack = "") -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.gated = config.gated_mlp
         self.site = Site.in_layer(layer, "mlp", stack)
         parts = {"gate": config.ffn_size} if config.gated_mlp else {}
@@ -182,6 +163,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, seam: Seam) -> Tensor:
         """x: [*, D] -> [*, D]."""
-        parts = self.up.split(seam.linear(self.up, x))
-        inner = activate(self.activation, parts[0])
-        return seam.linear(self.down, inner * parts[1] if self.gated else inner)
+        return seam.linear(self.down, activate(self.activation, seam.linear(self.up, x), gated=self.gated))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quiver_peft.kernels.packed_linear import PackedWeight, packed_linear
+
 Stack = Literal["", "encoder", "decoder"]
 
 
@@ -45,8 +47,8 @@ class Site:
 class Linear(nn.Module):
     """y = x Wᵀ + b at a site; several projections of one input may be fused into its rows.
 
-    weight: [N, K]. bias: [N] or None. parts: {name: (first row, end row)} of the fused projections, in order;
-    a linear that is not fused has one part.
+    weight: [N, K]; empty once packed for inference. bias: [N] or None. parts: {name: (first row, end row)} of the fused
+    projections, in order; a linear that is not fused has one part.
     """
 
     def __init__(self, site: Site, in_features: int, parts: dict[str, int], bias: bool) -> None:
@@ -61,10 +63,17 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(nn.init.normal_(torch.empty(out_features, in_features), std=0.02))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.packed: PackedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [*, K] -> [*, N]."""
+        if self.packed is not None:
+            return packed_linear(x, self.packed, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def plain_weight(self) -> Tensor:
+        """The weight [N, K], packed or not."""
+        return self.weight.detach() if self.packed is None else self.packed.plain()
 
     def split(self, y: Tensor) -> Sequence[Tensor]:
         """y: [*, N] -> one [*, width] view for each part."""

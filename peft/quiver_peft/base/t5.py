@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quiver_peft.base.attention import Attend
@@ -157,4 +156,4 @@ class T5Base(Base):
         """hidden: [*, D] -> next-token logits [*, V]."""
         if self.config.scaled_head:
             hidden = hidden * self.config.hidden_size**-0.5
-        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+        return self.project(hidden)

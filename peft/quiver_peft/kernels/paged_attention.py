@@ -7,13 +7,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quiver_peft.kernels.native.library import library_for
 from quiver_peft.kernels.paged_layout import PagedLayout
+
+_MAX_SHARING = 32  # query heads of one key head, by the compiled kernel
 
 
 def store_rows(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> None:
     """Put new keys and values into a layer's cache. keys, values: [C, G, E]; k, v: [T, G, E]; rows: [T] int64."""
-    keys[rows] = k
-    values[rows] = v
+    native = library_for(keys, values, k, v)
+    if native is None or not (_packs_heads(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous()):
+        keys[rows] = k
+        values[rows] = v
+        return
+    native.store_rows(
+        keys.data_ptr(), values.data_ptr(), keys.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
+        rows.data_ptr(), len(rows),
+    )  # fmt: skip
+
+
+def _packs_heads(*tensors: Tensor) -> bool:
+    """Whether the heads of a row [H, E] lie one after another."""
+    return all(tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2] for tensor in tensors)
 
 
 def paged_attention(
@@ -35,7 +50,18 @@ def paged_attention(
     bias: [H, 2 · limit + 1] fp32, added to the scores; column limit + d is for keys d positions after the query,
     those farther than `limit` take the outermost columns.
     """
-    return paged_attention_torch(q, keys, values, layout, scale, causal, window, bias)
+    native = library_for(q, keys, values)
+    if native is None or not _packs_heads(q, keys, values) or q.shape[1] // keys.shape[1] > _MAX_SHARING:
+        return paged_attention_torch(q, keys, values, layout, scale, causal, window, bias)
+    out = torch.empty(q.shape)
+    tables, starts, lengths = layout.tables, layout.query_starts, layout.context_lengths
+    native.paged_attention(
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), keys.stride(0), values.stride(0),
+        out.data_ptr(), tables.data_ptr(), tables.stride(0), starts.data_ptr(), lengths.data_ptr(), len(lengths),
+        layout.block_size, q.shape[1], keys.shape[1], q.shape[2], scale, causal, window or 0,
+        0 if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1] // 2,
+    )  # fmt: skip
+    return out
 
 
 def paged_attention_torch(

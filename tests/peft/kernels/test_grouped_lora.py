@@ -5,7 +5,15 @@ import torch
 from tiny import assert_close
 from torch import Tensor
 
-from quiver_peft.kernels.grouped_lora import LoraAtSite, LoraExpand, LoraSegment, add_grouped_lora_
+from quiver_peft.kernels.grouped_lora import (
+    LoraAtSite,
+    LoraExpand,
+    LoraSegment,
+    LoraSegments,
+    add_grouped_lora_,
+    add_grouped_lora_torch_,
+)
+from quiver_peft.kernels.native.library import Library
 
 NUM_INPUTS, NUM_OUTPUTS = 24, 40
 
@@ -91,3 +99,54 @@ def test_half_precision(generator: torch.Generator) -> None:
     add_grouped_lora_(result, x.bfloat16(), [LoraSegment(0, 4, half)])
     assert result.dtype == torch.bfloat16
     assert (result.float() - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("num_inputs", [1, 24, 33, 640])
+def test_the_compiled_kernel_and_the_plain_form(num_inputs: int, generator: torch.Generator, native: Library) -> None:
+    """Many segments, of no row to a hundred; ranks and widths that fill no register; columns left out."""
+
+    def adapter(*targets: tuple[int, int, int]) -> LoraAtSite:
+        a = torch.randn(sum(rank for rank, _, _ in targets), num_inputs, generator=generator)
+        expands: list[LoraExpand] = []
+        first = 0
+        for rank, start, end in targets:
+            b_t = torch.randn(rank, end - start, generator=generator)
+            expands.append(LoraExpand((first, first + rank), start, end, b_t))
+            first += rank
+        return LoraAtSite(a, tuple(expands))
+
+    one, two, three = adapter((16, 0, 100)), adapter((1, 3, 20), (5, 20, 21)), adapter((9, 0, 33), (64, 40, 97))
+    for lengths in ([1], [1, 1], [3], [40], [1, 100, 2, 0, 33], [2] * 20):
+        segments: list[LoraSegment] = []
+        row = 1  # the first row is the base's, and one between any two
+        for i, length in enumerate(lengths):
+            segments.append(LoraSegment(row, row + length, (one, two, three)[i % 3]))
+            row += length + 1
+        x, y = torch.randn(row, num_inputs, generator=generator), torch.randn(row, 100, generator=generator)
+        expected, found = y.clone(), y.clone()
+        add_grouped_lora_torch_(expected, x, segments)
+        add_grouped_lora_(found, x, LoraSegments(segments))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * num_inputs**0.5)
+        assert torch.equal(found[0], y[0])
+        for segment in segments:  # the same bits alone
+            alone = y.clone()
+            add_grouped_lora_(alone, x, [segment])
+            rows = slice(segment.start, segment.end)
+            assert torch.equal(alone[rows], found[rows])
+            if segment.end > segment.start:
+                last = y.clone()
+                add_grouped_lora_(last, x, [segment._replace(start=segment.end - 1)])
+                assert torch.equal(last[segment.end - 1], found[segment.end - 1])
+
+
+def test_weights_with_gaps_are_left_to_torch(generator: torch.Generator, native: Library) -> None:
+    lora = make([4], [(0, NUM_OUTPUTS)], generator)
+    wide = torch.randn(4, 2 * NUM_INPUTS, generator=generator)
+    wide[:, ::2] = lora.a
+    gaps = LoraAtSite(wide[:, ::2], lora.expands)
+    x = torch.randn(4, NUM_INPUTS, generator=generator)
+    expected, found = torch.zeros(4, NUM_OUTPUTS), torch.zeros(4, NUM_OUTPUTS)
+    add_grouped_lora_(expected, x, [LoraSegment(0, 4, lora)])
+    add_grouped_lora_(found, x, [LoraSegment(0, 4, gaps)])
+    assert gaps.address == 0
+    assert_close(found, expected, tolerance=5e-5)

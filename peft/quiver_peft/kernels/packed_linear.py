@@ -1,0 +1,74 @@
+"""A linear whose weight was rearranged once for the processor: panels of 16 outputs, each [K, 16]."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quiver_peft.kernels.native.library import library, library_for
+
+PANEL = 16
+
+
+class PackedWeight(NamedTuple):
+    """panels: [ceil(N / 16), K, 16] fp32, the last panel filled up with zeros; it stands for a weight [N, K]."""
+
+    panels: Tensor
+    out_features: int
+
+    def plain(self) -> Tensor:
+        """The weight itself, [N, K], a copy."""
+        return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features].contiguous()
+
+
+def packed_size(weight: Tensor) -> int:
+    """How many elements the panels of a weight [N, K] take."""
+    return -(-weight.shape[0] // PANEL) * PANEL * weight.shape[1]
+
+
+def empty_panels(num_elements: int) -> Tensor:
+    """Memory for packed weights, in large pages where the system has them: fewer page walks while they stream by."""
+    memory = torch.empty(num_elements)
+    native = library()
+    if native is not None:
+        native.use_large_pages(memory.data_ptr(), memory.nbytes)
+    return memory
+
+
+def pack_weight(weight: Tensor, memory: Tensor) -> PackedWeight:
+    """Rearrange a weight [N, K] into `memory` [packed_size(weight)]."""
+    num_outputs, num_inputs = weight.shape
+    panels = memory.view(-1, num_inputs, PANEL)
+    native = library_for(weight, memory)
+    if native is not None and weight.stride(1) == 1:
+        native.pack(weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, panels.data_ptr())
+    else:
+        padded = F.pad(weight, (0, 0, 0, len(panels) * PANEL - num_outputs))
+        panels.copy_(padded.unflatten(0, (-1, PANEL)).transpose(1, 2))
+    return PackedWeight(panels, num_outputs)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether packing this weight makes its linear faster here."""
+    return weight.is_cpu and weight.dtype == torch.float32 and library() is not None
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """y = x Wᵀ + b. x: [*, K] -> [*, N]. By the compiled kernel a row's result is the same bits in any batch."""
+    native = library_for(x, weight.panels)
+    if native is None:
+        return packed_linear_torch(x, weight, bias)
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
+    num_rows, num_inputs = rows.shape
+    y = torch.empty((num_rows, weight.out_features))
+    native.linear(
+        rows.data_ptr(), rows.stride(0), weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), weight.out_features, num_rows, weight.out_features, num_inputs,
+    )  # fmt: skip
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.out_features)
+
+
+def packed_linear_torch(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """The plain form."""
+    return F.linear(x, weight.plain(), bias)

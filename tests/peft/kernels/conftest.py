@@ -1,0 +1,20 @@
+"""The compiled kernels, for tests that compare them with their plain forms."""
+
+from collections.abc import Generator
+
+import pytest
+import torch
+
+from quiver_peft.kernels.native.library import Library, library
+
+
+@pytest.fixture
+def native() -> Generator[Library]:
+    """The compiled kernels with two threads, gradients off: what serving has."""
+    found = library()
+    if found is None:
+        pytest.skip("the compiled kernels are switched off, or cannot be had here")
+    found.set_num_threads(2)
+    with torch.inference_mode():
+        yield found
+    found.set_num_threads(torch.get_num_threads())

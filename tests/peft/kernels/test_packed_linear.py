@@ -1,0 +1,99 @@
+"""Packed weights: against torch's linear over many shapes, and a row's bits in any batch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quiver_peft.kernels.native.library import Library
+from quiver_peft.kernels.packed_linear import (
+    PackedWeight,
+    empty_panels,
+    pack_weight,
+    packed_linear,
+    packed_linear_torch,
+    packed_size,
+)
+
+SHAPES = [(1, 1), (5, 3), (16, 16), (17, 31), (40, 7), (64, 129), (100, 1100), (335, 64), (48, 2300)]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 63, 300]
+
+
+def packed(weight: Tensor) -> PackedWeight:
+    return pack_weight(weight, empty_panels(packed_size(weight)))
+
+
+def make(num_outputs: int, num_inputs: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, bias, input."""
+    generator = torch.Generator().manual_seed(num_outputs * 10000 + num_inputs + num_rows)
+    shapes = ((num_outputs, num_inputs), (num_outputs,), (num_rows, num_inputs))
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in shapes)
+    return weight, bias, x
+
+
+def assert_same(found: Tensor, expected: Tensor, num_inputs: int) -> None:
+    """Sums of n products of standard normal numbers, in another order."""
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-6 * num_inputs**0.5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_every_number_of_rows(shape: tuple[int, int], with_bias: bool, native: Library) -> None:
+    for num_rows in ROWS:
+        weight, bias, x = make(*shape, num_rows)
+        given_bias = bias if with_bias else None
+        found = packed_linear(x, packed(weight), given_bias)
+        assert_same(found, packed_linear_torch(x, packed(weight), given_bias), shape[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_plain_form_is_torch_s_linear(shape: tuple[int, int]) -> None:
+    weight, bias, x = make(*shape, 3)
+    assert torch.equal(packed(weight).plain(), weight)
+    assert torch.equal(packed_linear_torch(x, packed(weight), bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_both_ways_of_packing_give_the_same_panels(native: Library) -> None:
+    weight, _, _ = make(37, 21, 1)
+    by_native = packed(weight).panels
+    with torch.enable_grad():  # which the compiled kernels leave to torch
+        by_torch = packed(weight).panels
+    assert torch.equal(by_native, by_torch)
+
+
+@pytest.mark.parametrize("shape", [(17, 31), (100, 1100), (335, 64), (48, 2300)], ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(shape: tuple[int, int], native: Library) -> None:
+    """Whatever the number of rows, its place among them, and the number of threads."""
+    weight, bias, x = make(*shape, 300)
+    panels = packed(weight)
+    whole = packed_linear(x, panels, bias)
+    for num_rows in ROWS:
+        for start in (0, 1, 299 - num_rows):
+            rows = slice(max(start, 0), max(start, 0) + num_rows)
+            assert torch.equal(packed_linear(x[rows], panels, bias), whole[rows])
+    native.set_num_threads(1)
+    assert torch.equal(packed_linear(x, panels, bias), whole)
+
+
+def test_inputs_in_any_form(native: Library) -> None:
+    """Rows with gaps, transposed, with several leading dimensions, and none at all."""
+    weight, bias, x = make(40, 24, 12)
+    panels = packed(weight)
+    expected = packed_linear(x, panels, bias)
+    wide = torch.randn(12, 50)
+    wide[:, 3:27] = x
+    assert torch.equal(packed_linear(wide[:, 3:27], panels, bias), expected)
+    assert torch.equal(packed_linear(x.T.contiguous().T, panels, bias), expected)
+    assert torch.equal(packed_linear(x.view(3, 4, 24), panels, bias), expected.view(3, 4, 40))
+    assert packed_linear(x[:0], panels, bias).shape == (0, 40)
+
+
+def test_other_types_and_gradients_are_torch_s(native: Library) -> None:
+    weight, _, x = make(20, 9, 4)
+    panels = packed(weight)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone().requires_grad_()
+        y = packed_linear(x, PackedWeight(panels.panels.clone(), panels.out_features), None)
+        y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 9))
