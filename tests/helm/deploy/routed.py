@@ -1,0 +1,155 @@
+"""A release on one machine: the chart's Envoy configuration, a name server, real servers on loopback addresses."""
+
+import socket
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from helm import tools
+from helm.chart import Object, objects, render_text, the
+from helm.deploy.names import NameServer
+from prometheus_client.parser import text_string_to_metric_families
+from server.live_server import LiveServer, eventually
+
+NAME = "rel-quiver-replicas.prod"
+DRAIN_SECONDS = 2
+
+
+class Release:
+    """Servers by address (127.0.0.2 and on, one port as pods have it), and the router in front of them."""
+
+    def __init__(self, base: Path, adapters: Path, folder: Path) -> None:
+        self._base, self._adapters, self._folder = base, adapters, folder
+        self.port, self.stats_port, self.admin_port, self.router_port = free_ports(4)
+        self.servers: dict[str, LiveServer] = {}
+        self.names = NameServer(NAME, [])
+        self.target = f"127.0.0.1:{self.router_port}"
+        self.items = objects(render_text(*self._values()))
+
+    def _values(self) -> list[str]:
+        changes = {
+            "router.enabled": "true",
+            "ports.grpc": self.port,
+            "router.ports.stats": self.stats_port,
+            "router.ports.admin": self.admin_port,
+            # Sooner than in a cluster.
+            "router.dnsRefreshSeconds": 1,
+            "router.healthCheck.intervalSeconds": 1,
+            "router.drainSeconds": DRAIN_SECONDS,
+        }
+        return ["--set", ",".join(f"{key}={value}" for key, value in changes.items())]
+
+    def router_container(self) -> Object:
+        """The chart's Envoy container."""
+        (container,) = the(self.items, "Deployment", "rel-quiver-router")["spec"]["template"]["spec"]["containers"]
+        return container
+
+    def envoy_config(self) -> dict[str, Any]:
+        """The chart's configuration; only the port that clients use is another (the servers have taken it on this
+        machine), and names are asked of our name server."""
+        config = yaml.safe_load(the(self.items, "ConfigMap", "rel-quiver-router")["data"]["envoy.yaml"])
+        (listener,) = (item for item in config["static_resources"]["listeners"] if item["name"] == "grpc")
+        listener["address"]["socket_address"]["port_value"] = self.router_port
+        resolver = {"socket_address": {"address": "127.0.0.1", "port_value": self.names.port}}
+        config["typed_dns_resolver_config"] = {
+            "name": "envoy.network.dns_resolver.cares",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
+                "resolvers": [resolver],
+            },
+        }
+        return config
+
+    def add(self, *addresses: str) -> None:
+        """Start servers, all at once, and let the name stand for them too."""
+        with ThreadPoolExecutor(len(addresses)) as pool:
+            for address, server in zip(addresses, pool.map(self._start, addresses), strict=True):
+                self.servers[address] = server
+        self.names.addresses = [*self.names.addresses, *addresses]
+
+    def _start(self, address: str) -> LiveServer:
+        options = ("--host", address, "--port", str(self.port))
+        return LiveServer(self._base, self._adapters, self._folder / f"{address}.log", *options)
+
+    def wait_for_healthy(self, count: int) -> None:
+        """Until Envoy counts so many replicas that are healthy."""
+        eventually(lambda: self.stat("envoy_cluster_membership_healthy") == count, 30)
+
+    def stat(self, name: str) -> float:
+        """One of Envoy's numbers about the replicas; -1: not there yet."""
+        try:
+            page = get(f"http://127.0.0.1:{self.stats_port}/stats/prometheus")[1]
+        except OSError:
+            return -1
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name == name and sample.labels.get("envoy_cluster_name") == "replicas":
+                    return sample.value
+        return -1
+
+    def served(self) -> dict[str, Counter[str]]:
+        """{adapter: {address: requests that it has answered}}, as the servers' own metrics tell."""
+        found: dict[str, Counter[str]] = {}
+        for address, server in self.servers.items():
+            if server.process.poll() is not None:
+                continue
+            for family in text_string_to_metric_families(server.metrics_page()):
+                for sample in family.samples:
+                    if sample.name == "quiver_requests_total":
+                        found.setdefault(sample.labels["adapter"], Counter())[address] += int(sample.value)
+        return found
+
+
+@contextmanager
+def running_release(base: Path, adapters: Path, *addresses: str) -> Generator[Release]:
+    """A release whose router serves; every process is ended afterwards."""
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        release = Release(base, adapters, folder)
+        with release.names:
+            config = folder / "envoy.yaml"
+            config.write_text(yaml.safe_dump(release.envoy_config()))
+            command = [
+                str(config) if word == "/etc/envoy/envoy.yaml" else word
+                for word in release.router_container()["command"]
+            ]
+            command[0] = str(tools.ENVOY)
+            with (folder / "envoy.log").open("wb") as log:
+                envoy = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                release.add(*addresses)
+                assert envoy.poll() is None, (folder / "envoy.log").read_text()
+                release.wait_for_healthy(len(addresses))
+                yield release
+            finally:
+                for server in release.servers.values():
+                    server.process.kill()
+                    server.process.wait()
+                envoy.terminate()
+                envoy.wait(20)
+
+
+def get(url: str) -> tuple[int, str]:
+    """Status and text of a page."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses on any address now."""
+    sockets = [socket.create_server(("0.0.0.0", 0)) for _ in range(count)]
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports
