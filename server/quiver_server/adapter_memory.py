@@ -25,13 +25,7 @@ _DRAIN_AFTER_SECONDS = 3.0  # how long before one of these adapters gets no new 
 class _Wish:
     """An adapter that waits for room."""
 
-    entry: Entry
     since_seconds: float
-
-    def urgency(self, now_seconds: float) -> tuple[bool, int, float]:
-        """The least is next: who waits too long, then who brings the most requests, then who came first."""
-        is_overdue = now_seconds - self.since_seconds > _DRAIN_AFTER_SECONDS
-        return not is_overdue, -self.entry.num_waiting, self.since_seconds
 
 
 class AdapterMemory:
@@ -43,8 +37,7 @@ class AdapterMemory:
         self._metrics = metrics
         self._ageing = Ageing()
         self._entries: dict[int, Entry] = {}  # by slot, those that can still be asked for
-        self._wishes: list[_Wish] = []
-        self._placing = asyncio.Lock()
+        self._wishes: list[_Wish] = []  # first come, first served
         self._changed = asyncio.Condition()
         self.num_changes = 0  # so that nobody who looks, then waits, misses one
 
@@ -63,13 +56,12 @@ class AdapterMemory:
 
         read_seconds: what reading it again would take. Raises BusyError when there is no room for too long.
         """
-        async with self._wish(entry) as wish:
+        async with self._wish() as wish:
             while True:
                 num_changes = self.num_changes
-                async with self._placing:
-                    slots = self._room_for(weights) if self._is_next(wish) else None
-                    if slots is not None:
-                        return await self._clear_and_insert(entry, weights, slots, read_seconds)
+                slots = self._room_for(weights) if self._is_next(wish) else None
+                if slots is not None:
+                    return await self._clear_and_insert(entry, weights, slots, read_seconds)
                 await self._wait(wish, self._banks.num_bytes(weights), num_changes)
 
     def lease(self, resident: Resident) -> None:
@@ -104,8 +96,8 @@ class AdapterMemory:
             self._changed.notify_all()
 
     @asynccontextmanager
-    async def _wish(self, entry: Entry) -> AsyncGenerator[_Wish]:
-        wish = _Wish(entry, time.monotonic())
+    async def _wish(self) -> AsyncGenerator[_Wish]:
+        wish = _Wish(time.monotonic())
         self._wishes.append(wish)
         try:
             yield wish
@@ -116,8 +108,7 @@ class AdapterMemory:
             await self.notify()
 
     def _is_next(self, wish: _Wish) -> bool:
-        now = time.monotonic()
-        return min(self._wishes, key=lambda other: other.urgency(now)) is wish
+        return self._wishes[0] is wish
 
     def _room_for(self, weights: AdapterWeights) -> list[int] | None:
         """The slots that must be cleared for it, or None."""
@@ -143,7 +134,7 @@ class AdapterMemory:
             self._evict(self._entries[slot])
         started = time.monotonic()
         slot = await asyncio.get_running_loop().run_in_executor(self._thread, self._banks.insert, weights)
-        assert slot is not None, "room was made, and nobody else places anything meanwhile"
+        assert slot is not None, "room was made, and only the first in line places anything"
         resident = Resident(
             entry.id,
             weights.revision,
