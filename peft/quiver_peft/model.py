@@ -62,6 +62,8 @@ class Model(nn.Module, Generic[BaseT]):
     def load_adapters(self, folder: str | Path) -> None:
         """Freeze the base and put the adapter of an artefact on it; its configuration comes with it.
 
+        folder: what `read_adapter` reads; a NeMo 1.x archive or an AdapterHub pickle is named by the file itself.
+
         Raises AdapterError or BaseMismatchError; the model is then as it was.
         """
         self._set(Adapter.from_weights(self.base, read_adapter(folder, self.base)))

@@ -82,6 +82,12 @@ def export(context: typer.Context) -> None:
     raise typer.Exit(run_room("export", context.args))
 
 
+@app.command(name="import", context_settings=_PASS_THROUGH)
+def import_(context: typer.Context) -> None:
+    """Write an adapter made elsewhere, a NeMo archive for one, as a folder to serve."""
+    raise typer.Exit(run_room("import", context.args))
+
+
 @app.command(context_settings=_PASS_THROUGH)
 def serve(context: typer.Context) -> None:
     """Serve a base model and its adapters over gRPC."""

@@ -1,4 +1,4 @@
-"""Hands `quiver serve`, `train`, `predict`, `merge` and `export` to the packages that implement them.
+"""Hands `quiver serve`, `train`, `predict`, `merge`, `export` and `import` to the packages that implement them.
 
 Standard library only: the server installs its SIGTERM handler in `quiver_server.main`, and nothing slow may
 be imported before it.
@@ -22,6 +22,7 @@ ROOMS = {
     "predict": Room("quiver_trainer.predict_cli", "trainer"),
     "merge": Room("quiver_trainer.merge_cli", "trainer"),
     "export": Room("quiver_trainer.export_cli", "trainer"),
+    "import": Room("quiver_trainer.import_cli", "trainer"),
 }
 
 

@@ -41,7 +41,18 @@ def _succeeds(run: subprocess.CompletedProcess[str]) -> str:
 def test_help_names_every_command_and_shows_examples() -> None:
     text = _succeeds(_quiver("--help"))
 
-    for command in ("train", "predict", "merge", "export", "serve", "generate", "adapters", "model", "health"):
+    for command in (
+        "train",
+        "predict",
+        "merge",
+        "export",
+        "import",
+        "serve",
+        "generate",
+        "adapters",
+        "model",
+        "health",
+    ):
         assert f" {command} " in text
     assert 'quiver generate "Where is my order?" --adapter routing' in text
 

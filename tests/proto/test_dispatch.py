@@ -46,6 +46,7 @@ def _quiver(folder: Path, *arguments: str, only_standard_library: bool = False) 
         ("predict", "quiver_trainer.predict_cli"),
         ("merge", "quiver_trainer.merge_cli"),
         ("export", "quiver_trainer.export_cli"),
+        ("import", "quiver_trainer.import_cli"),
     ],
 )
 def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Path, command: str, module: str) -> None:
@@ -60,7 +61,7 @@ def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("command", "extra"),
-    [("serve", "server"), *((command, "trainer") for command in ("train", "predict", "merge", "export"))],
+    [("serve", "server"), *((command, "trainer") for command in ("train", "predict", "merge", "export", "import"))],
 )
 def test_a_package_that_is_not_installed_is_named_with_the_cure(tmp_path: Path, command: str, extra: str) -> None:
     run = _quiver(tmp_path, command, "--help", only_standard_library=True)

@@ -1,4 +1,4 @@
-"""What `quiver merge` and `quiver export` share: base, adapter and output on the command line, and the exit codes."""
+"""What `quiver merge`, `export` and `import` share: base, adapter and output on the command line, the exit codes."""
 
 import argparse
 import sys
@@ -17,7 +17,9 @@ def run_on_adapter(name: str, description: str, action: Callable[[Path, Path, Pa
         prog=f"quiver {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of the base")
-    parser.add_argument("--adapter", type=Path, required=True, metavar="FOLDER", help="adapter folder")
+    parser.add_argument(
+        "--adapter", type=Path, required=True, metavar="PATH", help="adapter folder, or the .nemo or .bin file itself"
+    )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; must not be there yet")
     try:
         options = parser.parse_args(argv)

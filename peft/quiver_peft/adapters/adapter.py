@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from quiver_peft.adapters.bottleneck import BottleneckModule, CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.bottleneck import CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.bottleneck_module import BottleneckModule
 from quiver_peft.adapters.configs import METHOD_ORDER, PEFTConfig
 from quiver_peft.adapters.ia3 import IA3Module, IA3PEFTConfig
 from quiver_peft.adapters.lora import LoraModule, LoraPEFTConfig
@@ -143,7 +144,7 @@ def _module_of(base: Base, config: PEFTConfig, weights: AdapterWeights) -> AnyMe
     if isinstance(config, IA3PEFTConfig):
         return IA3Module.from_weights(config, weights.ia3)
     if isinstance(config, CanonicalAdaptersPEFTConfig):
-        return BottleneckModule.from_weights(config, weights.bottlenecks)
+        return BottleneckModule.from_weights(base, config, weights.bottlenecks)
     if isinstance(config, PrefixPEFTConfig):
         assert weights.prefix is not None
         return PrefixModule.from_weights(config, weights.prefix, base.config)

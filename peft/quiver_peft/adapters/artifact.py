@@ -8,18 +8,12 @@ The revision is the SHA-256 of the first two files: the same bytes are the same 
 """
 
 import hashlib
-import io
 import json
-import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -30,6 +24,8 @@ from quiver_peft.adapters.configs import PEFTConfig
 from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.adapters.formats import read_methods, write_methods
 from quiver_peft.adapters.lora import LoraPEFTConfig
+from quiver_peft.adapters.nemo import read_nemo
+from quiver_peft.adapters.tensor_files import parse_safetensors, require_finite, unpickle_tensors
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
@@ -79,9 +75,11 @@ def save_adapter(
 def read_adapter(folder: str | Path, base: Base, tokenizer_digest: str = "") -> AdapterWeights:
     """Read and validate an adapter for `base`. Raises AdapterError; BaseMismatchError when it belongs to another.
 
-    folder: ours, Hugging Face PEFT's, or AdapterHub's; of the latter also its pickle, when it is the file itself that
-    is named (it is read as tensors alone, never as code).
+    folder: ours, Hugging Face PEFT's, or AdapterHub's; of the latter also its pickle, and NeMo 1.x's `.nemo` archive,
+    when it is the file itself that is named (they are read as tensors alone, never as code).
     """
+    if Path(folder).suffix == ".nemo":
+        return read_nemo(Path(folder), base)
     path, weights_path = _locate(Path(folder))
     config_bytes, weights_bytes = _read_bytes(path / CONFIG_FILE), _read_bytes(weights_path)
     revision = _revision(config_bytes, weights_bytes)
@@ -119,7 +117,7 @@ def _locate(path: Path) -> tuple[Path, Path]:
     for name in (WEIGHTS_FILE, HUB_WEIGHTS_FILE):
         if (path / name).is_file():
             return path, path / name
-    if pickles := sorted(path.glob("*.bin")):
+    if pickles := sorted([*path.glob("*.bin"), *path.glob("*.nemo")]):
         raise AdapterError(
             f"{path}: holds its tensors only as the pickle {pickles[0].name}, which is not read unless that file "
             "itself is named; better save it again as safetensors"
@@ -153,38 +151,9 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    tensors = _unpickle(path, data) if path.suffix == ".bin" else _parse_safetensors(path, data)
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{path}: tensor {name!r} has type {tensor.dtype}; adapter weights are floating point")
-        if not _is_finite(tensor):
-            raise AdapterError(f"{path}: tensor {name!r} holds a value that is not finite")
+    tensors = (unpickle_tensors if path.suffix == ".bin" else parse_safetensors)(path, data)
+    require_finite(path, tensors)
     return tensors
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """In one pass: a NaN would be both extremes."""
-    return not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.float()))
-
-
-def _parse_safetensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    try:
-        return load_tensors(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise AdapterError(f"{path}: not a whole safetensors file: {error}") from None
-
-
-def _unpickle(path: Path, data: bytes) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about a pickle's protocol
-            found: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a malformed pickle may raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise AdapterError(f"{path}: not a pickle of tensors alone: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise AdapterError(f"{path}: must hold tensors by name")
-    return found  # pyright: ignore[reportUnknownVariableType]
 
 
 def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: Base, tokenizer_digest: str) -> None:

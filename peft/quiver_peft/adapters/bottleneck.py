@@ -1,4 +1,4 @@
-"""Canonical adapters (Houlsby et al. 2019; NeMo 1.x `CanonicalAdaptersPEFTConfig`): a bottleneck after sub-layers.
+"""Canonical adapters (Houlsby et al. 2019; NeMo 1.x `CanonicalAdaptersPEFTConfig`): what they are and where.
 
     a [*, D] ── norm ── down ── [*, R] ── act ── up ── [*, D]
     a' = a + up(act(down(norm(a))))
@@ -9,27 +9,17 @@ Shapes: * any leading dimensions, D hidden size, R width of the bottleneck.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from quiver_peft.adapters.lora import host_copy
-from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.targets import require_layers
 from quiver_peft.base.base import Base
-from quiver_peft.base.sites import Site
+from quiver_peft.base.sites import Linear, Site
 from quiver_peft.errors import AdapterError
-from quiver_peft.kernels.grouped_bottleneck import (
-    Activation,
-    BottleneckAtSite,
-    NormPosition,
-    Source,
-    bottleneck_delta,
-)
+from quiver_peft.kernels.grouped_bottleneck import Activation, BottleneckAtSite, NormPosition, Source
 
 PLACES = ("attention", "mlp")
 _ALL_PLACES = (*PLACES, "cross_attention")
@@ -37,8 +27,10 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "norm_position": ("pre", "post", None),
     "column_init_method": ("xavier", "normal", "kaiming", "zero"),
     "activation": ("swish", "relu", "gelu", "gelu_tanh"),
-    "source": ("output", "sum", "residual"),
+    "source": ("output", "output_before_bias", "sum", "residual"),
 }
+# The linear that a sub-layer ends with, whose bias is in the sub-layer's output.
+_LAST_LINEARS = {"attention": "attention.out", "cross_attention": "cross_attention.out", "mlp": "mlp.down"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,8 @@ class CanonicalAdaptersPEFTConfig:
     weight_tying: one bottleneck for all layers (of each place). layer_selection: numbers of layers, from 1; None: all.
     places: after which sub-layers; T5's "cross_attention" is not among the defaults, as in NeMo and AdapterHub.
     bias: of both linears. scale: on what is added.
-    source: what enters: the sub-layer's output, its sum with the residual (Pfeiffer), the residual alone (parallel).
+    source: what enters: the sub-layer's output, or that without the bias of its last linear (NeMo; the same in bases
+        without such biases), its sum with the residual (Pfeiffer), the residual alone (parallel).
     """
 
     adapter_dim: int = 32
@@ -122,8 +115,10 @@ def bottleneck_shapes(config: CanonicalAdaptersPEFTConfig, hidden_size: int) -> 
     return shapes
 
 
-def at_site(config: CanonicalAdaptersPEFTConfig, tensors: dict[str, Tensor]) -> BottleneckAtSite:
-    """A bottleneck of `config` from its tensors by name."""
+def at_site(
+    config: CanonicalAdaptersPEFTConfig, tensors: Mapping[str, Tensor], out_bias: Tensor | None
+) -> BottleneckAtSite:
+    """A bottleneck of `config` from its tensors by name. out_bias: see `OutBiases`."""
     return BottleneckAtSite(
         tensors["down.weight"],
         tensors["up.weight"],
@@ -135,7 +130,22 @@ def at_site(config: CanonicalAdaptersPEFTConfig, tensors: dict[str, Tensor]) -> 
         config.activation,
         config.scale,
         config.source,
+        out_bias,
     )
+
+
+class OutBiases:
+    """The bias in each sub-layer's output, where a configuration wants it left out of what enters a bottleneck."""
+
+    def __init__(self, base: Base, config: CanonicalAdaptersPEFTConfig) -> None:
+        wanted = config.source == "output_before_bias"
+        self._linears: dict[str, Linear] = {linear.site.name: linear for linear in base.linears()} if wanted else {}
+
+    def of(self, site: str) -> Tensor | None:
+        """[D], where the base keeps it; None where there is none to leave out."""
+        prefix, dot, kind = site.rpartition(".")
+        linear = self._linears.get(prefix + dot + _LAST_LINEARS[kind])
+        return None if linear is None or linear.bias is None else linear.bias.detach()
 
 
 def bottleneck_sites(base: Base, config: CanonicalAdaptersPEFTConfig) -> list[Site]:
@@ -149,99 +159,6 @@ def bottleneck_sites(base: Base, config: CanonicalAdaptersPEFTConfig) -> list[Si
     return [site for site in base.sublayers if site.layer in layers and site.kind in config.places]
 
 
-class Bottleneck(nn.Module):
-    """One trainable bottleneck. It starts adding nothing: `up`, or what a norm after it scales, is zero."""
-
-    def __init__(self, config: CanonicalAdaptersPEFTConfig, hidden_size: int) -> None:
-        super().__init__()
-        self.config = config
-        shapes = bottleneck_shapes(config, hidden_size)
-        self.values = nn.ParameterDict({_key(name): torch.zeros(shape) for name, shape in shapes.items()})
-        _initialise(self.values["down_weight"], config.column_init_method)
-        if config.norm_position is not None:
-            nn.init.ones_(self.values["norm_weight"])
-
-    def named_values(self) -> dict[str, Tensor]:
-        """{name as on disk: parameter}."""
-        return {key.replace("_", "."): value for key, value in self.values.items()}
-
-    def forward(self, out: Tensor, residual: Tensor) -> Tensor:
-        """out, residual: [*, D] -> [*, D]."""
-        delta = bottleneck_delta(at_site(self.config, self.named_values()), out, residual)
-        if self.training and self.config.adapter_dropout:
-            delta = F.dropout(delta, self.config.adapter_dropout)
-        return out + delta.to(out.dtype)
-
-
-class BottleneckModule(Method):
-    """Trainable canonical adapters of one adapter, all sites."""
-
-    name = "canonical"
-
-    def __init__(self, config: CanonicalAdaptersPEFTConfig, bottlenecks: dict[str, Bottleneck]) -> None:
-        super().__init__()
-        self.config = config
-        # Tied bottlenecks are there once; a list with repetitions keeps parameters unique all the same.
-        self.bottlenecks = nn.ModuleList(dict.fromkeys(bottlenecks.values()))
-        self._by_site = bottlenecks
-
-    @classmethod
-    def create(cls, base: Base, config: CanonicalAdaptersPEFTConfig) -> Self:
-        """Fresh bottlenecks. Raises AdapterError."""
-        hidden_size = base.config.hidden_size
-        found: dict[str, Bottleneck] = {}
-        tied: dict[str, Bottleneck] = {}
-        for site in bottleneck_sites(base, config):
-            new = Bottleneck(config, hidden_size)
-            found[site.name] = tied.setdefault(_place(site.name), new) if config.weight_tying else new
-        return cls(config, found)
-
-    @classmethod
-    def from_weights(cls, config: CanonicalAdaptersPEFTConfig, weights: Sequence[BottleneckWeights]) -> Self:
-        """The trainable form of weights read from disk; tied ones stay tied."""
-        found: dict[str, Bottleneck] = {}
-        tied: dict[str, Bottleneck] = {}
-        for item in weights:
-            place = _place(item.site)
-            if config.weight_tying and place in tied:
-                found[item.site] = tied[place]
-                continue
-            bottleneck = Bottleneck(config, item.at_site.up.shape[0])
-            for name, tensor in item.tensors().items():
-                bottleneck.values[_key(name)].data.copy_(tensor)
-            found[item.site] = tied[place] = bottleneck
-        return cls(config, found)
-
-    def weights(self) -> list[BottleneckWeights]:
-        """A detached fp32 copy on the host, one entry for each site."""
-        return [
-            BottleneckWeights(
-                site,
-                at_site(self.config, {name: host_copy(v) for name, v in bottleneck.named_values().items()}),
-            )
-            for site, bottleneck in self._by_site.items()
-        ]
-
-    def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
-        """out, residual: [*, D] -> [*, D]."""
-        bottleneck = self._by_site.get(site.name)
-        return out if bottleneck is None else bottleneck(out, residual)
-
-
-def _place(site: str) -> str:
+def place_of(site: str) -> str:
     """A site's name without the layer: those with one name share a tied bottleneck."""
     return re.sub(r"layers\.\d+", "layers", site)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "_")  # a ParameterDict's keys hold no dots
-
-
-def _initialise(weight: Tensor, method: str) -> None:
-    """NeMo's initialisations of the way down."""
-    if method == "xavier":
-        nn.init.xavier_normal_(weight)
-    elif method == "normal":
-        nn.init.normal_(weight, std=0.2)
-    elif method == "kaiming":
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

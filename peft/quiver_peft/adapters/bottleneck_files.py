@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quiver_peft.adapters.bottleneck import (
     BottleneckWeights,
     CanonicalAdaptersPEFTConfig,
+    OutBiases,
     at_site,
     bottleneck_shapes,
     bottleneck_sites,
+    place_of,
 )
+from quiver_peft.adapters.lora import host_copy
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
@@ -69,11 +73,29 @@ def read_bottleneck(
     for name in expected:
         if name not in tensors:
             raise AdapterError(f"adapter_model.safetensors: tensor {name!r} is missing")
-    weights = [
-        BottleneckWeights(site, at_site(found, {name: tensors[f"{site}.{name}"].float() for name in shapes}))
-        for site in sites
-    ]
-    return found, tuple(weights)
+    if found.weight_tying and not are_tied(tensors):
+        raise AdapterError("adapter_model.safetensors: weight_tying is set, but the layers' bottlenecks differ")
+    return found, tuple(bottleneck_weights(base, found, tensors))
+
+
+def are_tied(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all layers hold the same bottleneck at the same place, as `weight_tying` leaves them."""
+    first: dict[str, Tensor] = {}
+    return all(torch.equal(tensor, first.setdefault(place_of(name), tensor)) for name, tensor in tensors.items())
+
+
+def bottleneck_weights(
+    base: Base, config: CanonicalAdaptersPEFTConfig, tensors: Mapping[str, Tensor]
+) -> list[BottleneckWeights]:
+    """The weights of a configuration, every tensor there and well-shaped, by the names given above."""
+    names, out_biases = bottleneck_shapes(config, base.config.hidden_size), OutBiases(base, config)
+    found: list[BottleneckWeights] = []
+    for site in (site.name for site in bottleneck_sites(base, config)):
+        out_bias = out_biases.of(site)
+        out_bias = None if out_bias is None else host_copy(out_bias)
+        values = {name: tensors[f"{site}.{name}"].float() for name in names}
+        found.append(BottleneckWeights(site, at_site(config, values, out_bias)))
+    return found
 
 
 def _read_config(config: Mapping[str, Any]) -> CanonicalAdaptersPEFTConfig:

@@ -59,7 +59,7 @@ def num_elements(weights: AdapterWeights) -> int:
     for scale in weights.scales.values():
         total += _size(scale.in_scale) + sum(_size(out.scale) + _size(out.shift) for out in scale.out)
     for item in weights.bottlenecks:
-        total += sum(_size(tensor) for tensor in item.tensors().values())
+        total += sum(_size(tensor) for tensor in item.tensors().values()) + _size(item.at_site.out_bias)
     if weights.prompt is not None:
         total += weights.prompt.table.numel()
     if weights.prefix is not None:
@@ -127,4 +127,5 @@ def _place_bottleneck(item: BottleneckWeights, cursor: _Cursor) -> BottleneckAtS
         up_bias=cursor.put_optional(weights.up_bias),
         norm_weight=cursor.put_optional(weights.norm_weight),
         norm_bias=cursor.put_optional(weights.norm_bias),
+        out_bias=cursor.put_optional(weights.out_bias),
     )

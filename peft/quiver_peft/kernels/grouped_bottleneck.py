@@ -11,14 +11,15 @@ NORM_EPS = 1e-5
 
 NormPosition = Literal["pre", "post"]
 Activation = Literal["swish", "relu", "gelu", "gelu_tanh"]
-Source = Literal["output", "sum", "residual"]
+Source = Literal["output", "output_before_bias", "sum", "residual"]
 
 
 class BottleneckAtSite(NamedTuple):
     """One adapter's bottleneck after one sub-layer: out + scale · up(act(down(u))), a LayerNorm on u or on the result.
 
     down: [R, D], up: [D, R], their biases [R] and [D] or None, norm weight and bias: [D] or None.
-    source: what u is: the sub-layer's output, its sum with the residual, or the residual alone.
+    source: what u is: the sub-layer's output, that less `out_bias` ([D]; None: nothing), its sum with the residual, or
+        the residual alone.
     """
 
     down: Tensor
@@ -31,6 +32,7 @@ class BottleneckAtSite(NamedTuple):
     activation: Activation
     scale: float
     source: Source
+    out_bias: Tensor | None = None
 
 
 class BottleneckSegment(NamedTuple):
@@ -44,8 +46,10 @@ class BottleneckSegment(NamedTuple):
 def bottleneck_delta(bottleneck: BottleneckAtSite, out: Tensor, residual: Tensor) -> Tensor:
     """What the bottleneck adds to the sub-layer's output. out, residual: [*, D] -> [*, D], in the weights' type."""
     source = bottleneck.source
-    u = out if source == "output" else residual if source == "residual" else out + residual
+    u = residual if source == "residual" else out + residual if source == "sum" else out
     u = u.to(bottleneck.down.dtype)
+    if bottleneck.out_bias is not None:
+        u = u - bottleneck.out_bias
     if bottleneck.norm_position == "pre":
         u = F.layer_norm(u, u.shape[-1:], bottleneck.norm_weight, bottleneck.norm_bias, NORM_EPS)
     inner = _activate(bottleneck.activation, F.linear(u, bottleneck.down, bottleneck.down_bias))

@@ -35,6 +35,9 @@ METHODS: dict[str, Any] = {
     "canonical, tied": CanonicalAdaptersPEFTConfig(adapter_dim=5, weight_tying=True, layer_selection=[1, 2]),
     "canonical, Pfeiffer": CanonicalAdaptersPEFTConfig(adapter_dim=5, places=["mlp"], source="sum", scale=0.5),
     "canonical, parallel": CanonicalAdaptersPEFTConfig(adapter_dim=5, source="residual", scale=4.0),
+    "canonical, before bias": CanonicalAdaptersPEFTConfig(
+        adapter_dim=5, weight_tying=True, source="output_before_bias"
+    ),
     "ptuning": _PTUNING,
     "ptuning, lstm": PtuningPEFTConfig(virtual_tokens=2, encoder="lstm", encoder_hidden_size=8),
     "prompt": PromptTuningPEFTConfig(virtual_tokens=6),

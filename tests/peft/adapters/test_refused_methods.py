@@ -31,6 +31,7 @@ MADE: dict[str, Any] = {
     "prompt": PromptTuningPEFTConfig(virtual_tokens=4),
     "prefix": PrefixPEFTConfig(virtual_tokens=4),
     "canonical": CanonicalAdaptersPEFTConfig(adapter_dim=4),
+    "tied": CanonicalAdaptersPEFTConfig(adapter_dim=4, weight_tying=True),
     "both": [LoraPEFTConfig(adapter_dim=2), IA3PEFTConfig()],
 }
 
@@ -89,6 +90,7 @@ TENSOR_FAULTS: list[tuple[str, Callable[[dict[str, Tensor]], object], str]] = [
         _put("layers.1.mlp.up.weight", 64, 5),
         r"'layers.1.mlp.up.weight' has shape \[64, 5\], not \[64, 4\]",
     ),
+    ("tied", lambda tensors: tensors["layers.1.mlp.up.weight"].add_(1), "weight_tying is set, but the layers' bott"),
     ("both", _pop("0.self_attn.k_proj.ia3_l"), "method 'ia3': .*ia3_l of .* is missing"),
     ("both", _pop("0.self_attn.q_proj.lora_A.weight"), "method 'lora': .*lora_A and lora_B of .* must both be there"),
     ("both", _put("ptuning.prompt_embeddings", 4, 64), "'ptuning.prompt_embeddings' belongs to no method of adapter_c"),

@@ -51,7 +51,10 @@ def activated(kind: str, x: Tensor) -> Tensor:
 
 def by_hand(bottleneck: BottleneckAtSite, out: Tensor, residual: Tensor) -> Tensor:
     """One row."""
-    u = {"output": out, "residual": residual, "sum": out + residual}[bottleneck.source]
+    u = {"residual": residual, "sum": out + residual}.get(bottleneck.source, out)
+    if bottleneck.source == "output_before_bias":
+        assert bottleneck.out_bias is not None
+        u = u - bottleneck.out_bias
     if bottleneck.norm_position == "pre":
         u = norm(u, bottleneck)
     inner = bottleneck.down @ u
@@ -73,6 +76,7 @@ CHOICES: list[dict[str, Any]] = [
     {"norm_position": "post", "activation": "gelu_tanh", "scale": 0.5},
     {"source": "sum", "bias": True},
     {"source": "residual", "scale": 4.0},
+    {"source": "output_before_bias", "out_bias": torch.linspace(-3, 3, HIDDEN), "norm_position": "pre"},
 ]
 
 

@@ -15,22 +15,27 @@ from quiver_peft.kernels.triton.tiles import Tiles
 
 FIELDS = tl.constexpr(BOTTLENECK_FIELDS)
 PRE, POST = tl.constexpr(NORMS.index("pre")), tl.constexpr(NORMS.index("post"))
-OUTPUT, RESIDUAL = tl.constexpr(SOURCES.index("output")), tl.constexpr(SOURCES.index("residual"))
+SUM, RESIDUAL = tl.constexpr(SOURCES.index("sum")), tl.constexpr(SOURCES.index("residual"))
 SWISH, RELU = tl.constexpr(ACTIVATIONS.index("swish")), tl.constexpr(ACTIVATIONS.index("relu"))
 GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
 EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
-def _source(out, residual, source, rows, columns, mask, hidden_size, TYPE: tl.constexpr):
+def _source(out, residual, arena, record, rows, columns, mask, hidden_size):
     """What the bottleneck reads, in the weights' type, then fp32."""
+    source, out_bias = tl.load(record + 9), tl.load(record + 11)
     at = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
     u = tl.zeros(at.shape, tl.float32)
     if source != RESIDUAL:
         u += tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
-    if source != OUTPUT:
+    if (source == SUM) | (source == RESIDUAL):
         u += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    return u.to(TYPE).to(tl.float32)
+    u = u.to(arena.dtype.element_ty).to(tl.float32)
+    if out_bias >= 0:
+        left_out = tl.load(arena + out_bias + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)
+        u = (u - left_out[None, :]).to(arena.dtype.element_ty).to(tl.float32)
+    return u
 
 
 @triton.jit
@@ -77,7 +82,6 @@ def bottleneck_down_kernel(
     record = table + tl.load(tile).to(tl.int64) * FIELDS
     rank = tl.load(record).to(tl.int32)
     if first_rank < rank:
-        source = tl.load(record + 9)
         is_normed = tl.load(record + 7) == PRE
         rows = tl.load(tile + 1) + tl.arange(0, BLOCK_M)
         is_row = tl.arange(0, BLOCK_M) < tl.load(tile + 2)
@@ -88,14 +92,14 @@ def bottleneck_down_kernel(
             for block in range(0, hidden_size, BLOCK_K):
                 inputs = block + tl.arange(0, BLOCK_K)
                 mask = is_row[:, None] & (inputs < hidden_size)[None, :]
-                u = _source(out, residual, source, rows, inputs, mask, hidden_size, arena.dtype.element_ty)
+                u = _source(out, residual, arena, record, rows, inputs, mask, hidden_size)
                 total += tl.sum(u, axis=1)
             mean = total / hidden_size
             squares = tl.zeros((BLOCK_M,), tl.float32)
             for block in range(0, hidden_size, BLOCK_K):
                 inputs = block + tl.arange(0, BLOCK_K)
                 mask = is_row[:, None] & (inputs < hidden_size)[None, :]
-                u = _source(out, residual, source, rows, inputs, mask, hidden_size, arena.dtype.element_ty)
+                u = _source(out, residual, arena, record, rows, inputs, mask, hidden_size)
                 centred = tl.where(mask, u - mean[:, None], 0.0)
                 squares += tl.sum(centred * centred, axis=1)
             rstd = 1.0 / tl.sqrt(squares / hidden_size + EPS)
@@ -105,7 +109,7 @@ def bottleneck_down_kernel(
             inputs = plane * PLANE + block + tl.arange(0, BLOCK_K)
             is_input = inputs < hidden_size
             mask = is_row[:, None] & is_input[None, :]
-            u = _source(out, residual, source, rows, inputs, mask, hidden_size, arena.dtype.element_ty)
+            u = _source(out, residual, arena, record, rows, inputs, mask, hidden_size)
             if is_normed:
                 weight = tl.load(arena + tl.load(record + 5) + inputs, mask=is_input, other=0.0).to(tl.float32)
                 bias = tl.load(arena + tl.load(record + 6) + inputs, mask=is_input, other=0.0).to(tl.float32)

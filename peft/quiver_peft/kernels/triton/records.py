@@ -21,12 +21,13 @@ LORA_FIELDS = LORA_HEAD + LORA_EXPAND * MAX_EXPANDS
 # whether the input is scaled, by what, number of output scales; for each: first and last output, scale, shift
 SCALE_HEAD, SCALE_OUT = 3, 4
 SCALE_FIELDS = SCALE_HEAD + SCALE_OUT * MAX_SCALES
-# rank, down, up, their biases, norm weight and bias, norm position, activation, source, scale as bits of a float
-BOTTLENECK_FIELDS = 11
+# rank, down, up, their biases, norm weight and bias, norm position, activation, source, scale as bits of a
+# float, the bias to leave out of the source
+BOTTLENECK_FIELDS = 12
 
 NORMS = (None, "pre", "post")
 ACTIVATIONS = ("swish", "relu", "gelu", "gelu_tanh")
-SOURCES = ("output", "sum", "residual")
+SOURCES = ("output", "output_before_bias", "sum", "residual")
 
 
 def lora_record(lora: LoraAtSite) -> list[int]:
@@ -64,6 +65,7 @@ def bottleneck_record(bottleneck: BottleneckAtSite) -> list[int]:
         ACTIVATIONS.index(bottleneck.activation),
         SOURCES.index(bottleneck.source),
         struct.unpack("i", struct.pack("f", bottleneck.scale))[0],
+        _offset(bottleneck.out_bias),
     ]
 
 

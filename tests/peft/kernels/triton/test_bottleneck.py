@@ -35,6 +35,7 @@ def make(
         activation,
         0.5 + rank / 10,
         source,
+        memory.take(size) if source == "output_before_bias" else None,
     )
 
 
@@ -80,7 +81,7 @@ def test_every_norm_source_and_activation(is_many: bool, device: torch.device) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_sizes_of_several_planes(dtype: torch.dtype, device: torch.device) -> None:
-    memory = Memory(dtype, device, 400_000)
+    memory = Memory(dtype, device, 500_000)
     adapters = every_choice(memory, 1100)
     out, residual = (torch.randn(14, 1100, device=device).to(dtype) for _ in range(2))
     groups = random_groups(14, len(adapters), seed=3)
