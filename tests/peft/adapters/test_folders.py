@@ -87,7 +87,10 @@ def test_a_killed_writer_leaves_one_whole_revision(tmp_path: Path) -> None:
     target, delays = tmp_path / "adapter", random.Random(0)
     revisions: set[bytes] = set()
     num_leftovers = 0
-    for _ in range(40):
+    for attempt in range(400):
+        # Killed at many different moments, some of them in the middle of a replacement; a busy machine needs longer.
+        if attempt >= 40 and len(revisions) > 10 and num_leftovers > 0:
+            break
         _kill_after([_WRITER, str(folders.__file__), str(target)], delays.uniform(0.0, 0.02))
         found = content(target)
         assert len(found) == 5
@@ -98,7 +101,6 @@ def test_a_killed_writer_leaves_one_whole_revision(tmp_path: Path) -> None:
         leftovers = [path.name for path in tmp_path.iterdir() if path != target]
         assert all(name.startswith(".adapter-") for name in leftovers), "whoever lists adapters skips dot names"
         num_leftovers += len(leftovers) > 0
-    # The writers were killed at many different moments, some of them in the middle of a replacement.
     assert len(revisions) > 10
     assert num_leftovers > 0
 
