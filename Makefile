@@ -70,7 +70,7 @@ proto: setup  ## Regenerate the committed gRPC stubs.
 	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto \
 	  --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/quiver/v1/*.proto
 
-demo-base: setup  ## Make the bundled demo base from nothing (about 18 minutes; the repository holds the result).
+demo-base: setup  ## Make the bundled demo base from nothing (about half an hour; the repository holds the result).
 	$(BIN)/python -m quiver_trainer.demo.pretrain$(subst -,_,$(SUFFIX)) trainer/demo/base$(SUFFIX)
 
 clean:  ## Remove the virtual environment and all that was made.

@@ -1,13 +1,18 @@
 """The learning rate from step to step, what decays, and what a run prints where there is no terminal."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from quiver_peft import GPT, LoraPEFTConfig, PrefixPEFTConfig, PromptTuningPEFTConfig, PtuningPEFTConfig
+from quiver_peft.adapters.configs import PEFTConfig
 from quiver_trainer import OptimiserSection, ScheduleSection
-from quiver_trainer.optimiser import learning_rate, make_optimiser, set_learning_rate
+from quiver_trainer.loop import trainable
+from quiver_trainer.method_config import METHOD_SECTIONS
+from quiver_trainer.optimiser import learning_rate, make_optimiser, peak_rate, set_learning_rate
 from quiver_trainer.progress import Progress, ValidationRecord, record_interval
 from quiver_trainer.report import Reporter
 
@@ -27,13 +32,35 @@ def test_a_constant_rate_is_constant() -> None:
 
 def test_only_matrices_decay() -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimiser = make_optimiser([matrix, vector], OptimiserSection(weight_decay=0.5))
+    optimiser = make_optimiser({"a": matrix, "b": vector}, OptimiserSection(weight_decay=0.5), 1.0)
     set_learning_rate(optimiser, 0.1)
     for parameter in (matrix, vector):
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
     assert matrix.tolist() == [[pytest.approx(0.95)] * 2] * 2
     assert vector.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("config", [PromptTuningPEFTConfig(2), PtuningPEFTConfig(2), PrefixPEFTConfig(2)])
+def test_virtual_tokens_do_not_decay(config: PEFTConfig, base_folder: Path) -> None:
+    model = GPT.from_pretrained(base_folder)
+    model.add_adapter([config, LoraPEFTConfig(adapter_dim=2)])
+    optimiser = make_optimiser(trainable(model), OptimiserSection(weight_decay=0.5), 1.0)
+    decayed, kept = ([id(p) for p in group["params"]] for group in optimiser.param_groups)
+    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.5, 0.0]
+    (rows,) = (id(p) for name, p in model.named_parameters() if name.endswith("encoder.embedding"))
+    assert rows in kept and rows not in decayed and len(decayed) > 2
+
+
+def test_a_rate_that_is_not_set_suits_the_most_delicate_method() -> None:
+    unset = OptimiserSection()
+    rates = {method: peak_rate(unset, [method]) for method in METHOD_SECTIONS}
+    assert rates == {
+        "lora": 2e-4, "canonical": 2e-4, "ptuning": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt_tuning": 3e-2
+    }  # fmt: skip
+    assert peak_rate(unset, ["prefix", "ia3"]) == 5e-3 and peak_rate(unset, ["prompt_tuning", "lora"]) == 2e-4
+    assert peak_rate(unset, []) == 2e-4
+    assert peak_rate(OptimiserSection(learning_rate=0.5), ["lora"]) == 0.5
 
 
 def test_progress_comes_back_from_json_bit_for_bit() -> None:

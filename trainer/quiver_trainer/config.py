@@ -30,8 +30,15 @@ class DataSection(Section):
 class OptimiserSection(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    learning_rate: float = Field(default=2e-4, gt=0, description="the peak of the schedule")
-    weight_decay: float = Field(default=0.01, ge=0, description="for matrices; norms and biases are not decayed")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="the peak of the schedule; null: 2e-4, but 1e-3 for ptuning, 5e-3 for ia3, 1e-2 for prefix, 3e-2 "
+        "for prompt_tuning; of several methods the lowest",
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="for matrices; norms, biases and virtual tokens are not decayed"
+    )
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999), description="decay of the two running moments, each in [0, 1)"
     )

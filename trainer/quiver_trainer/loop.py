@@ -16,7 +16,7 @@ from quiver_trainer.config import TrainConfig
 from quiver_trainer.data import Dataset, Sample, spread_evenly
 from quiver_trainer.errors import TrainingError, TrainingInterrupted
 from quiver_trainer.evaluate import completion_loss, exact_match, validation_loss
-from quiver_trainer.optimiser import learning_rate, make_optimiser, set_learning_rate
+from quiver_trainer.optimiser import learning_rate, make_optimiser, peak_rate, set_learning_rate
 from quiver_trainer.progress import Progress, ValidationRecord, record_interval
 from quiver_trainer.report import Reporter
 from quiver_trainer.workplace import Workplace
@@ -53,7 +53,9 @@ class TrainingLoop:
         self._workplace = workplace
         self._reporter = reporter
         self._parameters = trainable(model)
-        self._optimiser = make_optimiser(list(self._parameters.values()), config.optimiser)
+        methods = () if model.adapter is None else model.adapter.configs
+        self._peak_rate = peak_rate(config.optimiser, [method.to_dict()["method"] for method in methods])
+        self._optimiser = make_optimiser(self._parameters, config.optimiser, self._peak_rate)
         self._plan: list[list[int]] = []
         self.num_steps = self._count_steps()
         self.measuring = _what_to_measure(config, validation, self.num_steps)
@@ -113,7 +115,7 @@ class TrainingLoop:
             self._plan = self._plan_epoch(progress.epoch)
         samples = [self._samples[i] for i in self._plan[progress.batch]]
         batch = collate(samples, self._model)
-        rate = learning_rate(progress.step, self.num_steps, self._config.optimiser.learning_rate, self._config.schedule)
+        rate = learning_rate(progress.step, self.num_steps, self._peak_rate, self._config.schedule)
         loss, gradient_norm = self._update(batch, rate)
         seconds = time.perf_counter() - started
         progress.add_step(loss, len(batch.targets), batch.num_tokens, seconds)
@@ -133,7 +135,7 @@ class TrainingLoop:
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise TrainingError(
                 f"step {self.progress.step + 1}: the loss is {loss_value} and its gradient {norm_value}; nothing of "
-                f"this step was kept. Lower optimiser.learning_rate ({self._config.optimiser.learning_rate}), or set "
+                f"this step was kept. Lower optimiser.learning_rate ({self._peak_rate:g}), or set "
                 "optimiser.max_gradient_norm"
             )
         self._optimiser.step()

@@ -51,6 +51,13 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
     assert factors[-1] == pytest.approx(1 / 90)
 
 
+def test_the_second_phase_is_gentler_and_reads_other_text() -> None:
+    first = Recipe(steps=100, instructed_steps=30)
+    second = first.instructed()
+    assert (second.steps, second.copy_steps, second.sequences) == (30, 0, first.sequences // 2)
+    assert second.muon_lr < first.muon_lr and second.adam_lr < first.adam_lr and second.seed != first.seed
+
+
 def test_windows_give_the_whole_stream_once_before_anything_twice() -> None:
     windows = Windows(torch.arange(101), 10, torch.Generator().manual_seed(0))
     rows = torch.cat([windows.take(3), windows.take(7)])
@@ -61,13 +68,26 @@ def test_windows_give_the_whole_stream_once_before_anything_twice() -> None:
 
 @pytest.mark.slow
 def test_a_short_run_makes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
-    make_base(tmp_path, Recipe(steps=3, sequences=2, sequence_tokens=64, warmup_steps=1), 120_000)
+    make_base(
+        tmp_path,
+        Recipe(
+            steps=3,
+            sequences=2,
+            sequence_tokens=64,
+            warmup_steps=1,
+            instructed_steps=2,
+            instructed_characters=60_000,
+            num_set_aside=4,
+        ),
+        120_000,
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)("Ticket from Anna")["input_ids"]])
     base = GPTBase.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.allclose(base.logits(base(tokens)), theirs(tokens).logits, atol=1e-4)
-    assert "seed 7" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "seed 7" in card and "32 instructed tickets; 0% of 4 others" in card
 
 
 def test_the_bundled_base_is_small_and_whole() -> None:

@@ -81,7 +81,20 @@ def test_noise_changes_about_its_share() -> None:
 
 @pytest.mark.slow
 def test_a_short_run_makes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
-    make_base(tmp_path, replace(RECIPE, steps=3, sequences=10, sequence_tokens=64, warmup_steps=1), 120_000)
+    make_base(
+        tmp_path,
+        replace(
+            RECIPE,
+            steps=3,
+            sequences=10,
+            sequence_tokens=64,
+            warmup_steps=1,
+            instructed_steps=2,
+            instructed_characters=60_000,
+            num_set_aside=4,
+        ),
+        120_000,
+    )
     _check_against_transformers(tmp_path)
     assert "make demo-base BASE=t5" in (tmp_path / "README.md").read_text()
 

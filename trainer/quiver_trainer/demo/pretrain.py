@@ -1,8 +1,10 @@
-"""Makes the demo's base: a small Llama, trained from nothing on generated shop texts and Python's own documentation.
+"""Makes the demo's base: a small Llama, trained from nothing on generated shop texts and Python's own documentation,
+then on tickets below an instruction.
 
-Run by `make demo-base`. Seeded: the same machine, Python and torch give the same folder. About 18 minutes on two cores.
+Run by `make demo-base`. Seeded: the same machine, Python and torch give the same folder. About half an hour.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from quiver_peft.base.families import GPT_FAMILIES
 from quiver_peft.base.gpt import GPTBase
+from quiver_peft.model import GPT
 from quiver_trainer.demo.head_start import give_head_start
-from quiver_trainer.demo.pretraining import Recipe, Windows, make_folder, model_card, train
+from quiver_trainer.demo.pretraining import Recipe, Windows, make_folder, model_card
 from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID
 
 HF_CONFIG: dict[str, Any] = {
@@ -55,8 +58,8 @@ def repeated_phrases(stream: Tensor, count: int, length: int, generator: torch.G
     return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.long)
 
 
-def train_base(base: GPTBase, stream: Tensor, recipe: Recipe) -> float:
-    """Next-token prediction on shuffled windows of the stream; returns the final loss."""
+def text_loss(model: GPT, stream: Tensor, recipe: Recipe) -> Callable[[int], Tensor]:
+    """Next-token prediction on shuffled windows of the stream."""
     generator = torch.Generator().manual_seed(recipe.seed)
     windows = Windows(stream, recipe.sequence_tokens, generator)
 
@@ -65,31 +68,30 @@ def train_base(base: GPTBase, stream: Tensor, recipe: Recipe) -> float:
         rows = windows.take(recipe.sequences - num_repeats)
         repeats = repeated_phrases(stream, num_repeats, recipe.sequence_tokens + 1, generator)
         rows = torch.cat((rows, repeats))
-        logits = base.logits(base(rows[:, :-1]))
-        return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
 
-    return train(base, recipe, loss_at)
+    return loss_at
 
 
-def fresh_base() -> GPTBase:
+def fresh_model() -> GPT:
     """Untrained, with the beginnings of a copying circuit."""
     base = GPTBase(GPT_FAMILIES["llama"].read_config(HF_CONFIG))
     give_head_start(base)
-    return base
+    return GPT(base)
 
 
 def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
     """Write the whole Hugging Face folder."""
     card = partial(model_card, "Llama", "quiver_trainer.demo.pretrain", "make demo-base")
-    make_folder(folder, HF_CONFIG, fresh_base, train_base, recipe, num_characters, card)
+    make_folder(folder, HF_CONFIG, fresh_model, text_loss, recipe, num_characters, card)
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the Hugging Face folder is written.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps of 4096 tokens.")] = Recipe.steps,
+    steps: Annotated[int, typer.Option(help="Steps of the first phase, of 4096 tokens.")] = Recipe.steps,
     megabytes: Annotated[float, typer.Option(help="How much text to generate.")] = 14.5,
 ) -> None:
-    """Make the demo's base model from nothing: about 18 minutes on two CPU cores."""
+    """Make the demo's base model from nothing: about half an hour."""
     make_base(folder, Recipe(steps=steps), int(megabytes * 1e6))
 
 

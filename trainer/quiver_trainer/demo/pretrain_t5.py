@@ -2,9 +2,10 @@
 
 Run by `make demo-base BASE=t5`. Three kinds of rows: a document's beginning as source and what follows as target (T5's
 prefix language modelling), a passage with tokens left out or wrong as source and the whole passage as target
-(denoising), and, at first, phrases of random tokens to be copied.
+(denoising), and, at first, phrases of random tokens to be copied. In the second phase tickets below an instruction too.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from quiver_peft.base.families import T5_FAMILIES
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.model import T5
 from quiver_trainer.demo.head_start_t5 import give_head_start
-from quiver_trainer.demo.pretraining import Recipe, Windows, make_folder, model_card, train
+from quiver_trainer.demo.pretraining import Recipe, Windows, make_folder, model_card
 from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID
 
 HF_CONFIG: dict[str, Any] = {
@@ -44,7 +45,7 @@ HF_CONFIG: dict[str, Any] = {
     "decoder_start_token_id": END_OF_TEXT_ID,
     "dtype": "float32",
 }
-RECIPE = Recipe(sequences=16, sequence_tokens=256, copy_steps=400, copies=4)
+RECIPE = Recipe(instructed_steps=240, sequences=16, sequence_tokens=256, copy_steps=400, copies=4)
 DENOISED = 4  # sequences of a step
 NOISE = 0.1  # share of a denoised source's tokens that are wrong
 
@@ -74,36 +75,35 @@ def sources_and_targets(
     )
 
 
-def train_base(base: T5Base, stream: Tensor, recipe: Recipe) -> float:
-    """Prediction of the targets; returns the final loss."""
+def text_loss(model: T5, stream: Tensor, recipe: Recipe) -> Callable[[int], Tensor]:
+    """Prediction of the targets."""
     generator = torch.Generator().manual_seed(recipe.seed)
     windows = Windows(stream, recipe.sequence_tokens, generator)
-    model = T5(base)
 
     def loss_at(step: int) -> Tensor:
         sources, targets = sources_and_targets(windows, recipe, step, stream, generator)
-        starts = F.pad(targets[:, :-1], (1, 0), value=base.config.start_token_id)
+        starts = F.pad(targets[:, :-1], (1, 0), value=model.base.config.start_token_id)
         return F.cross_entropy(model(sources, starts).flatten(0, 1), targets.flatten())
 
-    return train(base, recipe, loss_at)
+    return loss_at
 
 
-def fresh_base() -> T5Base:
+def fresh_model() -> T5:
     """Untrained, with the beginnings of a copying circuit."""
     base = T5Base(T5_FAMILIES["t5"].read_config(HF_CONFIG))
     give_head_start(base)
-    return base
+    return T5(base)
 
 
 def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
     """Write the whole Hugging Face folder."""
     card = partial(model_card, "T5", "quiver_trainer.demo.pretrain_t5", "make demo-base BASE=t5")
-    make_folder(folder, HF_CONFIG, fresh_base, train_base, recipe, num_characters, card)
+    make_folder(folder, HF_CONFIG, fresh_model, text_loss, recipe, num_characters, card)
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the Hugging Face folder is written.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps of 4096 tokens.")] = RECIPE.steps,
+    steps: Annotated[int, typer.Option(help="Steps of the first phase, of 4096 tokens.")] = RECIPE.steps,
     megabytes: Annotated[float, typer.Option(help="How much text to generate.")] = 14.5,
 ) -> None:
     """Make the demo's T5 base from nothing."""
