@@ -3,8 +3,8 @@
     python tests/bench/methods.py train --base trainer/demo/base
     python tests/bench/methods.py serve --base trainer/demo/base
 
-`train` trains each trial on one task with the demo's data and measures it on held-out tickets; trials that are trained
-already are only measured. `serve` serves all that are trained and compares the time of a batch through each adapter
+`train` trains each method on one task with the demo's data and measures it on held-out tickets; what is trained already
+is only measured. `serve` serves all that are trained and compares the time of a batch through each adapter
 with the same batch through the base, in turns: it needs a quiet machine. Both write what they know, with machine and
 versions, into one JSON file, and print it as a Markdown table.
 """
@@ -25,11 +25,11 @@ import typer
 from rich.console import Console
 
 from quiver import AsyncClient
-from quiver_peft.model import load_model
+from quiver_peft.model import T5, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import TrainConfig, Trainer
 from quiver_trainer.data import read_dataset
-from quiver_trainer.demo.desk import write_dataset
+from quiver_trainer.demo.desk import DEFAULT_SIZES, write_dataset
 from quiver_trainer.demo.story import running_server
 from quiver_trainer.evaluate import exact_match
 
@@ -44,25 +44,50 @@ _CANONICAL: dict[str, Any] = {"method": "canonical", "adapter_dim": 32}
 _IA3: dict[str, Any] = {"method": "ia3"}
 
 
-@dataclass(frozen=True)
-class Trial:
-    """An adapter to train and how; all in batches of 16 rows, without weight decay."""
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "lora": [_LORA],
+    "dora": [{**_LORA, "use_dora": True}],
+    "ia3": [_IA3],
+    "canonical": [_CANONICAL],
+    "ptuning": [_PTUNING],
+    "prompt-tuning": [{"method": "prompt_tuning", "virtual_tokens": 20}],
+    "prefix": [{"method": "prefix", "virtual_tokens": 20}],
+    "lora-ia3": [_LORA, _IA3],
+    "ptuning-canonical": [_PTUNING, _CANONICAL],
+}
 
-    adapter: list[dict[str, Any]]
+
+@dataclass(frozen=True)
+class Run:
+    """How an adapter is trained; all in batches of 16 rows, without weight decay."""
+
     learning_rate: float
     max_steps: int
 
 
-TRIALS = {
-    "lora": Trial([_LORA], 3e-3, 80),
-    "dora": Trial([{**_LORA, "use_dora": True}], 3e-3, 80),
-    "ia3": Trial([_IA3], 5e-2, 120),
-    "canonical": Trial([_CANONICAL], 3e-3, 100),
-    "ptuning": Trial([_PTUNING], 1e-2, 120),
-    "prompt-tuning": Trial([{"method": "prompt_tuning", "virtual_tokens": 20}], 1e-1, 120),
-    "prefix": Trial([{"method": "prefix", "virtual_tokens": 20}], 5e-2, 120),
-    "lora-ia3": Trial([_LORA, _IA3], 3e-3, 80),
-    "ptuning-canonical": Trial([_PTUNING, _CANONICAL], 3e-3, 100),
+RUNS: dict[str, dict[str, Run]] = {
+    "gpt": {
+        "lora": Run(3e-3, 80),
+        "dora": Run(3e-3, 80),
+        "ia3": Run(5e-2, 120),
+        "canonical": Run(3e-3, 100),
+        "ptuning": Run(1e-2, 120),
+        "prompt-tuning": Run(1e-1, 120),
+        "prefix": Run(5e-2, 120),
+        "lora-ia3": Run(3e-3, 80),
+        "ptuning-canonical": Run(3e-3, 100),
+    },
+    "t5": {
+        "lora": Run(3e-3, 120),
+        "dora": Run(3e-3, 120),
+        "ia3": Run(3e-2, 160),
+        "canonical": Run(3e-3, 120),
+        "ptuning": Run(3e-3, 160),
+        "prompt-tuning": Run(2e-2, 160),
+        "prefix": Run(5e-2, 160),
+        "lora-ia3": Run(3e-3, 120),
+        "ptuning-canonical": Run(3e-3, 120),
+    },
 }
 
 
@@ -81,23 +106,24 @@ class Result:
     overhead: float | None = None
 
 
-def train_one(name: str, trial: Trial, task: str, base: Path, work: Path) -> Result:
+def train_one(name: str, task: str, base: Path, work: Path) -> Result:
     """Train unless it was, and measure on held-out tickets."""
+    model = load_model(base)
+    run = RUNS["t5" if isinstance(model, T5) else "gpt"][name]
     output = work / "adapters" / name
     settings = {
         "base": str(base),
         "output": str(output),
-        "adapter": trial.adapter,
+        "adapter": METHODS[name],
         "data": {"train": str(work / "data" / task / "train.jsonl")},
         "epochs": 100,
-        "max_steps": trial.max_steps,
+        "max_steps": run.max_steps,
         "batch_size": 16,
-        "optimiser": {"learning_rate": trial.learning_rate, "weight_decay": 0.0},
+        "optimiser": {"learning_rate": run.learning_rate, "weight_decay": 0.0},
         "seed": 1,
     }
     config = TrainConfig.model_validate_json(json.dumps(settings), strict=True)
     assert config.adapter is not None
-    model = load_model(base)
     model.add_adapter([section.to_peft() for section in config.adapter])
     Trainer(config).fit(model)
     record = json.loads((output / "quiver.json").read_text())["training"]
@@ -110,15 +136,8 @@ def train_one(name: str, trial: Trial, task: str, base: Path, work: Path) -> Res
     held_out = read_dataset(path, tokenizer, eos=eos, max_length=None, skip_too_long=False)
     size = sum((output / file).stat().st_size for file in ("adapter_config.json", "adapter_model.safetensors"))
     accuracy = exact_match(served, tokenizer, held_out.samples, None)
-    return Result(
-        name,
-        record["num_trainable_parameters"],
-        size,
-        record["seconds"],
-        accuracy,
-        trial.max_steps,
-        trial.learning_rate,
-    )
+    num_parameters, seconds = record["num_trainable_parameters"], record["seconds"]
+    return Result(name, num_parameters, size, seconds, accuracy, run.max_steps, run.learning_rate)
 
 
 async def batch_seconds(client: AsyncClient, prompts: list[str], adapter: str) -> float:
@@ -143,17 +162,17 @@ async def serve_overheads(address: str, names: list[str], prompts: list[str]) ->
     return {name: statistics.median(values) - 1 for name, values in ratios.items()}
 
 
-def markdown(results: list[Result]) -> str:
-    """The table."""
+def markdown(results: list[Result], base: str) -> str:
+    """The table of one base."""
     lines = [
-        "| method | trained parameters | artefact | training | steps, rate | held out | serving, over the base |",
+        f"| method on {base} | trained parameters | artefact | steps, rate | training | held out | serving |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
-        overhead = "" if r.overhead is None else f"{r.overhead:+.0%}"
+        overhead = "not measured" if r.overhead is None else f"{r.overhead:+.0%}"
         lines.append(
-            f"| {r.method} | {r.num_parameters:,} | {r.artefact_bytes / 1024:,.0f} KiB | {r.train_seconds:.0f} s | "
-            f"{r.steps}, {r.learning_rate:g} | {r.accuracy:.1%} | {overhead} |"
+            f"| {r.method} | {r.num_parameters:,} | {r.artefact_bytes / 1024:,.0f} KiB | {r.steps}, "
+            f"{r.learning_rate:g} | {r.train_seconds:.0f} s | {r.accuracy:.1%} | {overhead} |"
         )
     return "\n".join(lines)
 
@@ -174,12 +193,12 @@ def write_results(path: Path, base: Path, task: str, results: list[Result]) -> N
         "python": platform.python_version(),
         "base": base.name,
         "task": task,
-        "held_out": 200,
+        "held_out": DEFAULT_SIZES["held_out"],
         "serving": f"{ROWS} requests at a time of {TOKENS} tokens each, median of {ROUNDS} rounds",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=2) + "\n")
-    Console().print(markdown(results), soft_wrap=True, highlight=False)
+    Console().print(markdown(results, base.name), soft_wrap=True, highlight=False)
 
 
 def _processor() -> str:
@@ -201,7 +220,7 @@ def train(
     base: Base = Path("trainer/demo/base"),
     work: Work = None,
     task: Task = "extract",
-    only: Annotated[list[str] | None, typer.Option(help="Names of trials; all where none is given.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of methods; all where none is given.")] = None,
 ) -> None:
     """Train and measure on held-out tickets."""
     work = work or Path("runs") / f"methods-{base.name}"
@@ -209,9 +228,9 @@ def train(
         write_dataset(work / "data")
     path = RESULTS / f"methods-{base.name}.json"
     known = {result.method: result for result in read_results(path)}
-    for name in only or TRIALS:
-        known[name] = train_one(name, TRIALS[name], task, base, work)
-        results = [known[name] for name in TRIALS if name in known]
+    for name in only or METHODS:
+        known[name] = train_one(name, task, base, work)
+        results = [known[name] for name in METHODS if name in known]
         write_results(path, base, task, results)
 
 
