@@ -5,10 +5,11 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from server.bench import GPT2_ADAPTERS, LLAMA_ADAPTERS, Bench
+from server.bench import GPT2_ADAPTERS, LLAMA_ADAPTERS, Bench, running_bench
 from server.live_server import LiveServer, answer_tokens
 from tiny import hf_lora, random_tokens
 
@@ -112,6 +113,20 @@ def test_mixed_batch_on_gpt2(gpt2: Bench) -> None:
     expected = [gpt2.expected(*question) for question in questions]
     assert ask_all_at_once(gpt2.server, questions) == expected
     assert len({tuple(gpt2.expected(name, [9, 8, 7], 12)) for name in ("", *GPT2_ADAPTERS)}) == 3
+
+
+@pytest.mark.slow
+def test_mixed_batch_without_the_compiled_kernels(
+    llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no compiler, torch's operators give the same answers."""
+    monkeypatch.setenv("QUIVER_KERNELS", "torch")
+    adapters = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2", "pattern-r3")}
+    with running_bench(tmp_path, llama_base, adapters, "--max-step-tokens", "48") as bench:
+        assert "QUIVER_KERNELS=torch" in bench.server.log.read_text()
+        questions = mixed_questions(list(adapters), seed=4)
+        expected = [bench.expected(*question) for question in questions]
+        assert ask_all_at_once(bench.server, questions) == expected
 
 
 def test_bursts_over_the_running_limit_wait_their_turn(llama: Bench) -> None:
