@@ -1,16 +1,21 @@
 """The Dockerfile: what a linter says, and that it agrees with the house and with the chart."""
 
+import os
 import re
 import subprocess
+import sys
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import yaml
 from helm import tools
 from helm.chart import CHART, ROOT
 
+from quiver_peft.kernels.native.build import built_library
+
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-BUILD, FINAL = DOCKERFILE.split("\nFROM ")[1:]
+BUILD, FINAL, CUDA, LAST = DOCKERFILE.split("\nFROM ")[1:]
 
 
 def test_hadolint_has_nothing_to_say() -> None:
@@ -22,8 +27,24 @@ def test_the_final_stage_has_no_root_and_installs_nothing() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     user, group = (values["podSecurityContext"][key] for key in ("runAsUser", "runAsGroup"))
     assert f"\nUSER {user}:{group}\n" in FINAL
-    assert "RUN" not in FINAL
+    assert "\nRUN" not in FINAL
     assert 'ENTRYPOINT ["quiver"]' in FINAL
+    assert LAST == "run AS cpu\n", "what is built by default is that stage"
+    assert CUDA.rstrip().splitlines()[-3] == f"USER {user}:{group}", "root no longer than it installs"
+
+
+def test_the_kernels_are_compiled_where_the_server_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The build's own command, here: the server then needs no compiler."""
+    (place,) = re.findall(r"^    XDG_CACHE_HOME=(\S+)$", FINAL, re.MULTILINE)
+    assert f"XDG_CACHE_HOME={place} " in BUILD
+    assert f"COPY --from=build {place} {place}\n" in FINAL
+    (code,) = re.findall(r"/opt/venv/bin/python -c \\\n +'(.*)' \\\n", BUILD)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "/no/compiler")
+    assert built_library().parent == tmp_path / "quiver"
+    assert len(list((tmp_path / "quiver").iterdir())) == 2
 
 
 def test_image_and_chart_agree() -> None:

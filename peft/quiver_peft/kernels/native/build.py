@@ -22,7 +22,15 @@ class BuildError(Exception):
 
 def built_library() -> Path:
     """The compiled library: from the cache, or made now. Raises BuildError."""
-    flags = (*_FLAGS, *instruction_set_flags())
+    return _built((*_FLAGS, *instruction_set_flags()))
+
+
+def built_for_every_machine() -> list[Path]:
+    """A library for each instruction set, whatever this machine has: for images that bring no compiler."""
+    return [_built((*_FLAGS, *flags)) for flags in (_AVX2, _AVX512)]
+
+
+def _built(flags: tuple[str, ...]) -> Path:
     folder = cache_folder()
     path = folder / f"kernels-{_source_digest(flags)}.so"
     if _is_whole(path):
