@@ -55,6 +55,18 @@ bench: setup  ## Measure the server over gRPC against the machine's limits (abou
 bench-peers: setup  ## Measure it against vLLM, OpenVINO and Hugging Face in turns (installs them first; BENCH="--help").
 	PYTHONPATH=tests $(BIN)/python -m bench.against $(BENCH)
 
+# A GPU machine brings its torch with CUDA, in PYTHON; where it does not: make gpu TORCH=torch==2.13.0
+.venv-gpu/.ready: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	$(if $(filter file,$(origin TORCH)),,.venv-gpu/bin/pip install --quiet --progress-bar off $(TORCH))
+	@grep -v '^triton==' .ci/constraints.txt > .venv-gpu/constraints.txt # torch knows which Triton it needs
+	@.venv-gpu/bin/python -c 'import torch; print("torch==" + torch.__version__)' >> .venv-gpu/constraints.txt
+	.venv-gpu/bin/pip install --quiet --progress-bar off --constraint .venv-gpu/constraints.txt --editable '.[dev]'
+	@touch $@
+
+gpu: .venv-gpu/.ready  ## On a GPU machine: the tests that need one and a benchmark, to runs/gpu.json (under nine minutes).
+	PYTHONPATH=tests .venv-gpu/bin/python -m bench.gpu --out runs/gpu.json
+
 lock:  ## Take the newest versions of what Quiver stands on, and write them to .ci/constraints.txt (then `make test`).
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
@@ -74,4 +86,4 @@ demo-base: setup  ## Make the bundled demo base from nothing (about half an hour
 	$(BIN)/python -m quiver_trainer.demo.pretrain$(subst -,_,$(SUFFIX)) trainer/demo/base$(SUFFIX)
 
 clean:  ## Remove the virtual environment and all that was made.
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-gpu runs

@@ -25,6 +25,7 @@ from quiver.v1 import (
 from quiver_peft.adapters.artifact import read_adapter
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.configs import METHOD_ORDER
+from quiver_peft.adapters.slot_tables import SlotTables
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
@@ -32,6 +33,7 @@ from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
 from quiver_peft.kernels.native.library import take_over
+from quiver_peft.kernels.paged_attention import triton_agrees
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.admin_services import AdapterService, ModelService
@@ -49,6 +51,8 @@ from quiver_server.wire import Limits
 log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 16
+# On a GPU, where each has a row in the kernels' tables.
+MAX_RESIDENT_ADAPTERS = 1024
 MAX_MESSAGE_BYTES = 16 * 2**20
 _MIB = 2**20
 _SERVICES = [
@@ -118,7 +122,11 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -
             f"--kv-memory-mib {config.kv_memory_mib}: one block of {BLOCK_TOKENS} tokens takes {block_bytes} bytes"
         )
     kv = PagedKV(base.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
-    banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device)
+    if weight.is_cuda:
+        group = base.config.num_heads // base.config.num_kv_heads
+        triton_agrees(group, base.config.head_dim, weight.dtype, weight.device)  # now, not at the first request
+    tables = SlotTables.where_they_help(base, MAX_RESIDENT_ADAPTERS)
+    banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device, tables)
     blocks = BlockPool(num_blocks, BLOCK_TOKENS, share=config.prefix_cache)
     metrics = Metrics(blocks)
 

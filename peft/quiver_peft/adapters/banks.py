@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from quiver_peft.adapters.arena import Arena, Extent, aligned
 from quiver_peft.adapters.bank_seam import BankSeam, RowGroup, VirtualRows
 from quiver_peft.adapters.placing import Placed, num_elements, place
+from quiver_peft.adapters.slot_tables import SlotTables, TableRow
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
 
@@ -19,6 +21,7 @@ FIRST_SLOT = 1
 class _Resident(NamedTuple):
     extent: Extent
     placed: Placed
+    row: TableRow | None  # where there are tables
 
 
 class AdapterBanks:
@@ -27,8 +30,14 @@ class AdapterBanks:
     A slot may only be removed when no step uses it any more: the caller counts.
     """
 
-    def __init__(self, capacity_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, capacity_bytes: int, dtype: torch.dtype, device: torch.device, tables: SlotTables | None = None
+    ) -> None:
+        """tables: for the kernels of the device; without, every adapter's part of a batch is computed by itself."""
         self._arena = Arena(capacity_bytes, dtype, device)
+        self._tables = tables
+        # Loads go beside the steps on the device too.
+        self._loading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._residents: dict[int, _Resident] = {}
         self._lock = threading.Lock()
         self._next_slot = FIRST_SLOT
@@ -67,19 +76,41 @@ class AdapterBanks:
         """Copy an adapter in and return its slot, or None when there is no room for it now."""
         with self._lock:
             extent = self._arena.allocate(num_elements(weights))
-            if extent is None:
-                return None
+        if extent is None:
+            return None
+        resident = None
+        try:
+            # Outside of the lock: nobody else knows this extent yet, and the copy may take long.
+            resident = self._copy(weights, extent)
+        finally:
+            if resident is None:
+                with self._lock:
+                    self._arena.free(extent)
+        if resident is None:
+            return None
+        with self._lock:
             slot = self._next_slot
             self._next_slot += 1
-        # Outside of the lock: nobody else knows this extent yet, and the copy may take long.
-        self._residents[slot] = _Resident(extent, place(weights, self._arena.view(extent)))
+            self._residents[slot] = resident
         return slot
+
+    def _copy(self, weights: AdapterWeights, extent: Extent) -> _Resident | None:
+        """None when the tables are full."""
+        with nullcontext() if self._loading is None else torch.cuda.stream(self._loading):
+            placed = place(weights, self._arena.view(extent))
+            row = None if self._tables is None else self._tables.insert(placed)
+        if self._loading is not None:
+            self._loading.synchronize()
+        is_full = self._tables is not None and row is None
+        return None if is_full else _Resident(extent, placed, row)
 
     def remove(self, slot: int) -> int:
         """Give a slot's memory back and return how many bytes that is."""
         resident = self._residents.pop(slot)
         with self._lock:
             self._arena.free(resident.extent)
+        if self._tables is not None and resident.row is not None:
+            self._tables.remove(resident.row)
         return resident.extent.size * self._arena.buffer.element_size()
 
     def seam(self, groups: Sequence[RowGroup], virtual: Sequence[VirtualRows] = ()) -> Seam:
@@ -92,7 +123,21 @@ class AdapterBanks:
             return self._last_seam[1]
         used = [(group, self._residents[group.slot].placed) for group in groups if group.slot != BASE_SLOT]
         rows = [(item, self._residents[item.slot].placed) for item in virtual]
-        seam = BankSeam(used, rows) if used else NO_ADAPTERS
+        seam: Seam = NO_ADAPTERS
+        if used and self._tables is not None:
+            seam = self._device_seam(groups, self._tables, BankSeam((), rows))
+        elif used:
+            seam = BankSeam(used, rows)
         if not virtual:
             self._last_seam = (list(groups), seam)
         return seam
+
+    def _device_seam(self, groups: Sequence[RowGroup], tables: SlotTables, virtual: BankSeam) -> Seam:
+        # Here, because it needs Triton, which comes with torch for a GPU.
+        from quiver_peft.adapters.device_seam import DeviceSeam, RowsOf
+
+        rows: list[RowsOf] = []
+        for slot, start, end in groups:
+            if slot != BASE_SLOT and (row := self._residents[slot].row) is not None:
+                rows.append(RowsOf(row, start, end))
+        return DeviceSeam(self._arena.buffer, tables, rows, groups[-1].end, virtual)

@@ -3,6 +3,9 @@
 B sequences follow one another in T packed rows; the other letters are those of `base/layers.py`.
 """
 
+import importlib.util
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +53,10 @@ def paged_attention(
     bias: [H, 2 · limit + 1] fp32, added to the scores; column limit + d is for keys d positions after the query,
     those farther than `limit` take the outermost columns.
     """
+    if q.is_cuda and triton_agrees(q.shape[1] // keys.shape[1], q.shape[2], q.dtype, q.device):
+        from quiver_peft.kernels.triton.paged_attention import paged_attention_triton
+
+        return paged_attention_triton(q, keys, values, layout, scale, causal, window, bias)
     native = library_for(q, keys, values)
     if native is None or not _packs_heads(q, keys, values) or q.shape[1] // keys.shape[1] > _MAX_SHARING:
         return paged_attention_torch(q, keys, values, layout, scale, causal, window, bias)
@@ -62,6 +69,19 @@ def paged_attention(
         0 if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1] // 2,
     )  # fmt: skip
     return out
+
+
+@cache
+def triton_agrees(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the Triton form does on this GPU what the plain one does, with `group` query heads to each of keys.
+
+    It is tried once, best before the first request: kernels are compiled for it.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from quiver_peft.kernels.triton.self_check import attention_agrees
+
+    return attention_agrees(paged_attention_torch, group, head_dim, dtype, device)
 
 
 def paged_attention_torch(

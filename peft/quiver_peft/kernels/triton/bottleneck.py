@@ -39,6 +39,25 @@ def _source(out, residual, arena, record, rows, columns, mask, hidden_size):
 
 
 @triton.jit
+def _statistics(out, residual, arena, record, rows, is_row, hidden_size, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and reciprocal deviation of what each row's bottleneck reads."""
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for block in range(0, hidden_size, BLOCK_K):
+        inputs = block + tl.arange(0, BLOCK_K)
+        mask = is_row[:, None] & (inputs < hidden_size)[None, :]
+        total += tl.sum(_source(out, residual, arena, record, rows, inputs, mask, hidden_size), axis=1)
+    mean = total / hidden_size
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for block in range(0, hidden_size, BLOCK_K):
+        inputs = block + tl.arange(0, BLOCK_K)
+        mask = is_row[:, None] & (inputs < hidden_size)[None, :]
+        u = _source(out, residual, arena, record, rows, inputs, mask, hidden_size)
+        centred = tl.where(mask, u - mean[:, None], 0.0)
+        squares += tl.sum(centred * centred, axis=1)
+    return mean, 1.0 / tl.sqrt(squares / hidden_size + EPS)
+
+
+@triton.jit
 def _sigmoid(x):
     decayed = tl.exp(-tl.abs(x))  # never overflows
     return tl.where(x >= 0.0, 1.0, decayed) / (1.0 + decayed)
@@ -57,7 +76,7 @@ def _activate(kind, x):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_rank"])
 def bottleneck_down_kernel(
     out,
     residual,
@@ -88,21 +107,7 @@ def bottleneck_down_kernel(
         mean = tl.zeros((BLOCK_M,), tl.float32)
         rstd = tl.full((BLOCK_M,), 1.0, tl.float32)
         if is_normed:
-            total = tl.zeros((BLOCK_M,), tl.float32)
-            for block in range(0, hidden_size, BLOCK_K):
-                inputs = block + tl.arange(0, BLOCK_K)
-                mask = is_row[:, None] & (inputs < hidden_size)[None, :]
-                u = _source(out, residual, arena, record, rows, inputs, mask, hidden_size)
-                total += tl.sum(u, axis=1)
-            mean = total / hidden_size
-            squares = tl.zeros((BLOCK_M,), tl.float32)
-            for block in range(0, hidden_size, BLOCK_K):
-                inputs = block + tl.arange(0, BLOCK_K)
-                mask = is_row[:, None] & (inputs < hidden_size)[None, :]
-                u = _source(out, residual, arena, record, rows, inputs, mask, hidden_size)
-                centred = tl.where(mask, u - mean[:, None], 0.0)
-                squares += tl.sum(centred * centred, axis=1)
-            rstd = 1.0 / tl.sqrt(squares / hidden_size + EPS)
+            mean, rstd = _statistics(out, residual, arena, record, rows, is_row, hidden_size, BLOCK_M, BLOCK_K)
         ranks = first_rank + tl.arange(0, BLOCK_R)
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for block in range(0, PLANE, BLOCK_K):
@@ -127,7 +132,7 @@ def bottleneck_down_kernel(
         tl.store(at, acc, mask=is_row[:, None] & (ranks < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_rank"])
 def bottleneck_up_kernel(
     out,
     arena,
@@ -209,17 +214,25 @@ def bottleneck_norm_kernel(out, arena, table, records, deltas, hidden_size, BLOC
 
 
 def add_grouped_bottleneck_triton_(
-    out: Tensor, residual: Tensor, arena: Tensor, table: Tensor, tiles: Tiles, max_rank: int
+    out: Tensor,
+    residual: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    tiles: Tiles,
+    max_rank: int,
+    *,
+    has_post_norm: bool,
 ) -> None:
     """out[rows] += its adapter's bottleneck, in place. out, residual: [T, D], contiguous.
 
     arena: the adapter memory. table: the site's bottleneck records, [rows of the tables, BOTTLENECK_FIELDS] int64.
     max_rank: of all records; it sizes the sums between the kernels, no weight is padded to it.
+    has_post_norm: whether any of the batch's bottlenecks ends with a norm.
     """
     num_rows, hidden_size = out.shape
     plane, num_planes = split_inputs(hidden_size)
     planes = torch.empty(num_planes, num_rows, max_rank, dtype=torch.float32, device=out.device)
-    deltas = torch.empty(num_rows, hidden_size, dtype=torch.float32, device=out.device)
+    deltas = torch.empty(num_rows if has_post_norm else 0, hidden_size, dtype=torch.float32, device=out.device)
     counts = (hidden_size, num_rows, max_rank)
     for part, sizes in regimes(tiles, arena.dtype):
         bottleneck_down_kernel[len(part), triton.cdiv(max_rank, sizes["BLOCK_R"]), num_planes](
@@ -228,5 +241,6 @@ def add_grouped_bottleneck_triton_(
         bottleneck_up_kernel[len(part), triton.cdiv(hidden_size, 64)](
             out, arena, table, part, planes, deltas, *counts, NUM_PLANES=num_planes, BLOCK_N=64, **sizes
         )
-    block = triton.next_power_of_2(hidden_size)
-    bottleneck_norm_kernel[num_rows,](out, arena, table, tiles.records, deltas, hidden_size, BLOCK=block)
+    if has_post_norm:
+        block = triton.next_power_of_2(hidden_size)
+        bottleneck_norm_kernel[num_rows,](out, arena, table, tiles.records, deltas, hidden_size, BLOCK=block)

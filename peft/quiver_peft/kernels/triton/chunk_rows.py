@@ -6,36 +6,16 @@
 import triton
 import triton.language as tl
 
-from quiver_peft.kernels.triton.softmax import LOG2_E, cache_rows, take_in
+from quiver_peft.kernels.triton.softmax import LOG2_E, bias_columns, cache_rows, take_in
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "table_stride"])
 def chunk_rows_kernel(
-    q,
-    keys,
-    values,
-    out,
-    query_starts,
-    context_lengths,
-    tables,
-    bias,
-    scale,
-    window,
-    limit,
-    q_stride,
-    key_stride,
-    value_stride,
-    table_stride,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-):
+    q, keys, values, out, query_starts, context_lengths, tables, bias, scale, window, limit, q_stride, key_stride,
+    value_stride, table_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK_SIZE:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, DOT_TYPE: tl.constexpr,
+):  # fmt: skip
     """One head of BLOCK_M rows of a sequence with several new rows."""
     sequence, tile, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_starts + sequence)
@@ -65,8 +45,7 @@ def chunk_rows_kernel(
             scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
             distances = positions[None, :] - query_positions[:, None]
             if HAS_BIAS:
-                column = head * (2 * limit + 1) + tl.maximum(tl.minimum(distances, limit), -limit) + limit
-                scores += tl.load(bias + column)
+                scores += tl.load(bias + head * (2 * limit + 1) + bias_columns(distances, limit))
             is_seen = tl.broadcast_to((positions < length)[None, :], distances.shape)
             if IS_CAUSAL:
                 is_seen = is_seen & (distances <= 0) & (distances > -window)

@@ -15,7 +15,7 @@ from quiver_peft.kernels.triton.tiles import Tiles
 FIELDS, HEAD, EXPAND = tl.constexpr(LORA_FIELDS), tl.constexpr(LORA_HEAD), tl.constexpr(LORA_EXPAND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_rank"])
 def lora_shrink_kernel(
     x,
     arena,
@@ -68,6 +68,49 @@ def lora_shrink_kernel(
 
 
 @triton.jit
+def _add_target(
+    acc,
+    planes,
+    b_t,
+    first,
+    last,
+    rows,
+    is_row,
+    outputs,
+    is_output,
+    num_outputs,
+    num_rows,
+    max_rank,
+    NUM_PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+):
+    """One target's ranks [first, last): acc + the sum of the planes · Bᵀ."""
+    for block in range(first, last, BLOCK_R):
+        ranks = block + tl.arange(0, BLOCK_R)
+        is_rank = ranks < last
+        low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for plane in tl.static_range(NUM_PLANES):
+            low += tl.load(
+                planes + (plane * num_rows + rows)[:, None] * max_rank + ranks[None, :],
+                mask=is_row[:, None] & is_rank[None, :],
+                other=0.0,
+            )
+        weights = tl.load(
+            b_t + (ranks - first).to(tl.int64)[:, None] * num_outputs + outputs[None, :],
+            mask=is_rank[:, None] & is_output[None, :],
+            other=0.0,
+        )
+        if DOT:
+            acc = tl.dot(low.to(DOT_TYPE), weights.to(DOT_TYPE), acc, input_precision="ieee")
+        else:
+            acc += tl.sum(low[:, :, None] * weights.to(tl.float32)[None, :, :], axis=1)
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_rank"])
 def lora_expand_kernel(
     y,
     arena,
@@ -106,25 +149,10 @@ def lora_expand_kernel(
             is_output = (columns >= start) & (columns < end)
             if (start < first_column + BLOCK_N) & (end > first_column):
                 touched = touched | is_output
-                for block in range(first, last, BLOCK_R):
-                    ranks = block + tl.arange(0, BLOCK_R)
-                    is_rank = ranks < last
-                    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                    for plane in tl.static_range(NUM_PLANES):
-                        low += tl.load(
-                            planes + (plane * num_rows + rows)[:, None] * max_rank + ranks[None, :],
-                            mask=is_row[:, None] & is_rank[None, :],
-                            other=0.0,
-                        )
-                    weights = tl.load(
-                        b_t + (ranks - first).to(tl.int64)[:, None] * (end - start) + (columns - start)[None, :],
-                        mask=is_rank[:, None] & is_output[None, :],
-                        other=0.0,
-                    )
-                    if DOT:
-                        acc = tl.dot(low.to(DOT_TYPE), weights.to(DOT_TYPE), acc, input_precision="ieee")
-                    else:
-                        acc += tl.sum(low[:, :, None] * weights.to(tl.float32)[None, :, :], axis=1)
+                acc = _add_target(
+                    acc, planes, b_t, first, last, rows, is_row, columns - start, is_output, end - start,
+                    num_rows, max_rank, NUM_PLANES, BLOCK_M, BLOCK_R, DOT, DOT_TYPE,
+                )  # fmt: skip
         out = y + rows[:, None] * y_stride + columns[None, :]
         mask = is_row[:, None] & touched[None, :]
         total = tl.load(out, mask=mask, other=0.0).to(tl.float32) + acc

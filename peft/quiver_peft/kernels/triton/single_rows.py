@@ -6,39 +6,17 @@
 import triton
 import triton.language as tl
 
-from quiver_peft.kernels.triton.softmax import LOG2_E, cache_rows, take_in
+from quiver_peft.kernels.triton.softmax import LOG2_E, bias_columns, cache_rows, take_in
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "table_stride"])
 def single_rows_kernel(
-    q,
-    keys,
-    values,
-    out,
-    query_starts,
-    context_lengths,
-    tables,
-    bias,
-    partial,
-    partial_sums,
-    scale,
-    window,
-    limit,
-    q_stride,
-    key_stride,
-    value_stride,
-    table_stride,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-):
+    q, keys, values, out, query_starts, context_lengths, tables, bias, partial, partial_sums, scale, window, limit,
+    q_stride, key_stride, value_stride, table_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    IS_SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr, DOT_TYPE: tl.constexpr,
+):  # fmt: skip
     """The query heads of one key-value head of a sequence with one new row, over tokens [split · SPLIT, + SPLIT)."""
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(query_starts + sequence)
@@ -66,9 +44,9 @@ def single_rows_kernel(
             v = tl.load(values + cached[:, None] * value_stride + place, mask=mask, other=0.0)
             scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
             if HAS_BIAS:
-                distance = tl.maximum(tl.minimum(positions - length + 1, limit), -limit) + limit
-                column = bias + heads[:, None] * (2 * limit + 1) + distance[None, :]
-                scores += tl.load(column, mask=(in_group < GROUP)[:, None] & is_seen[None, :], other=0.0)
+                column = bias_columns(positions - length + 1, limit)
+                at_bias = bias + heads[:, None] * (2 * limit + 1) + column[None, :]
+                scores += tl.load(at_bias, mask=(in_group < GROUP)[:, None] & is_seen[None, :], other=0.0)
             scores = tl.where(is_seen[None, :], scores * LOG2_E, float("-inf"))
             top, total, acc = take_in(scores, v, top, total, acc, DOT_TYPE)
         head_row = sequence * tl.num_programs(1) * GROUP + heads
@@ -82,7 +60,7 @@ def single_rows_kernel(
             tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=is_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "num_splits"])
 def sum_splits_kernel(
     partial,
     partial_sums,

@@ -17,6 +17,12 @@ def cache_rows(table, positions, length, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def bias_columns(distances, limit):
+    """Which column of T5's bias is for keys so many positions after the query."""
+    return tl.maximum(tl.minimum(distances, limit), -limit) + limit
+
+
+@triton.jit
 def take_in(scores, values, top, total, acc, DOT_TYPE: tl.constexpr):
     """A running softmax (Milakov & Gimelshein 2018) goes on. scores: in units of log 2; -inf: not seen."""
     new_top = tl.maximum(top, tl.max(scores, axis=1))

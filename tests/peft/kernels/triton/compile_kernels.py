@@ -66,7 +66,7 @@ def launch_all(dtype: torch.dtype) -> None:
     add_grouped_lora_triton_(x.clone(), x, memory, table, tiles, 64)
     scale_inputs_triton(x, memory, table, tiles)
     scale_outputs_triton_(x, memory, table, tiles)
-    add_grouped_bottleneck_triton_(x, x, memory, table, tiles, 64)
+    add_grouped_bottleneck_triton_(x, x, memory, table, tiles, 64, has_post_norm=True)
     layout = PagedLayout([1, 40], [600, 40], [range(38), range(38, 41)], 16, cpu)
     for head_dim, biased in ((64, True), (80, False), (128, False)):
         heads = (8, 8) if biased else (32, 8)

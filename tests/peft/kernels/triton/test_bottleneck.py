@@ -61,7 +61,7 @@ def run_both(
     segments = [BottleneckSegment(start, end, adapters[record - 1]) for record, start, end in groups]
     add_grouped_bottleneck_(expected, residual, segments)
     tiles = make_tiles(groups, len(out), out.device)
-    add_grouped_bottleneck_triton_(found, residual, memory.buffer, table, tiles, max(RANKS))
+    add_grouped_bottleneck_triton_(found, residual, memory.buffer, table, tiles, max(RANKS), has_post_norm=True)
     return found, expected
 
 
