@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quiver_peft.adapters.bank_seam import RowGroup, VirtualRows
 from quiver_peft.base.paged import PagedLayout
+from quiver_peft.kernels.transfer import Transfer
 from quiver_server.scheduler import ScheduledChunk
 from quiver_server.source_batch import SourceBatch, add_to_groups, prepare_sources
 
@@ -53,20 +54,24 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
         wanted = _wanted_rows(chunk)
         logit_rows += range(len(tokens) - wanted, len(tokens))
         logit_counts.append(wanted)
+    transfer = Transfer(device)
+    numbers = [transfer.add(part) for part in (tokens, positions, logit_rows)]
     layout = PagedLayout(
         [chunk.num_new_tokens for chunk in chunks],
         [chunk.sequence.num_cached_tokens + chunk.num_new_tokens for chunk in chunks],
         [chunk.sequence.blocks for chunk in chunks],
         block_size,
-        device,
+        transfer,
     )
+    transfer.send()
+    on_device = [part().long() for part in numbers]
     return StepBatch(
-        torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
+        on_device[0],
+        on_device[1],
         layout,
         groups,
         virtual,
-        torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        on_device[2],
         logit_counts,
         prepare_sources(chunks, block_size, device) if chunks[0].sequence.source else None,
     )

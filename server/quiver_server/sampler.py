@@ -13,9 +13,11 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     """The next token of each sequence. logits: [B, V]."""
     logits = logits.float()
     tokens: list[int] = logits.argmax(-1).tolist()
-    for row, sequence in enumerate(sequences):
-        if not _is_plain(sequence):
-            tokens[row] = _sample_row(logits[row].clone(), sequence)
+    others = [row for row, sequence in enumerate(sequences) if not _is_plain(sequence)]
+    if others:
+        # On the host, whatever the device: one copy, where each row's draw would wait several times.
+        for row, row_logits in zip(others, logits[others].cpu(), strict=True):
+            tokens[row] = _sample_row(row_logits, sequences[row])
     return tokens
 
 

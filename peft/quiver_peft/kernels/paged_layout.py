@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quiver_peft.kernels.transfer import Transfer
+
 
 class PagedLayout:
-    """Where the rows of one step and what they attend to lie; the same for all layers. One copy to the device.
+    """Where the rows of one step and what they attend to lie; the same for all layers.
 
     query_starts: [B + 1] int32, rows [query_starts[b], query_starts[b + 1]) are the newest tokens of sequence b.
     context_lengths: [B] int32, tokens of each sequence, the new ones included.
@@ -27,26 +29,46 @@ class PagedLayout:
         context_lengths: Sequence[int],
         block_tables: Sequence[Sequence[int]],
         block_size: int,
-        device: torch.device,
+        to: torch.device | Transfer,
     ) -> None:
-        """query_lengths: new tokens of each sequence. A table may be longer than its sequence needs."""
+        """query_lengths: new tokens of each sequence. A table may be longer than its sequence needs.
+
+        to: the device, or a transfer that is sent before anything is read.
+        """
         self.block_size = block_size
         self.query_lengths = list(query_lengths)
         self.lengths = list(context_lengths)
         size = len(self.lengths)
         width = -(-max(self.lengths) // block_size)
-        packed = np.zeros(size * (width + 2) + 1, np.int32)
-        packed[1 : size + 1] = list(accumulate(query_lengths))
-        packed[size + 1 : 2 * size + 1] = self.lengths
-        tables = packed[2 * size + 1 :].reshape(size, width)
+        tables = np.zeros((size, width), np.int32)
         for row, _, length, table in zip(tables, query_lengths, context_lengths, block_tables, strict=True):
             needed = table[: -(-length // block_size)]
             row[: len(needed)] = needed
-        on_device = torch.from_numpy(packed).to(device)
-        self.query_starts = on_device[: size + 1]
-        self.context_lengths = on_device[size + 1 : 2 * size + 1]
-        self.tables = on_device[2 * size + 1 :].view(size, width)
-        self._tables = tables
+        transfer = to if isinstance(to, Transfer) else Transfer(to)
+        self._query_starts = transfer.add([0, *accumulate(query_lengths)])
+        self._context_lengths = transfer.add(self.lengths)
+        self._tables = transfer.add(tables.ravel())
+        self._host_tables = tables
+        self._new_rows = None
+        if transfer is to:
+            self._new_rows = transfer.add(_new_rows(self.query_lengths, self.lengths, tables, block_size))
+        else:
+            transfer.send()
+
+    @cached_property
+    def query_starts(self) -> Tensor:
+        """[B + 1] int32."""
+        return self._query_starts()
+
+    @cached_property
+    def context_lengths(self) -> Tensor:
+        """[B] int32."""
+        return self._context_lengths()
+
+    @cached_property
+    def tables(self) -> Tensor:
+        """[B, blocks of the longest] int32."""
+        return self._tables().view(self._host_tables.shape)
 
     @cached_property
     def new_rows(self) -> Tensor:
@@ -54,7 +76,9 @@ class PagedLayout:
 
         Not for a source, which may be shorter than the rows that attend to it.
         """
-        rows = _new_rows(self.query_lengths, self.lengths, self._tables, self.block_size)
+        if self._new_rows is not None:
+            return self._new_rows().long()
+        rows = _new_rows(self.query_lengths, self.lengths, self._host_tables, self.block_size)
         return torch.from_numpy(rows).to(self.tables.device)
 
     def cache_rows(self, sequence: int) -> Tensor:

@@ -24,7 +24,7 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 def split_inputs(num_inputs: int) -> tuple[int, int]:
     """How many inputs a plane sums, and the number of planes."""
     fewest = min(MAX_PLANES, -(-num_inputs // PLANE_INPUTS))
-    plane = int(triton.next_power_of_2(-(-num_inputs // fewest)))
+    plane = max(16, int(triton.next_power_of_2(-(-num_inputs // fewest))))  # a product's least depth
     return plane, -(-num_inputs // plane)
 
 
