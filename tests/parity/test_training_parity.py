@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quiver_peft import (
     GPT,
     T5,
+    CanonicalAdaptersPEFTConfig,
     IA3PEFTConfig,
     LoraPEFTConfig,
     PrefixPEFTConfig,
@@ -22,8 +23,10 @@ from quiver_peft import (
     PtuningPEFTConfig,
     load_model,
 )
+from quiver_peft.adapters.bottleneck_module import Bottleneck
 from quiver_peft.adapters.ia3 import IA3Scale
 from quiver_peft.adapters.lora import LoraPair
+from quiver_peft.base.sites import Site
 
 TOKENS = random_tokens(3, 14, seed=8)
 CHECKED_STEPS = (1, 10)
@@ -159,6 +162,7 @@ def test_steps_equal_those_of_peft(name: str, folder: Path) -> None:
             other += 0.1 * torch.randn(other.shape, generator=generator)
             mine.copy_(used(other, mine))
     before = [mine.detach().clone() for mine, _ in together]
+    frozen = {name: parameter.clone() for name, parameter in ours.base.named_parameters()}
     optimisers = [torch.optim.AdamW(side, lr=case.learning_rate) for side in zip(*together, strict=True)]
     for step in range(1, max(CHECKED_STEPS) + 1):
         loss_of(our_logits(ours)).backward()
@@ -175,3 +179,72 @@ def test_steps_equal_those_of_peft(name: str, folder: Path) -> None:
                 torch.testing.assert_close(mine.data, used(other.data, mine), atol=1e-4, rtol=1e-4)
     for (mine, _), start in zip(together, before, strict=True):
         assert (mine - start).abs().max().item() > case.learning_rate, "the training moved nothing"
+    assert all(torch.equal(frozen[name], parameter) for name, parameter in ours.base.named_parameters())
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post", None])
+def test_steps_of_canonical_adapters_equal_the_formulas(norm_position: Any, folder: Path) -> None:
+    """Hugging Face PEFT has none: NeMo's formula as hooks on transformers' model, trained by autograd alone."""
+    theirs, ours = hf_model(folder).requires_grad_(False), load_model(folder)
+    torch.manual_seed(1)
+    ours.add_adapter(CanonicalAdaptersPEFTConfig(adapter_dim=5, norm_position=norm_position))
+    assert ours.adapter is not None
+    together: list[tuple[nn.Parameter, nn.Parameter]] = []
+    sites = [site for site in ours.base.sublayers if site.kind != "cross_attention"]
+    for site, bottleneck in zip(sites, bottlenecks_of(ours), strict=True):
+        values = {name: nn.Parameter(value.detach().clone()) for name, value in bottleneck.named_values().items()}
+        module = their_sublayer(theirs, site)
+        module.register_forward_hook(bottleneck_hook(values, norm_position))
+        for name, value in bottleneck.named_values().items():
+            assert isinstance(value, nn.Parameter)
+            values[name].data.add_(0.1 * torch.randn(value.shape))
+            value.data.copy_(values[name].data)
+            together.append((value, values[name]))
+    assert len(together) == len(list(ours.trainable_parameters()))
+    optimisers = [torch.optim.AdamW(side, lr=2e-3) for side in zip(*together, strict=True)]
+    start = [mine.detach().clone() for mine, _ in together]
+    for step in range(1, max(CHECKED_STEPS) + 1):
+        loss_of(our_logits(ours)).backward()
+        loss_of(their_logits(theirs)).backward()
+        for mine, other in together:
+            torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-3)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        if step in CHECKED_STEPS:
+            for mine, other in together:
+                torch.testing.assert_close(mine.data, other.data, atol=1e-4, rtol=1e-4)
+    assert all((mine - old).abs().max().item() > 2e-3 for (mine, _), old in zip(together, start, strict=True))
+
+
+def bottlenecks_of(ours: GPT | T5) -> list[Bottleneck]:
+    """In the order of the sub-layers that have one."""
+    assert ours.adapter is not None
+    return [module for module in ours.adapter.modules() if isinstance(module, Bottleneck)]
+
+
+def their_sublayer(theirs: Any, site: Site) -> nn.Module:
+    if site.stack:
+        block = getattr(theirs, site.stack).block[site.layer]
+        return block.layer[0].SelfAttention if site.kind == "attention" else block.layer[-1].DenseReluDense
+    block = theirs.model.layers[site.layer]
+    return block.self_attn if site.kind == "attention" else block.mlp
+
+
+def bottleneck_hook(values: dict[str, nn.Parameter], norm_position: str | None) -> Callable[..., Any]:
+    """a + up(swish(down(a))), a LayerNorm before or after."""
+
+    def norm(x: Tensor, where: str) -> Tensor:
+        if norm_position != where:
+            return x
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * values["norm.weight"] + values["norm.bias"]
+
+    def hook(_module: nn.Module, _args: Any, result: Any) -> Any:
+        out = result[0] if isinstance(result, tuple) else result
+        inner = norm(out, "pre") @ values["down.weight"].T
+        out = out + norm((inner * torch.sigmoid(inner)) @ values["up.weight"].T, "post")
+        return (out, *result[1:]) if isinstance(result, tuple) else out
+
+    return hook

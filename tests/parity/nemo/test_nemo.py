@@ -86,7 +86,7 @@ def is_possible(layout: Layout, name: str) -> bool:
 
 
 # On every layout these, and each of the others on one of every family.
-EVERYWHERE = ("lora, all", "ia3", "adapter", "all four")
+EVERYWHERE = ("lora, all", "ia3", "adapter", "lora canonical, ia3", "all four")
 CASES = [
     (layout, name)
     for number, layout in enumerate(LAYOUTS)

@@ -194,7 +194,10 @@ MEMBERS: list[tuple[Callable[[dict[str, bytes]], object], str]] = [
     (lambda members: members.pop("./model_config.yaml"), "holds no model_config.yaml; is it a .nemo archive"),
     (lambda members: members.pop(WEIGHTS), "holds no model_weights.ckpt; .*distributed checkpoint of a whole model"),
     (lambda members: members.update({"./model_config.yaml": b"peft: ["}), "model_config.yaml is not valid YAML"),
-    (lambda members: members.update({"./model_config.yaml": b"!!python/object:os.x {}"}), "is not valid YAML"),
+    (
+        lambda members: members.update({"./model_config.yaml": b"a: !!python/object/apply:print ['this ran']"}),
+        "is not valid YAML",
+    ),
     (lambda members: members.update({"./model_config.yaml": b"- 1"}), "must hold settings by name, not list"),
     (lambda members: members.update({WEIGHTS: pickle.dumps(_Code())}), "not a pickle of tensors alone"),
     (lambda members: members.update({WEIGHTS: members[WEIGHTS][:900]}), "not a pickle of tensors alone"),

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_close, assert_matters, hf_logits, hf_lora, our_logits, random_tokens
+from peft import IA3Config, get_peft_model
+from tiny import (
+    assert_close,
+    assert_matters,
+    hf_logits,
+    hf_lora,
+    hf_model,
+    our_logits,
+    random_tokens,
+    their_deprecations,
+)
 
 from quiver_peft import (
     AdapterError,
@@ -66,6 +76,27 @@ def test_as_hugging_face_merges(
         merged: Any = theirs.merge_and_unload()  # pyright: ignore[reportCallIssue]
     model = load_model(model_folders[family])
     merge_into(model.base, read_adapter(tmp_path, model.base))
+    assert_close(our_logits(model, TOKENS).detach(), hf_logits(merged, TOKENS))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "flan"])
+def test_as_hugging_face_merges_ia3(family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of PEFT's own default modules, GPT-2's whole c_attn among them."""
+    base = hf_model(model_folders[family])
+    task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    with their_deprecations():
+        theirs: Any = get_peft_model(base, IA3Config(task_type=task, fan_in_fan_out=family == "gpt2"))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in theirs.named_parameters():
+        if "ia3_l" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    theirs.save_pretrained(str(tmp_path))
+    model = load_model(model_folders[family])
+    merge_into(model.base, read_adapter(tmp_path, model.base))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
+        merged = theirs.merge_and_unload()
+    assert_matters(hf_logits(merged, TOKENS), hf_logits(hf_model(model_folders[family]), TOKENS))
     assert_close(our_logits(model, TOKENS).detach(), hf_logits(merged, TOKENS))
 
 

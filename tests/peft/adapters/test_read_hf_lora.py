@@ -6,9 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_close, assert_matters, edit_json, hf_logits, hf_lora, hf_model, hf_peft, random_tokens
+from tiny import (
+    assert_close,
+    assert_matters,
+    edit_json,
+    hf_logits,
+    hf_lora,
+    hf_model,
+    hf_peft,
+    our_logits,
+    random_tokens,
+)
 
-from quiver_peft import GPT
+from quiver_peft import GPT, load_model
 
 TOKENS = random_tokens(2, 40)
 Q_V = ["q_proj", "v_proj"]
@@ -71,13 +81,26 @@ GPT2: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+T5: dict[str, tuple[dict[str, Any], int]] = {
+    "q, v, of cross-attention too": ({"targets": ["q", "v"]}, 18),
+    "all-linear": ({"targets": "all-linear", "alpha": 5}, 0),
+    "cross-attention alone": ({"targets": ["EncDecAttention.k", "EncDecAttention.o"]}, 6),
+    "rslora": ({"targets": ["q", "v", "wo"], "rank": 9, "use_rslora": True}, 24),
+    "patterns": (
+        {"targets": ["k", "o"], "rank_pattern": {"EncDecAttention.k": 2}, "alpha_pattern": {"SelfAttention.o": 3}},
+        18,
+    ),
+    "layers_to_transform": ({"targets": ["q"], "layers_to_transform": [1], "layers_pattern": "block"}, 3),
+}
+
+
 def _check(model_folder: Path, out: Path, arguments: dict[str, Any], num_modules: int) -> None:
     expected = hf_logits(hf_lora(model_folder, out, **arguments), TOKENS)
     assert_matters(expected, hf_logits(hf_model(model_folder), TOKENS))
-    model = GPT.from_pretrained(model_folder)
+    model = load_model(model_folder)
     model.load_adapters(out)
     model.freeze()
-    assert_close(model(TOKENS), expected)
+    assert_close(our_logits(model, TOKENS), expected)
     assert model.adapter is not None
     assert model.adapter.lora is not None
     assert len(model.adapter.lora.weights()) == num_modules
@@ -91,6 +114,15 @@ def test_llama(case: str, llama_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", GPT2)
 def test_gpt2(case: str, gpt2_folder: Path, tmp_path: Path) -> None:
     _check(gpt2_folder, tmp_path, *GPT2[case])
+
+
+@pytest.mark.parametrize("family", ["t5", "flan"])
+@pytest.mark.parametrize("case", T5)
+def test_t5(case: str, family: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    arguments, num_modules = T5[case]
+    # A gated feed-forward has a linear more in each of the six layers.
+    all_linears = 36 + 12 + 6 * (family == "flan")
+    _check(model_folders[family], tmp_path, arguments, num_modules or all_linears)
 
 
 def test_configs_of_older_peft_versions_lack_newer_fields(llama_folder: Path, tmp_path: Path) -> None:
