@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         ServerInternal,
         ServerUnavailable,
     )
-    from quiver.results import Adapter, AdapterState, FinishReason, Generation, Model, Piece
+    from quiver.results import Adapter, AdapterState, FinishReason, Generation, Model, Piece, Score, Scoring
 
 __all__ = [
     "AccessDenied",
@@ -39,12 +39,14 @@ __all__ = [
     "Model",
     "Piece",
     "QuiverClientError",
+    "Score",
+    "Scoring",
     "ServerBusy",
     "ServerInternal",
     "ServerUnavailable",
 ]
 
-_RESULTS = frozenset({"Adapter", "AdapterState", "FinishReason", "Generation", "Model", "Piece"})
+_RESULTS = frozenset({"Adapter", "AdapterState", "FinishReason", "Generation", "Model", "Piece", "Score", "Scoring"})
 
 
 def _module_of(name: str) -> str:

@@ -9,8 +9,14 @@ import grpc
 
 from quiver import channel, response_messages
 from quiver.errors import error_from_rpc
-from quiver.request_messages import GenerateOptions, generate_request, routing_metadata
-from quiver.results import Adapter, Generation, Model, Piece, Tokens
+from quiver.request_messages import (
+    GenerateOptions,
+    ScoreOptions,
+    generate_request,
+    routing_metadata,
+    score_request,
+)
+from quiver.results import Adapter, Generation, Model, Piece, Scoring, Tokens
 from quiver.v1 import adapters_pb2, generation_pb2, model_pb2
 from quiver.v1.adapters_pb2_grpc import AdapterServiceStub
 from quiver.v1.generation_pb2_grpc import GenerationServiceStub
@@ -76,6 +82,17 @@ class Client:
             raise error_from_rpc(error, self._target) from error
         finally:
             call.cancel()
+
+    def score(
+        self,
+        prompt: str | Sequence[int],
+        continuations: Sequence[str | Sequence[int]],
+        **options: Unpack[ScoreOptions],
+    ) -> Scoring:
+        """How likely each of `continuations` (texts or token ids) is after `prompt`. Nothing is drawn."""
+        request = score_request(prompt, continuations, **options)
+        answer = self._call(self._generation.Score, request, routing_metadata(request.adapter_id))
+        return response_messages.scoring(answer)
 
     def tokenize(self, text: str, *, pieces: bool = False) -> Tokens:
         """The token ids that `generate` would use for `text`; with `pieces` also the vocabulary's spelling."""

@@ -154,6 +154,23 @@ def _print_stream(client: Client, prompt: str, options: GenerateOptions) -> None
 
 
 @app.command()
+def score(
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    continuations: Annotated[list[str], typer.Argument(metavar="CONTINUATION...", help="What may follow it.")],
+    adapter: Annotated[str, typer.Option(help="Adapter id; none: the base model alone.")] = "",
+    as_json: AsJson = False,
+    server: Server = channel.DEFAULT_TARGET,
+) -> None:
+    """Tell how likely texts are to follow a prompt: quiver score "The sky is" " blue" " green"."""
+    with terminal.connected(server) as client:
+        scoring = client.score(prompt, continuations, adapter=adapter)
+    if as_json:
+        terminal.print_json(scoring)
+    else:
+        terminal.print_scores(continuations, scoring.scores)
+
+
+@app.command()
 def model(server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> None:
     """Describe the server's base model."""
     with terminal.connected(server) as client:

@@ -57,13 +57,58 @@ def generate_request(prompt: str | Sequence[int], **options: Unpack[GenerateOpti
             request_id=options.get("request_id", ""),
             priority=options.get("priority") or 0,
         )
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
+        _set_prompt(request, prompt)
     except UnicodeEncodeError as error:
         raise _invalid(f"a text of the request is not valid Unicode: {error}") from error
     return request
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keyword arguments of `score`."""
+
+    adapter: str  # as in GenerateOptions
+    top_logprobs: int  # alternatives per token
+    request_id: str
+
+
+def score_request(
+    prompt: str | Sequence[int], continuations: Sequence[str | Sequence[int]], **options: Unpack[ScoreOptions]
+) -> generation_pb2.ScoreRequest:
+    """The message that asks how likely `continuations` of `prompt` are. Raises as `generate_request` does."""
+    unknown = sorted(set(options) - ScoreOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; the options are: {', '.join(ScoreOptions.__annotations__)}")
+    if isinstance(continuations, str):
+        raise TypeError("continuations must be a list of texts or of token ids, not one text")
+    _check_unsigned("top_logprobs", options.get("top_logprobs", 0), num_bits=32)
+    for tokens in (prompt, *continuations):
+        if not isinstance(tokens, str):
+            _check_unsigned("a token id", tokens, num_bits=32)
+    try:
+        request = generation_pb2.ScoreRequest(
+            adapter_id=options.get("adapter", ""),
+            top_logprobs=options.get("top_logprobs", 0),
+            request_id=options.get("request_id", ""),
+            continuations=[
+                generation_pb2.Continuation(text=item)
+                if isinstance(item, str)
+                else generation_pb2.Continuation(tokens=generation_pb2.TokenIds(ids=item))
+                for item in continuations
+            ],
+        )
+        _set_prompt(request, prompt)
+    except UnicodeEncodeError as error:
+        raise _invalid(f"a text of the request is not valid Unicode: {error}") from error
+    return request
+
+
+def _set_prompt(
+    request: generation_pb2.GenerateRequest | generation_pb2.ScoreRequest, prompt: str | Sequence[int]
+) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
 
 
 def _check_counts(prompt: str | Sequence[int], options: GenerateOptions) -> None:

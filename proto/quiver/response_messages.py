@@ -12,6 +12,8 @@ from quiver.results import (
     Generation,
     Model,
     Piece,
+    Score,
+    Scoring,
     Timing,
     TokenLogprob,
     Tokens,
@@ -59,6 +61,24 @@ def piece(message: generation_pb2.GenerateStreamResponse) -> Piece:
         prompt_logprobs=_token_logprobs(message.prompt_logprobs),
         usage=_usage(message.usage) if message.HasField("usage") else None,
         timing=_timing(message.timing) if message.HasField("timing") else None,
+    )
+
+
+def scoring(message: generation_pb2.ScoreResponse) -> Scoring:
+    """The scores of continuations."""
+    return Scoring(
+        scores=tuple(
+            Score(
+                logprobs=_token_logprobs(score.logprobs),
+                total_logprob=score.total_logprob,
+                is_greedy=score.is_greedy,
+            )
+            for score in message.scores
+        ),
+        usage=_usage(message.usage),
+        adapter=_adapter_ref(message.adapter) if message.HasField("adapter") else None,
+        request_id=message.request_id,
+        timing=_timing(message.timing),
     )
 
 

@@ -127,6 +127,26 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How likely one continuation is: its tokens, the sum of their log-probabilities, whether greedy gives it."""
+
+    logprobs: tuple[TokenLogprob, ...]
+    total_logprob: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """A score for each continuation that was asked for, in their order."""
+
+    scores: tuple[Score, ...]
+    usage: Usage
+    adapter: AdapterRef | None  # None: the base model alone
+    request_id: str
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """A text's tokens; `pieces` is empty unless asked for."""
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from quiver.client import Client
 from quiver.errors import QuiverClientError
-from quiver.results import Adapter, AdapterState
+from quiver.results import Adapter, AdapterState, Score
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -75,6 +75,18 @@ def _row(adapter: Adapter) -> tuple[str | Text, ...]:
         str(adapter.running),
         str(adapter.waiting),
     )
+
+
+def print_scores(continuations: Sequence[str], scores: Sequence[Score]) -> None:
+    """Prints a table with one row per continuation, in the order they were asked for."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("continuation")
+    for heading in ("log-probability", "tokens", "greedy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for text, score in zip(continuations, scores, strict=True):
+        greedy = "yes" if score.is_greedy else ""
+        table.add_row(Text(repr(text)), f"{score.total_logprob:.4f}", str(len(score.logprobs)), greedy)
+    _console().print(table)
 
 
 def print_fields(value: "DataclassInstance") -> None:

@@ -78,9 +78,11 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
 
 
 def _wanted_rows(chunk: ScheduledChunk) -> int:
-    """How many of a chunk's last rows need logits: all for prompt log-probabilities, else only the one to draw from."""
+    """How many of a chunk's last rows need logits: what tells of later prompt tokens, else only the last."""
     sequence = chunk.sequence
     still_in_prompt = sequence.num_cached_tokens < sequence.num_prompt_positions
     if sequence.params.prompt_logprobs and not sequence.generated and still_in_prompt:
-        return chunk.num_new_tokens
+        end = sequence.num_cached_tokens + chunk.num_new_tokens
+        first = sequence.num_virtual_tokens + sequence.first_logprob - 1  # the row before the first token to tell of
+        return max(min(chunk.num_new_tokens, end - first), 0)
     return 1 if chunk.completes else 0

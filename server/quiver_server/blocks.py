@@ -45,17 +45,16 @@ class BlockPool:
     def reuse(self, sequence: Sequence) -> None:
         """Give a sequence without blocks those that already hold its source and its first tokens.
 
-        Its last token is always left to compute, for its logits; and all of them where each prompt token's are wanted.
+        Tokens whose logits are wanted are left to compute: always the last one.
         """
         if not self._share:
             return
         self._reuse_source(sequence)
-        if not (sequence.params.prompt_logprobs and not sequence.generated):
-            for index in range((sequence.num_tokens - 1) // self.block_size):
-                block = self._block_of.get(self._key(sequence, index))
-                if block is None:
-                    break
-                sequence.blocks.append(self._own(block))
+        for index in range(sequence.num_unasked_tokens // self.block_size):
+            block = self._block_of.get(self._key(sequence, index))
+            if block is None:
+                break
+            sequence.blocks.append(self._own(block))
         sequence.num_named_blocks = len(sequence.blocks)
         sequence.num_cached_tokens = len(sequence.blocks) * self.block_size
         if not sequence.started:
@@ -74,12 +73,12 @@ class BlockPool:
 
     def next_key(self, sequence: Sequence) -> bytes | None:
         """The name of the first block that a sequence which reused what there is lacks, if that could be shared."""
-        if not self._share or (sequence.params.prompt_logprobs and not sequence.generated):
+        if not self._share:
             return None
         if sequence.source and not sequence.source_is_cached:
             return source_key(sequence, 0)
         index = len(sequence.blocks)
-        return None if (sequence.num_tokens - 1) // self.block_size <= index else self._key(sequence, index)
+        return None if sequence.num_unasked_tokens // self.block_size <= index else self._key(sequence, index)
 
     def keys_of_chunk(self, sequence: Sequence, num_new_tokens: int) -> list[bytes]:
         """The names of the blocks that the sequence's next tokens will fill, its source's first."""

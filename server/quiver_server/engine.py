@@ -152,21 +152,17 @@ class Engine:
 
 
 def _note_prompt_logprobs(chunk: ScheduledChunk, logits: Tensor) -> None:
-    """logits: [rows of this chunk that were wanted, V]. Row i of the prompt tells how likely token i + 1 was.
-
-    The first token of a prompt has none, virtual tokens before it or not.
-    """
+    """logits: [rows of this chunk that were wanted, V]. Row i of the prompt tells how likely token i + 1 was."""
     sequence = chunk.sequence
     if sequence.generated:
         return
-    end = sequence.num_cached_tokens + chunk.num_new_tokens + 1 - sequence.num_virtual_tokens
-    first = max(end - chunk.num_new_tokens, 1)
-    following = sequence.prompt[first : max(end, first)]
+    end = sequence.num_cached_tokens + chunk.num_new_tokens - sequence.num_virtual_tokens
+    first = end - len(logits) + 1
+    following = sequence.prompt[first : end + 1]
     if not following:
         return
-    logits = logits[first - (end - chunk.num_new_tokens) :]
     # A sequence that stepped back is computed again: what is known already is not noted twice.
-    known: list[TokenLogprob] = sequence.prompt_logprobs[: first - 1]
+    known: list[TokenLogprob] = sequence.prompt_logprobs[: first - sequence.first_logprob]
     num_top = sequence.params.num_top_logprobs or 0
     sequence.prompt_logprobs = known + logprobs_of(logits[: len(following)], following, num_top)
 

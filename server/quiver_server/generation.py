@@ -72,12 +72,16 @@ class Session:
         return 0 if self.adapter is None else self.adapter.num_virtual_tokens
 
     def note_token(self, metrics: Metrics) -> None:
-        """A token arrived now."""
+        """A token arrived now; when scoring, a continuation's score."""
         now = time.monotonic()
         if self.first_token_seconds is None:
             self.first_token_seconds = now
+        if self.asked.continuations:
+            self.last_token_seconds = now
+            return
+        if self.last_token_seconds is None:
             metrics.time_to_first_token.observe(now - self.arrival_seconds)
-        elif self.last_token_seconds is not None:
+        else:
             metrics.inter_token.observe(now - self.last_token_seconds)
         self.last_token_seconds = now
         self.num_generated_tokens += 1
@@ -158,13 +162,12 @@ class Generator:
 
     def _check_room(self, session: Session) -> None:
         """Virtual tokens take positions too, which is known only now that the adapter is."""
-        num_virtual, num_prompt = session.num_virtual_tokens, len(session.asked.prompt)
-        length = self._limits.context_length
-        if num_virtual + num_prompt >= length:
+        asked, num_virtual, length = session.asked, session.num_virtual_tokens, self._limits.context_length
+        num_prompt = len(asked.prompt)
+        if num_virtual + num_prompt + asked.num_following > length:
             raise InvalidRequestError(
                 f"the prompt has {num_prompt} tokens; with the {num_virtual} virtual tokens of adapter "
-                f"{session.asked.adapter_id!r} and at least one generated token it must fit into the context of "
-                f"{length}",
+                f"{asked.adapter_id!r} and {asked.following} it must fit into the context of {length}",
                 "prompt",
             )
         num_prompt_tokens = 0 if session.adapter is None else session.adapter.num_prompt_tokens
@@ -198,12 +201,15 @@ class Generator:
     ) -> Sequence:
         """What the engine computes; with an encoder-decoder the prompt is the source."""
         prompt, adapter = session.asked.prompt, session.adapter
+        scored = session.asked.continuations[index] if session.asked.continuations else []
         slot, revision = (BASE_SLOT, "") if adapter is None else (adapter.slot, adapter.revision)
         if self._start_token_id is None:
-            sequence = Sequence(prompt, params, index, emit, slot, session.num_virtual_tokens)
+            sequence = Sequence(prompt + scored, params, index, emit, slot, session.num_virtual_tokens)
+            sequence.first_logprob = len(prompt) if scored else 1
         else:
             num_prefix = 0 if adapter is None else adapter.num_prefix_tokens
-            sequence = Sequence([self._start_token_id], params, index, emit, slot, num_prefix, source=prompt)
+            start = [self._start_token_id, *scored]
+            sequence = Sequence(start, params, index, emit, slot, num_prefix, source=prompt)
             sequence.num_virtual_source_tokens = 0 if adapter is None else adapter.num_prompt_tokens
         sequence.revision = revision
         sequence.tenant = "" if adapter is None else adapter.id

@@ -85,9 +85,10 @@ class Sequence:
 
     Set by the service: prompt, params, index (which candidate), slot and revision of its adapter (0 and "" for the
     base), num_virtual_tokens (that this adapter puts before the prompt), emit (called once for each event, in the
-    service's thread), tenant (whose share of the engine it takes: the adapter's id), priority (within the tenant).
-    With an encoder-decoder the client's prompt is the source, which is read before the first step, and `prompt` is
-    what the answer starts with inside. The rest belongs to the engine's thread.
+    service's thread), tenant (whose share of the engine it takes: the adapter's id), priority (within the tenant),
+    first_logprob (the first token of the prompt whose log-probability is told, when they are asked for). With an
+    encoder-decoder the client's prompt is the source, which is read before the first step, and `prompt` is what the
+    answer starts with inside. The rest belongs to the engine's thread.
     """
 
     prompt: list[int]
@@ -102,6 +103,7 @@ class Sequence:
     revision: str = ""
     tenant: str = ""
     priority: int = 0
+    first_logprob: int = 1
 
     arrival: int = -1  # its number in the queue
     waiting_since_seconds: float = 0.0  # of the monotonic clock
@@ -123,6 +125,13 @@ class Sequence:
     def num_tokens(self) -> int:
         """Positions taken so far: virtual tokens, prompt, generated."""
         return self.num_virtual_tokens + len(self.prompt) + len(self.generated)
+
+    @property
+    def num_unasked_tokens(self) -> int:
+        """Positions before the first whose logits are wanted."""
+        if self.params.prompt_logprobs and not self.generated:
+            return self.num_virtual_tokens + self.first_logprob - 1
+        return self.num_tokens - 1
 
     @property
     def num_source_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """The gRPC face of generation: messages in, pieces out, errors to statuses."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -12,9 +12,19 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_server.errors import DrainingError, InvalidRequestError, RequestError
 from quiver_server.generation import Generator, Piece, Session
 from quiver_server.metrics import Metrics
-from quiver_server.wire import FINISH_REASONS, Limits, logprob_message, read_request
+from quiver_server.wire import (
+    FINISH_REASONS,
+    Asked,
+    Limits,
+    fill_score,
+    logprob_message,
+    read_request,
+    read_score_request,
+)
 
 log = logging.getLogger(__name__)
+
+_Answer = generation_pb2.GenerateResponse | generation_pb2.GenerateStreamResponse | generation_pb2.ScoreResponse
 
 
 async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: RequestError) -> None:
@@ -46,7 +56,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Answer once, with all candidates complete."""
         response = generation_pb2.GenerateResponse()
         try:
-            session = self._open(request)
+            session = self._open(lambda: read_request(request, self._tokenizer, self._limits))
             candidates = [response.candidates.add(index=i) for i in range(session.asked.num_candidates)]
             async for piece in self._pieces(session):
                 _extend(candidates[piece.index], piece)
@@ -63,7 +73,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
         """Answer with pieces as they are generated."""
         try:
-            session = self._open(request)
+            session = self._open(lambda: read_request(request, self._tokenizer, self._limits))
             num_ended = 0
             first = True
             async for piece in self._pieces(session):
@@ -77,6 +87,24 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 yield message
         except RequestError as error:
             await refuse(context, error)
+
+    async def Score(  # noqa: N802
+        self,
+        request: generation_pb2.ScoreRequest,
+        context: "grpc.aio.ServicerContext[generation_pb2.ScoreRequest, generation_pb2.ScoreResponse]",
+    ) -> generation_pb2.ScoreResponse:
+        """How likely given continuations are."""
+        response = generation_pb2.ScoreResponse()
+        try:
+            session = self._open(lambda: read_score_request(request, self._tokenizer, self._limits))
+            scores = [response.scores.add() for _ in range(session.asked.num_candidates)]
+            async for piece in self._pieces(session):
+                fill_score(scores[piece.index], piece.prompt_logprobs, request.top_logprobs)
+            _describe(response, session)
+            _summarise(response, session)
+        except RequestError as error:
+            await refuse(context, error)
+        return response
 
     async def Tokenize(  # noqa: N802
         self,
@@ -92,9 +120,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         pieces = self._tokenizer.pieces(ids) if request.pieces else []
         return generation_pb2.TokenizeResponse(token_ids=ids, pieces=pieces)
 
-    def _open(self, request: generation_pb2.GenerateRequest) -> Session:
+    def _open(self, read: Callable[[], Asked]) -> Session:
         try:
-            return self._generator.open(read_request(request, self._tokenizer, self._limits))
+            return self._generator.open(read())
         except RequestError as error:
             self._metrics.requests.labels("", error.code.name).inc()
             raise
@@ -114,7 +142,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             await pieces.aclose()  # type: ignore[attr-defined] - an async generator
             adapter = session.adapter.id if session.adapter is not None else ""
             self._metrics.requests.labels(adapter, code).inc()
-            self._metrics.prompt_tokens.labels(adapter).inc(len(session.asked.prompt))
+            self._metrics.prompt_tokens.labels(adapter).inc(session.asked.num_prompt_tokens)
             self._metrics.cached_prompt_tokens.labels(adapter).inc(session.num_reused_tokens)
             self._metrics.generated_tokens.labels(adapter).inc(session.num_generated_tokens)
 
@@ -142,9 +170,7 @@ def _piece_message(piece: Piece) -> generation_pb2.GenerateStreamResponse:
     return message
 
 
-def _describe(
-    message: generation_pb2.GenerateResponse | generation_pb2.GenerateStreamResponse, session: Session
-) -> None:
+def _describe(message: _Answer, session: Session) -> None:
     """Who answers."""
     message.request_id = session.asked.request_id
     if session.adapter is not None:
@@ -153,9 +179,7 @@ def _describe(
         message.adapter.methods.extend(session.adapter.methods)
 
 
-def _summarise(
-    message: generation_pb2.GenerateResponse | generation_pb2.GenerateStreamResponse, session: Session
-) -> None:
+def _summarise(message: _Answer, session: Session) -> None:
     """What it took."""
     message.usage.prompt_tokens = len(session.asked.prompt)
     message.usage.virtual_tokens = session.num_virtual_tokens

@@ -2,7 +2,8 @@
 
 import math
 import secrets
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
@@ -10,6 +11,7 @@ from quiver_server.errors import InvalidRequestError
 from quiver_server.request import FinishReason, SamplingParams, TokenLogprob
 
 MAX_CANDIDATES = 16
+MAX_CONTINUATIONS = 128
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_PRIORITY = 10
@@ -20,6 +22,24 @@ FINISH_REASONS = {
     FinishReason.STOP_TOKEN: generation_pb2.FINISH_REASON_STOP_TOKEN,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
+
+# How Score runs: the continuation is part of the prompt, and the one token that ends the sequence is thrown away.
+_NOTHING_DRAWN = SamplingParams(
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    seed=0,
+    max_new_tokens=1,
+    min_new_tokens=0,
+    stop_ids=frozenset(),
+    eos_ids=frozenset(),
+    num_top_logprobs=1,
+    prompt_logprobs=True,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Asked:
-    """A valid request."""
+    """A valid request. continuations: what Score is to score, one for each candidate; empty when generating."""
 
     adapter_id: str
     prompt: list[int]
@@ -47,12 +67,33 @@ class Asked:
     stop_strings: tuple[str, ...]
     include_stop_string: bool
     request_id: str
-    priority: int
+    priority: int = 0
+    continuations: tuple[list[int], ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that were sent: the prompt, and each continuation."""
+        return len(self.prompt) + sum(map(len, self.continuations))
+
+    @property
+    def num_following(self) -> int:
+        """Tokens that must fit into the context after the prompt."""
+        return max(map(len, self.continuations), default=1)
+
+    @property
+    def following(self) -> str:
+        """The same in words."""
+        return f"a continuation of {self.num_following}" if self.continuations else "at least one generated token"
 
 
 def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> Asked:
     """Check a request and fill in its defaults. Raises InvalidRequestError, which names the field."""
     prompt = _read_prompt(message, tokenizer, limits)
+    if message.output.prompt_logprobs and limits.max_source_length is not None:
+        raise InvalidRequestError(
+            "output.prompt_logprobs is set; an encoder-decoder reads its prompt and predicts none of it",
+            "output.prompt_logprobs",
+        )
     params = _read_params(message, limits, room=limits.context_length - len(prompt))
     num_candidates = message.sampling.n if message.sampling.HasField("n") else 1
     _require(1 <= num_candidates <= MAX_CANDIDATES, "sampling.n", num_candidates, f"from 1 to {MAX_CANDIDATES}")
@@ -77,12 +118,54 @@ def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
     )
 
 
+def read_score_request(message: generation_pb2.ScoreRequest, tokenizer: Tokenizer, limits: Limits) -> Asked:
+    """Check a request to score. Raises InvalidRequestError, which names the field."""
+    prompt = _read_prompt(message, tokenizer, limits)
+    number = len(message.continuations)
+    _require(1 <= number <= MAX_CONTINUATIONS, "continuations", number, f"from 1 to {MAX_CONTINUATIONS} of them")
+    continuations = tuple(
+        _read_continuation(item, f"continuations[{i}]", tokenizer, limits)
+        for i, item in enumerate(message.continuations)
+    )
+    _check_top_logprobs(message.top_logprobs, "top_logprobs")
+    asked = Asked(
+        message.adapter_id,
+        prompt,
+        replace(_NOTHING_DRAWN, num_top_logprobs=max(message.top_logprobs, 1)),
+        number,
+        (),
+        False,
+        message.request_id or secrets.token_hex(8),
+        continuations=continuations,
+    )
+    if len(prompt) + asked.num_following > limits.context_length:
+        raise InvalidRequestError(
+            f"the prompt has {len(prompt)} tokens; with {asked.following} it must fit into the context of "
+            f"{limits.context_length}",
+            "continuations",
+        )
+    return asked
+
+
+def _read_continuation(
+    message: generation_pb2.Continuation, field: str, tokenizer: Tokenizer, limits: Limits
+) -> list[int]:
+    is_text = message.WhichOneof("content") == "text"
+    tokens = tokenizer.encode(message.text, add_special_tokens=False) if is_text else list(message.tokens.ids)
+    if not tokens:
+        raise InvalidRequestError(f"{field} is empty; it must have at least one token", field)
+    _check_vocabulary(tokens, field, limits)
+    return tokens
+
+
 def _require(ok: bool, field: str, value: object, rule: str) -> None:
     if not ok:
         raise InvalidRequestError(f"{field} is {value}; it must be {rule}", field)
 
 
-def _read_prompt(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> list[int]:
+def _read_prompt(
+    message: generation_pb2.GenerateRequest | generation_pb2.ScoreRequest, tokenizer: Tokenizer, limits: Limits
+) -> list[int]:
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequestError("the prompt is missing: set text or tokens", "prompt")
@@ -90,8 +173,7 @@ def _read_prompt(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
     prompt = tokenizer.encode(message.text) if kind == "text" else list(message.tokens.ids)
     if not (message.text if kind == "text" else prompt) or not prompt:
         raise InvalidRequestError("the prompt is empty; it must have at least one token", field)
-    for token in prompt:
-        _require(token < limits.vocab_size, field, token, f"below the vocabulary size {limits.vocab_size}")
+    _check_vocabulary(prompt, field, limits)
     if len(prompt) >= limits.context_length:
         raise InvalidRequestError(
             f"the prompt has {len(prompt)} tokens; with at least one generated token it must fit into the context of "
@@ -99,12 +181,12 @@ def _read_prompt(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
             field,
         )
     check_source_length(len(prompt), 0, limits, field)
-    if message.output.prompt_logprobs and limits.max_source_length is not None:
-        raise InvalidRequestError(
-            "output.prompt_logprobs is set; an encoder-decoder reads its prompt and predicts none of it",
-            "output.prompt_logprobs",
-        )
     return prompt
+
+
+def _check_vocabulary(tokens: list[int], field: str, limits: Limits) -> None:
+    for token in tokens:
+        _require(token < limits.vocab_size, field, token, f"below the vocabulary size {limits.vocab_size}")
 
 
 def check_source_length(num_tokens: int, num_virtual_tokens: int, limits: Limits, field: str) -> None:
@@ -143,16 +225,8 @@ def _read_params(message: generation_pb2.GenerateRequest, limits: Limits, room: 
         stopping.min_new_tokens,
         f"at most {wanted}, max_new_tokens",
     )
-    for token in stopping.token_ids:
-        _require(
-            token < limits.vocab_size, "stopping.token_ids", token, f"below the vocabulary size {limits.vocab_size}"
-        )
-    _require(
-        output.top_logprobs <= MAX_TOP_LOGPROBS,
-        "output.top_logprobs",
-        output.top_logprobs,
-        f"at most {MAX_TOP_LOGPROBS}",
-    )
+    _check_vocabulary(list(stopping.token_ids), "stopping.token_ids", limits)
+    _check_top_logprobs(output.top_logprobs, "output.top_logprobs")
     return SamplingParams(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
@@ -171,7 +245,18 @@ def _read_params(message: generation_pb2.GenerateRequest, limits: Limits, room: 
     )
 
 
+def _check_top_logprobs(number: int, field: str) -> None:
+    _require(number <= MAX_TOP_LOGPROBS, field, number, f"at most {MAX_TOP_LOGPROBS}")
+
+
 def logprob_message(item: TokenLogprob) -> generation_pb2.TokenLogprob:
     """A log-probability as the wire says it."""
     top = [generation_pb2.Alternative(token_id=token, logprob=value) for token, value in item.top]
     return generation_pb2.TokenLogprob(token_id=item.token_id, logprob=item.logprob, top=top)
+
+
+def fill_score(message: generation_pb2.Score, logprobs: Seq[TokenLogprob], num_top: int) -> None:
+    """The score of a continuation from its tokens' log-probabilities, each with at least one alternative."""
+    message.logprobs.extend(logprob_message(replace(item, top=item.top[:num_top])) for item in logprobs)
+    message.total_logprob = math.fsum(item.logprob for item in logprobs)
+    message.is_greedy = all(item.top[0][0] == item.token_id for item in logprobs)

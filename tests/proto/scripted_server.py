@@ -54,6 +54,7 @@ class Script:
         self.adapters: dict[str, adapters_pb2.Adapter] = {}
         self.metadata: dict[str, str | bytes] = {}
         self.generate_request = generation_pb2.GenerateRequest()
+        self.score_request = generation_pb2.ScoreRequest()
         self.load_request = adapters_pb2.LoadAdapterRequest()
         self.stream_was_cancelled = threading.Event()
 
@@ -126,6 +127,19 @@ class _Generation(GenerationServiceServicer):
             usage=_usage(),
             timing=_timing(),
         )
+
+    def Score(
+        self, request: generation_pb2.ScoreRequest, context: grpc.ServicerContext
+    ) -> generation_pb2.ScoreResponse:
+        self.script.begin(context)
+        self.script.score_request = request
+        answer = generation_pb2.ScoreResponse(usage=_usage(), request_id=request.request_id, timing=_timing())
+        for number in range(len(request.continuations)):
+            likely = generation_pb2.TokenLogprob(token_id=7, logprob=-0.5 - number)
+            answer.scores.add(logprobs=[likely], total_logprob=-0.5 - number, is_greedy=number == 0)
+        if request.adapter_id:
+            answer.adapter.CopyFrom(generation_pb2.AdapterRef(id=request.adapter_id, revision=REVISION))
+        return answer
 
     def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: grpc.ServicerContext

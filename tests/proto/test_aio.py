@@ -40,6 +40,14 @@ async def test_calls_run_at_the_same_time(aclient: AsyncClient) -> None:
     assert [answer.request_id for answer in answers] == [f"r-{i}" for i in range(8)]
 
 
+async def test_score_answers_for_each_continuation(aclient: AsyncClient, script: Script) -> None:
+    scoring = await aclient.score([5], [[7], " b"], adapter="support")
+
+    assert [score.is_greedy for score in scoring.scores] == [True, False]
+    assert list(script.score_request.tokens.ids) == [5]
+    assert script.metadata["x-adapter-id"] == "support"
+
+
 async def test_a_stream_comes_piece_by_piece(aclient: AsyncClient, script: Script) -> None:
     first, last = [piece async for piece in aclient.stream("hello", adapter="support")]
 

@@ -66,6 +66,18 @@ def test_an_adapter_id_that_metadata_cannot_carry_still_reaches_the_server(clien
     assert "x-adapter-id" not in script.metadata
 
 
+def test_score_answers_for_each_continuation(client: Client, script: Script) -> None:
+    scoring = client.score("hello", [" you", [7, 8]], adapter="support", top_logprobs=3, request_id="r-3")
+
+    assert [(score.total_logprob, score.is_greedy) for score in scoring.scores] == [(-0.5, True), (-1.5, False)]
+    assert [score.logprobs[0].token_id for score in scoring.scores] == [7, 7]
+    assert (scoring.adapter, scoring.request_id) == (AdapterRef("support", REVISION, ()), "r-3")
+    sent = script.score_request
+    assert (sent.text, sent.top_logprobs, sent.continuations[0].text) == ("hello", 3, " you")
+    assert list(sent.continuations[1].tokens.ids) == [7, 8]
+    assert script.metadata["x-adapter-id"] == "support"
+
+
 def test_a_stream_comes_piece_by_piece(client: Client) -> None:
     first, last = client.stream("hello", adapter="support", request_id="r-2")
 

@@ -49,6 +49,7 @@ def test_help_names_every_command_and_shows_examples() -> None:
         "import",
         "serve",
         "generate",
+        "score",
         "adapters",
         "model",
         "health",
@@ -63,6 +64,18 @@ def test_version() -> None:
 
 def test_generate_streams_the_answer(server: ScriptedServer) -> None:
     assert _succeeds(_quiver("generate", "hello", server=server)) == "first last\n"
+
+
+def test_score_prints_a_table_and_json(server: ScriptedServer) -> None:
+    table = _succeeds(_quiver("score", "The sky is", " blue", " green", "--adapter", "support", server=server))
+
+    assert [line.split() for line in table.splitlines() if "' " in line] == [
+        ["'", "blue'", "-0.5000", "1", "yes"],
+        ["'", "green'", "-1.5000", "1"],
+    ]
+    assert server.script.score_request.adapter_id == "support"
+    scores = json.loads(_succeeds(_quiver("score", "a", "b", "--json", server=server)))["scores"]
+    assert scores[0]["total_logprob"] == -0.5
 
 
 def test_generate_can_wait_for_the_whole_answer(server: ScriptedServer) -> None:

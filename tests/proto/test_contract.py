@@ -34,6 +34,10 @@ FIELDS: dict[type[Message], str] = {
     generation_pb2.Timing: "queue_seconds time_to_first_token_seconds total_seconds",
     generation_pb2.GenerateStreamResponse: "index text token_ids logprobs finish_reason usage adapter"
     " request_id timing prompt_logprobs",
+    generation_pb2.ScoreRequest: "adapter_id text tokens continuations top_logprobs request_id",
+    generation_pb2.Continuation: "text tokens",
+    generation_pb2.ScoreResponse: "scores usage adapter request_id timing",
+    generation_pb2.Score: "logprobs total_logprob is_greedy",
     generation_pb2.TokenizeRequest: "text pieces",
     generation_pb2.TokenizeResponse: "token_ids pieces",
     adapters_pb2.Adapter: "id revision methods source state device_bytes host_bytes pinned running waiting"
@@ -60,7 +64,7 @@ def test_fields_are_numbered_from_1_in_this_order(message: type[Message], names:
 @pytest.mark.parametrize(
     ("module", "service", "methods"),
     [
-        (generation_pb2, "GenerationService", {"Generate", "GenerateStream", "Tokenize"}),
+        (generation_pb2, "GenerationService", {"Generate", "GenerateStream", "Score", "Tokenize"}),
         (
             adapters_pb2,
             "AdapterService",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quiver import InvalidRequest
-from quiver.request_messages import GenerateOptions, generate_request, routing_metadata
+from quiver.request_messages import GenerateOptions, generate_request, routing_metadata, score_request
 from quiver.v1 import generation_pb2
 
 # option, value, the field it sets, the value there
@@ -178,3 +178,23 @@ def test_no_metadata_for_what_metadata_cannot_carry(adapter_id: str) -> None:
 
 def test_the_adapter_is_in_the_metadata() -> None:
     assert routing_metadata("support@0123") == (("x-adapter-id", "support@0123"),)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuations"), [("half \ud800", ["b"]), ("a", ["\ud800"]), ([-1], ["b"]), ("a", [[2**32]])]
+)
+def test_what_a_score_request_cannot_hold_is_named(prompt: str | list[int], continuations: list[Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"not valid Unicode|a token id is (-1|4294967296)"):
+        score_request(prompt, continuations)
+
+
+def test_one_text_is_not_a_list_of_continuations() -> None:
+    with pytest.raises(TypeError, match="must be a list"):
+        score_request("hello", " you")
+
+
+def test_a_misspelt_option_of_score_is_named_with_those_there_are() -> None:
+    options: Any = {"adaptr": "x"}
+
+    with pytest.raises(TypeError, match=r"'adaptr'; the options are: adapter, top_logprobs, request_id"):
+        score_request("hello", [" you"], **options)

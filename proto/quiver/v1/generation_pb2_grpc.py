@@ -31,7 +31,7 @@ class GenerationServiceStub:
     Requests for different adapters and for the base run in the same batch. What a request answers does not
     depend on what else is in the batch.
 
-    Statuses of Generate and GenerateStream:
+    Statuses of Generate, GenerateStream and Score:
     INVALID_ARGUMENT    a field has an impossible value, the prompt is empty or longer than the context, or
     the adapter's folder is malformed; google.rpc.BadRequest names the field.
     NOT_FOUND           no adapter has this id, alias or revision.
@@ -58,6 +58,11 @@ class GenerationServiceStub:
                 request_serializer=quiver_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=quiver_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/quiver.v1.GenerationService/Score',
+                request_serializer=quiver_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=quiver_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/quiver.v1.GenerationService/Tokenize',
                 request_serializer=quiver_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -71,7 +76,7 @@ class GenerationServiceServicer:
     Requests for different adapters and for the base run in the same batch. What a request answers does not
     depend on what else is in the batch.
 
-    Statuses of Generate and GenerateStream:
+    Statuses of Generate, GenerateStream and Score:
     INVALID_ARGUMENT    a field has an impossible value, the prompt is empty or longer than the context, or
     the adapter's folder is malformed; google.rpc.BadRequest names the field.
     NOT_FOUND           no adapter has this id, alias or revision.
@@ -100,6 +105,16 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Tells how likely given continuations of a prompt are: nothing is drawn. What evaluation harnesses ask for.
+        Each continuation is one sequence of the running batch. With an encoder-decoder the prompt is what the encoder
+        reads and a continuation is what the decoder would answer. INVALID_ARGUMENT also when a continuation is empty or
+        does not fit into the context after the prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turns text into the token ids that Generate would use for it. The tokenizer is the base model's: adapters
         do not change it. INVALID_ARGUMENT when the text is empty or too large; UNAVAILABLE while draining.
@@ -121,6 +136,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=quiver_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=quiver_dot_v1_dot_generation__pb2.GenerateStreamResponse.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=quiver_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=quiver_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=quiver_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
@@ -140,7 +160,7 @@ class GenerationService:
     Requests for different adapters and for the base run in the same batch. What a request answers does not
     depend on what else is in the batch.
 
-    Statuses of Generate and GenerateStream:
+    Statuses of Generate, GenerateStream and Score:
     INVALID_ARGUMENT    a field has an impossible value, the prompt is empty or longer than the context, or
     the adapter's folder is malformed; google.rpc.BadRequest names the field.
     NOT_FOUND           no adapter has this id, alias or revision.
@@ -195,6 +215,33 @@ class GenerationService:
             '/quiver.v1.GenerationService/GenerateStream',
             quiver_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             quiver_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quiver.v1.GenerationService/Score',
+            quiver_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+            quiver_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

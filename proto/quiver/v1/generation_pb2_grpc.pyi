@@ -32,7 +32,7 @@ class GenerationServiceStub:
     Requests for different adapters and for the base run in the same batch. What a request answers does not
     depend on what else is in the batch.
 
-    Statuses of Generate and GenerateStream:
+    Statuses of Generate, GenerateStream and Score:
       INVALID_ARGUMENT    a field has an impossible value, the prompt is empty or longer than the context, or
                           the adapter's folder is malformed; google.rpc.BadRequest names the field.
       NOT_FOUND           no adapter has this id, alias or revision.
@@ -57,6 +57,12 @@ class GenerationServiceStub:
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     """
+    Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
+    """Tells how likely given continuations of a prompt are: nothing is drawn. What evaluation harnesses ask for.
+    Each continuation is one sequence of the running batch. With an encoder-decoder the prompt is what the encoder
+    reads and a continuation is what the decoder would answer. INVALID_ARGUMENT also when a continuation is empty or
+    does not fit into the context after the prompt.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Turns text into the token ids that Generate would use for it. The tokenizer is the base model's: adapters
     do not change it. INVALID_ARGUMENT when the text is empty or too large; UNAVAILABLE while draining.
@@ -69,7 +75,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Requests for different adapters and for the base run in the same batch. What a request answers does not
     depend on what else is in the batch.
 
-    Statuses of Generate and GenerateStream:
+    Statuses of Generate, GenerateStream and Score:
       INVALID_ARGUMENT    a field has an impossible value, the prompt is empty or longer than the context, or
                           the adapter's folder is malformed; google.rpc.BadRequest names the field.
       NOT_FOUND           no adapter has this id, alias or revision.
@@ -91,6 +97,12 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     """
+    Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Tells how likely given continuations of a prompt are: nothing is drawn. What evaluation harnesses ask for.
+    Each continuation is one sequence of the running batch. With an encoder-decoder the prompt is what the encoder
+    reads and a continuation is what the decoder would answer. INVALID_ARGUMENT also when a continuation is empty or
+    does not fit into the context after the prompt.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text into the token ids that Generate would use for it. The tokenizer is the base model's: adapters
     do not change it. INVALID_ARGUMENT when the text is empty or too large; UNAVAILABLE while draining.
@@ -102,7 +114,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     Requests for different adapters and for the base run in the same batch. What a request answers does not
     depend on what else is in the batch.
 
-    Statuses of Generate and GenerateStream:
+    Statuses of Generate, GenerateStream and Score:
       INVALID_ARGUMENT    a field has an impossible value, the prompt is empty or longer than the context, or
                           the adapter's folder is malformed; google.rpc.BadRequest names the field.
       NOT_FOUND           no adapter has this id, alias or revision.
@@ -133,6 +145,18 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         between the two without building another message. Cancelling the call frees the request's place at once.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+        """
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _generation_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
+        """Tells how likely given continuations of a prompt are: nothing is drawn. What evaluation harnesses ask for.
+        Each continuation is one sequence of the running batch. With an encoder-decoder the prompt is what the encoder
+        reads and a continuation is what the decoder would answer. INVALID_ARGUMENT also when a continuation is empty or
+        does not fit into the context after the prompt.
         """
 
     @_abc_1.abstractmethod
