@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quiver.aio import AsyncClient
+    from quiver.channel import Tls
     from quiver.client import Client
     from quiver.errors import (
         AccessDenied,
@@ -44,6 +45,7 @@ __all__ = [
     "ServerBusy",
     "ServerInternal",
     "ServerUnavailable",
+    "Tls",
 ]
 
 _RESULTS = frozenset({"Adapter", "AdapterState", "FinishReason", "Generation", "Model", "Piece", "Score", "Scoring"})
@@ -54,6 +56,8 @@ def _module_of(name: str) -> str:
         return "quiver.client"
     if name == "AsyncClient":
         return "quiver.aio"
+    if name == "Tls":
+        return "quiver.channel"
     return "quiver.results" if name in _RESULTS else "quiver.errors"
 
 

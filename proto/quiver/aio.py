@@ -38,11 +38,25 @@ class AsyncClient:
     Every method raises a `quiver.QuiverClientError` when the call fails.
     """
 
-    def __init__(self, target: str = channel.DEFAULT_TARGET, *, timeout_seconds: float | None = None) -> None:
-        """Connects at the first call. `timeout_seconds` bounds each call, a whole stream too; None: no bound."""
+    def __init__(
+        self,
+        target: str = channel.DEFAULT_TARGET,
+        *,
+        timeout_seconds: float | None = None,
+        token: str = "",
+        tls: channel.Tls | None = None,
+    ) -> None:
+        """Connects at the first call. `timeout_seconds` bounds each call, a whole stream too; None: no bound.
+
+        `token` is shown with each call. `tls`: connect with TLS.
+        """
         self._target = target
         self._timeout_seconds = timeout_seconds
-        self._channel = grpc.aio.insecure_channel(target, options=channel.CHANNEL_OPTIONS)
+        self._token_metadata = channel.token_metadata(token)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target, options=channel.CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(target, tls.credentials(), options=channel.CHANNEL_OPTIONS)
         self._generation = GenerationServiceStub(self._channel)
         self._adapters = AdapterServiceStub(self._channel)
         self._model = ModelServiceStub(self._channel)
@@ -76,7 +90,7 @@ class AsyncClient:
         return self._pieces(generate_request(prompt, **options))
 
     async def _pieces(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[Piece, None]:
-        metadata = routing_metadata(request.adapter_id)
+        metadata = routing_metadata(request.adapter_id) + self._token_metadata
         call = self._generation.GenerateStream(request, timeout=self._timeout_seconds, metadata=metadata)
         try:
             async for message in call:
@@ -160,6 +174,6 @@ class AsyncClient:
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> _Response:
         try:
-            return await method(request, timeout=self._timeout_seconds, metadata=metadata)
+            return await method(request, timeout=self._timeout_seconds, metadata=metadata + self._token_metadata)
         except grpc.RpcError as error:
             raise error_from_rpc(error, self._target) from error

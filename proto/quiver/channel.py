@@ -1,4 +1,7 @@
-"""How both clients connect: the channel's options, and the standard health check."""
+"""How both clients connect: the channel's options, TLS, the token, and the standard health check."""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
@@ -27,6 +30,33 @@ HEALTH_CHECK_REQUEST = b""
 HEALTH_CHECK_SERVING = b"\x08\x01"
 HEALTH_CHECK_TIMEOUT_SECONDS = 5.0
 READY_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How to know the server, and to be known by it. PEM files.
+
+    ca: signs the server's certificate; None: the authorities that gRPC knows. cert, key: the client's own, both or
+    none.
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Raises OSError for a file that cannot be read, ValueError for a certificate without key."""
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("a client certificate and its key go together")
+        ca, key, cert = (None if path is None else path.read_bytes() for path in (self.ca, self.key, self.cert))
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def token_metadata(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that shows a token; empty for none. Raises ValueError for what metadata cannot carry."""
+    if not token.isascii() or not token.isprintable():
+        raise ValueError("a token is printable ASCII")
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def not_ready(target: str, seconds: float) -> ServerUnavailable:

@@ -35,11 +35,25 @@ class Client:
     Every method raises a `quiver.QuiverClientError` when the call fails.
     """
 
-    def __init__(self, target: str = channel.DEFAULT_TARGET, *, timeout_seconds: float | None = None) -> None:
-        """Connects at the first call. `timeout_seconds` bounds each call, a whole stream too; None: no bound."""
+    def __init__(
+        self,
+        target: str = channel.DEFAULT_TARGET,
+        *,
+        timeout_seconds: float | None = None,
+        token: str = "",
+        tls: channel.Tls | None = None,
+    ) -> None:
+        """Connects at the first call. `timeout_seconds` bounds each call, a whole stream too; None: no bound.
+
+        `token` is shown with each call. `tls`: connect with TLS.
+        """
         self._target = target
         self._timeout_seconds = timeout_seconds
-        self._channel = grpc.insecure_channel(target, options=channel.CHANNEL_OPTIONS)
+        self._token_metadata = channel.token_metadata(token)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options=channel.CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, tls.credentials(), options=channel.CHANNEL_OPTIONS)
         self._generation = GenerationServiceStub(self._channel)
         self._adapters = AdapterServiceStub(self._channel)
         self._model = ModelServiceStub(self._channel)
@@ -73,7 +87,7 @@ class Client:
         return self._pieces(generate_request(prompt, **options))
 
     def _pieces(self, request: generation_pb2.GenerateRequest) -> Generator[Piece, None, None]:
-        metadata = routing_metadata(request.adapter_id)
+        metadata = routing_metadata(request.adapter_id) + self._token_metadata
         call = self._generation.GenerateStream(request, timeout=self._timeout_seconds, metadata=metadata)
         try:
             for message in call:
@@ -157,6 +171,6 @@ class Client:
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> _Response:
         try:
-            return method(request, timeout=self._timeout_seconds, metadata=metadata)
+            return method(request, timeout=self._timeout_seconds, metadata=metadata + self._token_metadata)
         except grpc.RpcError as error:
             raise error_from_rpc(error, self._target) from error

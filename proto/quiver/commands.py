@@ -23,6 +23,9 @@ Examples:
   quiver generate "Where is my order?" --adapter routing
 
   quiver adapters list
+
+Environment of the commands that talk to a server: QUIVER_SERVER, QUIVER_TOKEN, and for TLS QUIVER_TLS_CA,
+QUIVER_TLS_CERT, QUIVER_TLS_KEY (PEM files).
 """
 
 app = typer.Typer(
@@ -184,7 +187,7 @@ def model(server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> N
 @app.command()
 def health(server: Server = channel.DEFAULT_TARGET) -> None:
     """Exit 0 when the server can take requests, 1 when not."""
-    with Client(server) as client:
+    with terminal.connected(server) as client:
         healthy = client.is_healthy()
     print(f"{server} is {'serving' if healthy else 'not serving'}", file=sys.stdout if healthy else sys.stderr)
     raise typer.Exit(0 if healthy else 1)

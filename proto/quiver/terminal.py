@@ -1,10 +1,12 @@
 """What the client commands print: tables and JSON on standard output, errors on standard error."""
 
 import json
+import os
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -14,6 +16,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from quiver.channel import Tls
 from quiver.client import Client
 from quiver.errors import QuiverClientError
 from quiver.results import Adapter, AdapterState, Score
@@ -32,13 +35,27 @@ _PIPE_WIDTH = 2000
 
 @contextmanager
 def connected(server: str) -> Generator[Client, None, None]:
-    """A client of `server`; a failed call ends the command with its message and exit code 1."""
-    with Client(server) as client:
+    """A client of `server`; a failed call ends the command with its message and exit code 1.
+
+    Token and certificates come from the environment, where neither `ps` nor a shell's history shows them.
+    """
+    try:
+        client = Client(server, token=os.environ.get("QUIVER_TOKEN", ""), tls=_tls())
+    except (OSError, ValueError) as error:
+        typer.echo(f"quiver: {error}", err=True)
+        raise typer.Exit(2) from None
+    with client:
         try:
             yield client
         except QuiverClientError as error:
             typer.echo(f"quiver: {error}", err=True)
             raise typer.Exit(1) from None
+
+
+def _tls() -> Tls | None:
+    """The files that QUIVER_TLS_CA, QUIVER_TLS_CERT and QUIVER_TLS_KEY name; None when none does."""
+    values = [os.environ.get(f"QUIVER_TLS_{name}") for name in ("CA", "CERT", "KEY")]
+    return Tls(*(Path(value) if value else None for value in values)) if any(values) else None
 
 
 def print_json(value: "DataclassInstance | Sequence[DataclassInstance]") -> None:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import grpc
 
 from quiver.v1 import adapters_pb2, adapters_pb2_grpc, model_pb2, model_pb2_grpc
+from quiver_server.access import current_caller
 from quiver_server.adapter_entry import Entry, State
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.errors import RequestError
@@ -27,6 +28,15 @@ async def _or_refuse(work: Awaitable[T], context: "grpc.aio.ServicerContext[Any,
     except RequestError as error:
         await refuse(context, error)
         raise  # `refuse` ends the call; this line tells the type checker so
+
+
+def _check(adapter_id: str, *, change: bool = False) -> None:
+    """Raises ForbiddenError. An empty id is the store's to refuse."""
+    caller = current_caller()
+    if change:
+        caller.check_admin()
+    if adapter_id:
+        caller.check_adapter(adapter_id)
 
 
 def adapter_message(entry: Entry, host_bytes: int) -> adapters_pb2.Adapter:
@@ -64,8 +74,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         context: "grpc.aio.ServicerContext[adapters_pb2.LoadAdapterRequest, adapters_pb2.LoadAdapterResponse]",
     ) -> adapters_pb2.LoadAdapterResponse:
         """Bring an adapter into memory."""
-        load = self._store.load(request.adapter_id, request.source, request.pin)
-        entry = await _or_refuse(load, context)
+
+        async def load() -> Entry:
+            _check(request.adapter_id, change=True)
+            return await self._store.load(request.adapter_id, request.source, request.pin)
+
+        entry = await _or_refuse(load(), context)
         return adapters_pb2.LoadAdapterResponse(adapter=self._describe(entry))
 
     async def UnloadAdapter(  # noqa: N802
@@ -74,7 +88,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         context: "grpc.aio.ServicerContext[adapters_pb2.UnloadAdapterRequest, adapters_pb2.UnloadAdapterResponse]",
     ) -> adapters_pb2.UnloadAdapterResponse:
         """Take an adapter out of memory."""
-        freed = await _or_refuse(self._store.unload(request.adapter_id), context)
+
+        async def unload() -> int:
+            _check(request.adapter_id, change=True)
+            return await self._store.unload(request.adapter_id)
+
+        freed = await _or_refuse(unload(), context)
         return adapters_pb2.UnloadAdapterResponse(freed_bytes=freed)
 
     async def GetAdapter(  # noqa: N802
@@ -85,6 +104,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """Describe one adapter."""
 
         async def find() -> Entry:
+            _check(request.adapter_id)
             return self._store.find(request.adapter_id)
 
         entry = await _or_refuse(find(), context)
@@ -95,8 +115,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         request: adapters_pb2.ListAdaptersRequest,
         context: "grpc.aio.ServicerContext[adapters_pb2.ListAdaptersRequest, adapters_pb2.ListAdaptersResponse]",
     ) -> adapters_pb2.ListAdaptersResponse:
-        """Describe every adapter."""
-        return adapters_pb2.ListAdaptersResponse(adapters=[self._describe(e) for e in self._store.entries()])
+        """Describe every adapter that the caller may ask."""
+        allows = current_caller().grant.allows
+        entries = [entry for entry in self._store.entries() if allows(entry.id)]
+        return adapters_pb2.ListAdaptersResponse(adapters=[self._describe(entry) for entry in entries])
 
     def _describe(self, entry: Entry) -> adapters_pb2.Adapter:
         return adapter_message(entry, self._store.host_bytes(entry))

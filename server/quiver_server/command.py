@@ -8,9 +8,13 @@ import typer
 
 from quiver_server.config import ServerConfig
 
-_EPILOG = (
-    "Example:  quiver serve --base models/llama --adapters adapters/   then   quiver generate --adapter mine 'Hello'"
-)
+_EPILOG = """
+Example:  quiver serve --base models/llama --adapters adapters/   then   quiver generate --adapter mine 'Hello'
+
+A token in --token-file is a table [[token]] with name, token or its sha256, and if wanted role ("user"; "admin" may
+load and unload), adapters (patterns of ids), base (false: only adapters), requests_per_second, max_concurrent. The
+file is read again when it changes.
+"""
 
 
 def _serve(
@@ -32,14 +36,17 @@ def _serve(
     default_max_new_tokens: Annotated[int, typer.Option(help="Where a request does not say.", min=1)] = 128,
     grace_seconds: Annotated[float, typer.Option(help="How long SIGTERM lets running requests finish.")] = 30.0,
     prefix_cache: Annotated[bool, typer.Option(help="Share what prompts that begin alike have computed.")] = True,
+    max_queue_seconds: Annotated[float, typer.Option(help="Who waited longer to start is refused.", min=0.001)] = 60.0,
+    token_file: Annotated[Path | None, typer.Option(help="TOML, [[token]] tables; none: anybody may ask.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM; replaced files are used without a restart.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM key of --tls-cert.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="PEM; clients must show a certificate of it.")] = None,
 ) -> None:
     """Serve one frozen base and any number of its adapters over gRPC."""
+    config = ServerConfig(**locals())  # the options are its fields
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
+        raise typer.BadParameter("--tls-cert and --tls-key go together, and --tls-client-ca needs both")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = ServerConfig(
-        base, adapters, host, port, metrics_port, device, dtype, kv_memory_mib, adapter_memory_mib,
-        adapter_host_memory_mib,
-        max_running, max_waiting, max_step_tokens, default_max_new_tokens, grace_seconds, prefix_cache,
-    )  # fmt: skip
     from quiver_server.serve import serve
 
     raise typer.Exit(serve(config))

@@ -23,4 +23,9 @@ class ServerConfig:
     max_step_tokens: int
     default_max_new_tokens: int
     grace_seconds: float
+    max_queue_seconds: float
+    token_file: Path | None
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_client_ca: Path | None
     prefix_cache: bool

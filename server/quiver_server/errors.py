@@ -6,6 +6,8 @@ RequestError                 the request's own failure; nobody else notices
 ├── MalformedAdapterError    INVALID_ARGUMENT: the adapter's folder breaks a rule
 ├── OtherBaseError           FAILED_PRECONDITION: the adapter was made for another base
 ├── AdapterTooLargeError     INVALID_ARGUMENT: the adapter is larger than the whole adapter memory
+├── UnauthenticatedError     UNAUTHENTICATED: no token, or one that nobody has
+├── ForbiddenError           PERMISSION_DENIED: the token does not allow it
 ├── BusyError                RESOURCE_EXHAUSTED: the queue or the adapter memory is full; carries a retry hint
 ├── DrainingError            UNAVAILABLE: the server is stopping
 └── EngineFaultError         INTERNAL: a step of the engine failed
@@ -59,6 +61,20 @@ class AdapterTooLargeError(RequestError):
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = "ADAPTER_TOO_LARGE"
+
+
+class UnauthenticatedError(RequestError):
+    """No token, or one that nobody has."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class ForbiddenError(RequestError):
+    """The token does not allow it."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "FORBIDDEN"
 
 
 class BusyError(RequestError):

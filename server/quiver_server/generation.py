@@ -109,6 +109,7 @@ class Generator:
         *,
         max_open: int,
         limits: Limits,
+        max_queue_seconds: float,
         start_token_id: int | None = None,
     ) -> None:
         self._engine = engine
@@ -117,6 +118,7 @@ class Generator:
         self._metrics = metrics
         self._max_open = max_open
         self._limits = limits
+        self._max_queue_seconds = max_queue_seconds
         self._start_token_id = start_token_id
         self._num_open = 0
         self._closing: set[asyncio.Task[None]] = set()
@@ -145,7 +147,7 @@ class Generator:
             queue: asyncio.Queue[tuple[Candidate, TokenEvent]] = asyncio.Queue()
             candidates += [self._submit(session, index, queue) for index in range(asked.num_candidates)]
             while not all(candidate.ended for candidate in candidates):
-                candidate, event = await queue.get()
+                candidate, event = await self._next(queue, session)
                 if candidate.ended:
                     continue  # a token drawn while its stop string was being found
                 if event.error is not None:
@@ -159,6 +161,21 @@ class Generator:
             task = asyncio.create_task(self._close(session, candidates))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    async def _next(
+        self, queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]", session: Session
+    ) -> tuple[Candidate, TokenEvent]:
+        """The next event. Raises BusyError for a request that nobody has begun for too long."""
+        limit = self._max_queue_seconds
+        while session.started_seconds is None:
+            remaining = session.arrival_seconds + limit - time.monotonic()
+            try:
+                async with asyncio.timeout(max(remaining, 0.0)):
+                    return await queue.get()
+            except TimeoutError:
+                if session.started_seconds is None:
+                    raise BusyError(f"waited {limit:g} s without starting (--max-queue-seconds)") from None
+        return await queue.get()
 
     def _check_room(self, session: Session) -> None:
         """Virtual tokens take positions too, which is known only now that the adapter is."""

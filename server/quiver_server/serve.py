@@ -35,16 +35,20 @@ from quiver_peft.errors import QuiverError
 from quiver_peft.kernels.native.library import take_over
 from quiver_peft.kernels.paged_attention import triton_agrees
 from quiver_peft.tokenizer import Tokenizer
+from quiver_server.access import Access
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.admin_services import AdapterService, ModelService
+from quiver_server.answering import Answering
 from quiver_server.blocks import BlockPool
 from quiver_server.config import ServerConfig
 from quiver_server.engine import Delivery, Engine
 from quiver_server.generation import Generator, dispatch
+from quiver_server.grpc_access import AccessInterceptor
 from quiver_server.metrics import Metrics
 from quiver_server.runner import Runner
 from quiver_server.scheduler import Scheduler
 from quiver_server.service import GenerationService
+from quiver_server.tls import grpc_credentials, tls_files
 from quiver_server.weights_cache import WeightsCache
 from quiver_server.wire import Limits
 
@@ -161,6 +165,7 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -
         metrics,
         max_open=config.max_running + config.max_waiting,
         limits=limits,
+        max_queue_seconds=config.max_queue_seconds,
         start_token_id=base.config.start_token_id if is_t5 else None,
     )
     return Parts(base, tokenizer, kv, engine, store, generator, limits, metrics)
@@ -186,15 +191,16 @@ def _describe(config: ServerConfig, parts: Parts) -> model_pb2.GetModelResponse:
 
 async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -> int:
     parts = _build(config, base, tokenizer)
-    server = grpc.aio.server(options=_OPTIONS)
-    generation = GenerationService(parts.generator, tokenizer, parts.limits, parts.metrics)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+    access = Access(config.token_file)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[AccessInterceptor(access)])
+    answering = Answering(parts.generator, tokenizer, parts.limits, parts.metrics)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(answering), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(parts.store), server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(_describe(config, parts)), server)
     healths = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
     reflection.enable_server_reflection([*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME], server)
-    port = server.add_insecure_port(f"{config.host}:{config.port}")
+    port = _bind(config, server)
     if config.metrics_port >= 0:
         metrics_port = parts.metrics.serve(config.host, config.metrics_port)
         log.info("metrics on http://%s:%d/metrics", config.host, metrics_port)
@@ -206,6 +212,16 @@ async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokeni
     await _until_signal()
     await _drain(config, parts, server, healths)
     return 0
+
+
+def _bind(config: ServerConfig, server: grpc.aio.Server) -> int:
+    """Take the gRPC port; returns its number."""
+    address = f"{config.host}:{config.port}"
+    if (files := tls_files(config)) is not None:
+        return server.add_secure_port(address, grpc_credentials(files))
+    if config.token_file is not None and config.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("tokens travel in the clear: give --tls-cert, or keep TLS in front of this server")
+    return server.add_insecure_port(address)
 
 
 async def _until_signal() -> None:

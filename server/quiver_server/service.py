@@ -1,26 +1,17 @@
 """The gRPC face of generation: messages in, pieces out, errors to statuses."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from quiver.status import STATUS_DETAILS_KEY, shorten, status_details
 from quiver.v1 import generation_pb2, generation_pb2_grpc
-from quiver_peft.tokenizer import Tokenizer
+from quiver_server.answering import Answering
 from quiver_server.errors import DrainingError, InvalidRequestError, RequestError
-from quiver_server.generation import Generator, Piece, Session
-from quiver_server.metrics import Metrics
-from quiver_server.wire import (
-    FINISH_REASONS,
-    Asked,
-    Limits,
-    fill_score,
-    logprob_message,
-    read_request,
-    read_score_request,
-)
+from quiver_server.generation import Piece, Session
+from quiver_server.wire import FINISH_REASONS, fill_score, logprob_message
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +33,8 @@ async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: RequestEr
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """`quiver.v1.GenerationService`."""
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer, limits: Limits, metrics: Metrics) -> None:
-        self._generator = generator
-        self._tokenizer = tokenizer
-        self._limits = limits
-        self._metrics = metrics
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
 
     async def Generate(  # noqa: N802 - the name is the wire's
         self,
@@ -56,9 +44,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Answer once, with all candidates complete."""
         response = generation_pb2.GenerateResponse()
         try:
-            session = self._open(lambda: read_request(request, self._tokenizer, self._limits))
+            session = self._answering.open(request)
             candidates = [response.candidates.add(index=i) for i in range(session.asked.num_candidates)]
-            async for piece in self._pieces(session):
+            async for piece in self._answering.pieces(session):
                 _extend(candidates[piece.index], piece)
             _describe(response, session)
             _summarise(response, session)
@@ -73,10 +61,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
         """Answer with pieces as they are generated."""
         try:
-            session = self._open(lambda: read_request(request, self._tokenizer, self._limits))
+            session = self._answering.open(request)
             num_ended = 0
             first = True
-            async for piece in self._pieces(session):
+            async for piece in self._answering.pieces(session):
                 message = _piece_message(piece)
                 if first:
                     _describe(message, session)
@@ -96,9 +84,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """How likely given continuations are."""
         response = generation_pb2.ScoreResponse()
         try:
-            session = self._open(lambda: read_score_request(request, self._tokenizer, self._limits))
+            session = self._answering.open_score(request)
             scores = [response.scores.add() for _ in range(session.asked.num_candidates)]
-            async for piece in self._pieces(session):
+            async for piece in self._answering.pieces(session):
                 fill_score(scores[piece.index], piece.prompt_logprobs, request.top_logprobs)
             _describe(response, session)
             _summarise(response, session)
@@ -112,39 +100,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         context: "grpc.aio.ServicerContext[generation_pb2.TokenizeRequest, generation_pb2.TokenizeResponse]",
     ) -> generation_pb2.TokenizeResponse:
         """The ids that Generate would use for a text."""
-        if self._generator.draining:
+        if self._answering.generator.draining:
             await refuse(context, DrainingError("the server is stopping"))
         if not request.text:
             await refuse(context, InvalidRequestError("text is empty; it must have at least one character", "text"))
-        ids = self._tokenizer.encode(request.text)
-        pieces = self._tokenizer.pieces(ids) if request.pieces else []
+        ids = self._answering.tokenizer.encode(request.text)
+        pieces = self._answering.tokenizer.pieces(ids) if request.pieces else []
         return generation_pb2.TokenizeResponse(token_ids=ids, pieces=pieces)
-
-    def _open(self, read: Callable[[], Asked]) -> Session:
-        try:
-            return self._generator.open(read())
-        except RequestError as error:
-            self._metrics.requests.labels("", error.code.name).inc()
-            raise
-
-    async def _pieces(self, session: Session) -> AsyncIterator[Piece]:
-        """The session's pieces, with its end counted."""
-        code = "CANCELLED"
-        pieces = self._generator.run(session)
-        try:
-            async for piece in pieces:
-                yield piece
-            code = "OK"
-        except RequestError as error:
-            code = error.code.name
-            raise
-        finally:
-            await pieces.aclose()  # type: ignore[attr-defined] - an async generator
-            adapter = session.adapter.id if session.adapter is not None else ""
-            self._metrics.requests.labels(adapter, code).inc()
-            self._metrics.prompt_tokens.labels(adapter).inc(session.asked.num_prompt_tokens)
-            self._metrics.cached_prompt_tokens.labels(adapter).inc(session.num_reused_tokens)
-            self._metrics.generated_tokens.labels(adapter).inc(session.num_generated_tokens)
 
 
 def _extend(candidate: generation_pb2.Candidate, piece: Piece) -> None:

@@ -78,6 +78,20 @@ def test_score_prints_a_table_and_json(server: ScriptedServer) -> None:
     assert scores[0]["total_logprob"] == -0.5
 
 
+def test_the_token_comes_from_the_environment(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUIVER_TOKEN", "secret")
+    _succeeds(_quiver("generate", "hello", server=server))
+
+    assert server.script.metadata["authorization"] == "Bearer secret"
+
+
+def test_certificates_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUIVER_TLS_CA", "nowhere.pem")
+    run = _quiver("model")
+
+    assert (run.returncode, "nowhere.pem" in run.stderr, "Traceback" in run.stderr) == (2, True, False)
+
+
 def test_generate_can_wait_for_the_whole_answer(server: ScriptedServer) -> None:
     assert _succeeds(_quiver("generate", "hello", "--no-stream", server=server)) == "one two three\n"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from quiver import Client, FinishReason, Generation
+from quiver import Client, FinishReason, Generation, Tls
 
 STARTUP_SECONDS = 60.0
 _SERVING = re.compile(r"serving .* on ([^ ]+:\d+) \(")
@@ -29,9 +29,9 @@ class LiveServer:
         self.target = self._wait_for(_SERVING)
         self.metrics_url = self._wait_for(_METRICS)
 
-    def client(self) -> Client:
+    def client(self, token: str = "", tls: Tls | None = None) -> Client:
         """A connection of its own; a call that hangs fails the test."""
-        return Client(self.target, timeout_seconds=60)
+        return Client(self.target, timeout_seconds=60, token=token, tls=tls)
 
     def metric(self, name: str, **labels: str) -> float:
         """One sample of the metrics page."""

@@ -1,0 +1,58 @@
+"""Between the service and the engine: a request is read, allowed, admitted and run, and its end counted."""
+
+from collections.abc import AsyncIterator, Callable
+
+from quiver.v1 import generation_pb2
+from quiver_peft.tokenizer import Tokenizer
+from quiver_server.access import current_caller
+from quiver_server.errors import RequestError
+from quiver_server.generation import Generator, Piece, Session
+from quiver_server.metrics import Metrics
+from quiver_server.wire import Asked, Limits, read_request, read_score_request
+
+
+class Answering:
+    """Opens sessions for the current caller and runs them. Lives in the event loop."""
+
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, limits: Limits, metrics: Metrics) -> None:
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self._metrics = metrics
+
+    def open(self, message: generation_pb2.GenerateRequest) -> Session:
+        """Admit a request to generate. Raises RequestError."""
+        return self._open(message.adapter_id, lambda: read_request(message, self.tokenizer, self.limits))
+
+    def open_score(self, message: generation_pb2.ScoreRequest) -> Session:
+        """Admit a request to score. Raises RequestError."""
+        return self._open(message.adapter_id, lambda: read_score_request(message, self.tokenizer, self.limits))
+
+    def _open(self, adapter_id: str, read: Callable[[], Asked]) -> Session:
+        try:
+            current_caller().check_adapter(adapter_id)
+            return self.generator.open(read())
+        except RequestError as error:
+            self._metrics.requests.labels("", error.code.name).inc()
+            raise
+
+    async def pieces(self, session: Session) -> AsyncIterator[Piece]:
+        """The session's pieces, within the caller's limits. Raises RequestError."""
+        code = "CANCELLED"
+        pieces = self.generator.run(session)
+        try:
+            with current_caller().using(session.asked.num_candidates):
+                async for piece in pieces:
+                    yield piece
+            code = "OK"
+        except RequestError as error:
+            code = error.code.name
+            raise
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined] - an async generator
+            adapter = session.adapter.id if session.adapter is not None else ""
+            metrics = self._metrics
+            metrics.requests.labels(adapter, code).inc()
+            metrics.prompt_tokens.labels(adapter).inc(session.asked.num_prompt_tokens)
+            metrics.cached_prompt_tokens.labels(adapter).inc(session.num_reused_tokens)
+            metrics.generated_tokens.labels(adapter).inc(session.num_generated_tokens)

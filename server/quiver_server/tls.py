@@ -1,0 +1,83 @@
+"""TLS: certificates from files that are read again when they change, without a restart."""
+
+import logging
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import grpc
+
+from quiver_peft.errors import QuiverError
+from quiver_server.config import ServerConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files. client_ca: signs the certificates that clients must show; None: they need not."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every file there is."""
+        return (self.cert, self.key) if self.client_ca is None else (self.cert, self.key, self.client_ca)
+
+    def state(self) -> tuple[tuple[int, int], ...]:
+        """What changes when a file is replaced. Raises OSError while one is missing."""
+        return tuple((stat.st_mtime_ns, stat.st_ino) for stat in (path.stat() for path in self.all))
+
+    def context(self) -> ssl.SSLContext:
+        """The server side of a handshake. Raises QuiverError where the files do not belong together."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.cert, self.key)
+            if self.client_ca is not None:
+                context.load_verify_locations(self.client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ssl.SSLError) as error:  # an SSLError is an OSError; its text names no secret
+            raise QuiverError(f"{', '.join(map(str, self.all))}: not usable for TLS: {error}") from None
+        return context
+
+
+def tls_files(config: ServerConfig) -> TlsFiles | None:
+    """The files that the server was given, if any."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+
+def grpc_credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """Credentials that follow the files: each handshake uses what was last found good."""
+    seen = files.state()
+    files.context()  # checked by OpenSSL, whose errors have words
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        roots = None if files.client_ca is None else files.client_ca.read_bytes()
+        return grpc.ssl_server_certificate_configuration([(files.key.read_bytes(), files.cert.read_bytes())], roots)
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """A new configuration, or None for the one in use. Called by gRPC at each handshake."""
+        nonlocal seen
+        try:
+            now = files.state()
+            if now == seen:
+                return None
+            files.context()
+            fresh = read()
+        except (OSError, QuiverError) as error:
+            log.error("the certificate stays as it was: %s", error)
+            return None
+        seen = now
+        log.info("read the certificate again from %s", files.cert)
+        return fresh
+
+    # None is gRPC's word for "unchanged", though the stubs do not say so.
+    follow = cast("Callable[[], grpc.ServerCertificateConfiguration]", fetch)
+    return grpc.dynamic_ssl_server_credentials(read(), follow, files.client_ca is not None)
