@@ -45,7 +45,7 @@ HF_CONFIG: dict[str, Any] = {
     "decoder_start_token_id": END_OF_TEXT_ID,
     "dtype": "float32",
 }
-RECIPE = Recipe(instructed_steps=240, sequences=16, sequence_tokens=256, copy_steps=400, copies=4)
+RECIPE = Recipe(sequences=16, sequence_tokens=256, copy_steps=400, copies=4)
 DENOISED = 4  # sequences of a step
 NOISE = 0.1  # share of a denoised source's tokens that are wrong
 
