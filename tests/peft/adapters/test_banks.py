@@ -25,12 +25,10 @@ from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
 
 CPU = torch.device("cpu")
-# One of these adapters makes rounding grow: against fp64, PEFT itself is off by 2.4e-5, torch's operators by 3.6e-5.
-TOLERANCE = 2e-4
 ADAPTERS: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"rank": 4},
-        {"rank": 1, "targets": "all-linear"},
+        {"rank": 1, "targets": "all-linear", "alpha": 2},
         {"rank": 9, "targets": ["k_proj", "gate_proj", "down_proj"], "use_rslora": True},
         {"rank": 6, "targets": ["o_proj", "up_proj"], "alpha": 3, "rank_pattern": {"o_proj": 2}},
     ],
@@ -97,7 +95,7 @@ def test_each_adapter_alone_equals_hugging_face(bench: Bench) -> None:
         found = bench.run(bench.prompts, banks.seam([RowGroup(slot, 0, sum(lengths))]))
         for logits, expected, bare in zip(found, bench.expected[index + 1], bench.expected[0], strict=True):
             assert_matters(expected, bare)
-            assert_close(logits, expected, TOLERANCE)
+            assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 0, 3, 1, 2], [2, 2, 0, 0, 1], [0, 0, 3, 3, 3]])
@@ -108,7 +106,7 @@ def test_a_mixed_batch_equals_one_at_a_time(order: list[int], bench: Bench) -> N
     lengths = [len(ids) for ids in bench.prompts]
     found = bench.run(bench.prompts, banks.seam(groups([slots[i] for i in order], lengths)))
     for prompt, (adapter, logits) in enumerate(zip(order, found, strict=True)):
-        assert_close(logits, bench.expected[adapter][prompt], TOLERANCE)
+        assert_close(logits, bench.expected[adapter][prompt])
         alone = bench.run([bench.prompts[prompt]], banks.seam([RowGroup(slots[adapter], 0, lengths[prompt])]))
         assert_close(logits, alone[0], tolerance=1e-5)
 
@@ -122,7 +120,7 @@ def test_the_banks_equal_the_trainable_form(bench: Bench) -> None:
         model.adapter = Adapter.from_weights(bench.base, weights).eval()
         served = bench.run(bench.prompts, banks.seam([RowGroup(insert(banks, weights), 0, total)]))
         for ids, logits in zip(bench.prompts, served, strict=True):
-            assert_close(logits, model(torch.tensor([ids])).detach()[0], TOLERANCE)
+            assert_close(logits, model(torch.tensor([ids])).detach()[0])
 
 
 def test_base_rows_are_bit_identical_to_a_batch_without_adapters(bench: Bench) -> None:
@@ -234,7 +232,7 @@ def test_adapters_may_come_and_go_from_several_threads(bench: Bench) -> None:
     for index, held in kept.items():
         for slot in held:
             found = bench.run(bench.prompts, banks.seam([RowGroup(slot, 0, total)]))
-            assert_close(found[0], bench.expected[index + 1][0], TOLERANCE)
+            assert_close(found[0], bench.expected[index + 1][0])
 
 
 def test_a_half_precision_bank(bench: Bench) -> None:
