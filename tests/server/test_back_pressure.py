@@ -33,7 +33,7 @@ def test_who_waits_too_long_is_refused_with_a_hint(narrow: LiveServer) -> None:
         next(stream)
         error = refusal(lambda: other.generate([5], max_new_tokens=1), ServerBusy, "waited 0.2 s without starting")
         assert isinstance(error, ServerBusy) and error.retry_after_seconds
-        assert narrow.metric("quiver_waiting_sequences") == 2, "it left the queue"
+        eventually(lambda: narrow.metric("quiver_waiting_sequences") <= 2)  # it left the queue
         stream.close()
         eventually(lambda: narrow.metric("quiver_kv_usage_ratio") == 0)
         assert len(other.generate([5, 6, 7], max_new_tokens=3, ignore_eos=True).token_ids) == 3

@@ -133,6 +133,7 @@ async def test_a_replica_that_is_killed_loses_what_it_was_computing_and_nothing_
             group.create_task(long.send(client, adapter, stream=True, num_tokens=240))
         async with traffic(release.target, ADAPTERS) as sent:
             await sent.more(12)
+            signalled_seconds = time.monotonic()
             release.servers[killed].signal(signal.SIGKILL)
             await asyncio.to_thread(release.servers[killed].process.wait)
             killed_seconds = time.monotonic()
@@ -141,7 +142,8 @@ async def test_a_replica_that_is_killed_loses_what_it_was_computing_and_nothing_
     assert {outcome.adapter for outcome in long.failed} == set(lost[:2]), "its own streams end with an error"
     late = [outcome for outcome in sent.failed if outcome.began_seconds > killed_seconds]
     assert not late, [(outcome.began_seconds - killed_seconds, outcome.error) for outcome in late]
-    assert len(sent.failed) <= 8, "more than were under way"
+    under_way = [outcome for outcome in sent.failed if outcome.began_seconds < signalled_seconds]
+    assert len(under_way) <= 8, "more than were under way"
     after = await asyncio.to_thread(owners, release)
     assert {adapter: after[adapter] for adapter in kept} == {adapter: before[adapter] for adapter in kept}
     assert len({after[adapter] for adapter in lost}) == 2, "both others take some"

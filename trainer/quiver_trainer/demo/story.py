@@ -130,7 +130,8 @@ async def tell(work: Path, address: str, late: Path, num_held_out: int) -> None:
         console.print(accuracy_table(rows, TASKS, answers))
         console.print(
             f"{len(answers)} requests to {len(TASKS)} adapters and the base in {seconds:.1f} s: "
-            f"[bold]{desk.num_tokens / seconds:.0f} generated tokens per second[/] with {CONCURRENCY} at a time."
+            f"[bold]{desk.num_tokens / seconds:.0f} generated tokens per second[/] with {CONCURRENCY} at a time.",
+            soft_wrap=True,
         )
 
 
