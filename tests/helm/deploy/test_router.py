@@ -128,17 +128,21 @@ async def test_a_replica_that_is_killed_loses_what_it_was_computing_and_nothing_
     lost = [adapter for adapter in ADAPTERS if before[adapter] == killed]
     kept = [adapter for adapter in ADAPTERS if before[adapter] != killed]
     long = Traffic()
-    async with AsyncClient(release.target, timeout_seconds=60) as client, asyncio.TaskGroup() as group:
+    async with (
+        AsyncClient(release.target, timeout_seconds=60) as client,
+        asyncio.TaskGroup() as group,
+        traffic(release.target, ADAPTERS) as sent,
+    ):
+        await sent.more(12)
         for adapter in (*lost[:2], *kept[:2]):
             group.create_task(long.send(client, adapter, stream=True, num_tokens=240))
-        async with traffic(release.target, ADAPTERS) as sent:
-            await sent.more(12)
-            signalled_seconds = time.monotonic()
-            release.servers[killed].signal(signal.SIGKILL)
-            await asyncio.to_thread(release.servers[killed].process.wait)
-            killed_seconds = time.monotonic()
-            await asyncio.to_thread(release.wait_for_healthy, 2)
-            await sent.more()
+        await long.streaming(4)
+        signalled_seconds = time.monotonic()
+        release.servers[killed].signal(signal.SIGKILL)
+        await asyncio.to_thread(release.servers[killed].process.wait)
+        killed_seconds = time.monotonic()
+        await asyncio.to_thread(release.wait_for_healthy, 2)
+        await sent.more()
     assert {outcome.adapter for outcome in long.failed} == set(lost[:2]), "its own streams end with an error"
     late = [outcome for outcome in sent.failed if outcome.began_seconds > killed_seconds]
     assert not late, [(outcome.began_seconds - killed_seconds, outcome.error) for outcome in late]

@@ -14,17 +14,19 @@ PROMPT = [9, 20, 31]
 
 @dataclass
 class Outcome:
-    """One request: when it began (time.monotonic), for whom, and its error, if any."""
+    """One request: when it began (time.monotonic), for whom, the tokens of its stream so far, and its error, if any."""
 
     began_seconds: float
     adapter: str
+    num_tokens: int = 0
     error: QuiverClientError | None = None
 
 
 @dataclass
 class Traffic:
-    """What has been sent. `stopping`: no more begins."""
+    """What has been sent, and of that what has ended. `stopping`: no more begins."""
 
+    begun: list[Outcome] = field(default_factory=list[Outcome])
     outcomes: list[Outcome] = field(default_factory=list[Outcome])
     stopping: bool = False
 
@@ -39,15 +41,20 @@ class Traffic:
         while len(self.outcomes) < wanted:
             await asyncio.sleep(0.01)
 
+    async def streaming(self, count: int) -> None:
+        """Returns when so many have begun and each has had a token."""
+        while len(self.begun) < count or not all(outcome.num_tokens for outcome in self.begun):
+            await asyncio.sleep(0.001)
+
     async def send(self, client: AsyncClient, adapter: str, *, stream: bool, num_tokens: int) -> None:
         """One request, to its end."""
         outcome = Outcome(time.monotonic(), adapter)
+        self.begun.append(outcome)
         try:
             if stream:
-                tokens = 0
                 async for piece in client.stream(PROMPT, adapter=adapter, max_new_tokens=num_tokens, ignore_eos=True):
-                    tokens += len(piece.token_ids)
-                assert tokens == num_tokens, "a stream ended early without an error"
+                    outcome.num_tokens += len(piece.token_ids)
+                assert outcome.num_tokens == num_tokens, "a stream ended early without an error"
             else:
                 await client.generate(PROMPT, adapter=adapter, max_new_tokens=num_tokens, ignore_eos=True)
         except QuiverClientError as error:
