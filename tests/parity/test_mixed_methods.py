@@ -11,7 +11,10 @@ import torch
 from parity.every_method import MethodBench, running
 from server.bench import make_base
 from server.live_server import LiveServer, answer_tokens
-from tiny import random_tokens
+from server.refusals import refusal
+from tiny import MAX_POSITIONS, random_tokens
+
+from quiver import FinishReason, InvalidRequest
 
 torch.set_num_threads(1)
 
@@ -106,3 +109,15 @@ def test_virtual_tokens_are_counted_apart(bench: MethodBench, name: str) -> None
     logits = bench.oracles[name](torch.tensor([prompt]), torch.empty(1, 0, dtype=torch.int64))
     expected = logits.log_softmax(-1)[0, range(11), prompt[1:]]
     assert torch.allclose(torch.tensor([item.logprob for item in logprobs]), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NUM_VIRTUAL)
+def test_virtual_tokens_take_up_the_context(bench: MethodBench, name: str) -> None:
+    """A prompt that leaves room for one token gets one; one token more, and it is refused."""
+    if name not in bench.oracles or "cross-lora" in bench.oracles:
+        pytest.skip("Hugging Face cannot compute it on this base, or its length is not the prompt's")
+    prompt = random_tokens(MAX_POSITIONS - NUM_VIRTUAL[name], seed=5).tolist()
+    with bench.server.client() as client:
+        answer = client.generate(prompt[:-1], adapter=name, max_new_tokens=9, ignore_eos=True)
+        assert (len(answer.token_ids), answer.finish_reason) == (1, FinishReason.LENGTH)
+        refusal(lambda: client.generate(prompt, adapter=name), InvalidRequest, f"context of {MAX_POSITIONS}")
