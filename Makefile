@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml .ci/constraints.txt
 
 setup: $(VENV)/.ready  ## Make .venv with everything in it (about two minutes, mostly downloads).
 
-demo: setup  ## Train four adapters, serve them mixed, watch (about three minutes; the second time a quarter).
+demo: setup  ## Train four adapters, serve them mixed, watch (about three minutes; the second time half a minute).
 	$(BIN)/python -m quiver_trainer.demo.story --base $(BASE)
 
 serve: setup  ## Leave a server with the demo's adapters running on port 50051 (run `make demo` first).
