@@ -15,6 +15,7 @@ from typing import Any
 
 from quiver_peft.errors import QuiverError
 from quiver_server.errors import BusyError, ForbiddenError, UnauthenticatedError
+from quiver_server.file_state import FileState, file_state
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +129,11 @@ class Access:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._tenants: dict[str, Tenant] = {}
-        self._seen = (0, 0)
+        self._seen: FileState = ()
         self._checked_seconds = time.monotonic()
         self._grants: tuple[Grant, ...] = ()
         if path is not None:
-            self._seen = _state(path)
+            self._seen = file_state(path)
             self._grants = read_grants(path)
 
     def enter(self, authorization: str) -> None:
@@ -155,7 +156,7 @@ class Access:
             return
         self._checked_seconds = now
         try:
-            seen = _state(path)
+            seen = file_state(path)
             if seen == self._seen:
                 return
             self._seen = seen
@@ -163,11 +164,6 @@ class Access:
             log.info("read %d tokens from %s", len(self._grants), path)
         except (OSError, QuiverError) as error:
             log.error("the tokens stay as they were: %s", error)
-
-
-def _state(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_ino
 
 
 def read_grants(path: Path) -> tuple[Grant, ...]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from quiver_peft.adapters.artifact import CONFIG_FILE, HUB_WEIGHTS_FILE, QUIVER_FILE, WEIGHTS_FILE
 from quiver_server.errors import RequestError
+from quiver_server.file_state import FileState, file_state
 
-FilesState = tuple[tuple[int, ...], ...]
+FilesState = tuple[FileState, ...]
 ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -83,5 +84,4 @@ class Entry:
 def files_state(folder: Path) -> FilesState:
     """Size, times and number of an adapter's files: what tells that they were replaced."""
     paths = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, HUB_WEIGHTS_FILE, QUIVER_FILE))
-    stats = (path.stat() for path in paths if path.is_file())
-    return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats)
+    return tuple(file_state(path) for path in paths if path.is_file())

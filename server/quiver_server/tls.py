@@ -11,6 +11,7 @@ import grpc
 
 from quiver_peft.errors import QuiverError
 from quiver_server.config import ServerConfig
+from quiver_server.file_state import FileState, file_state
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,9 @@ class TlsFiles:
         """Every file there is."""
         return (self.cert, self.key) if self.client_ca is None else (self.cert, self.key, self.client_ca)
 
-    def state(self) -> tuple[tuple[int, int], ...]:
+    def state(self) -> tuple[FileState, ...]:
         """What changes when a file is replaced. Raises OSError while one is missing."""
-        return tuple((stat.st_mtime_ns, stat.st_ino) for stat in (path.stat() for path in self.all))
+        return tuple(file_state(path) for path in self.all)
 
     def context(self) -> ssl.SSLContext:
         """The server side of a handshake. Raises QuiverError where the files do not belong together."""

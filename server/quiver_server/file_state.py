@@ -1,0 +1,11 @@
+"""What tells that a file was replaced or written again since it was read."""
+
+from pathlib import Path
+
+FileState = tuple[int, ...]
+
+
+def file_state(path: Path) -> FileState:
+    """Size, times and number of a file. Raises OSError."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
