@@ -14,8 +14,7 @@ from collections.abc import Iterator
 import pytest
 from helm.deploy.routed import DRAIN_SECONDS, Release, get, running_release
 from helm.deploy.traffic import PROMPT, Traffic, traffic
-from server.bench import make_base
-from tiny import hf_lora
+from tiny import hf_lora, tiny_llama, tiny_tokenizer
 
 from quiver import AdapterState, AsyncClient, Client
 
@@ -24,12 +23,14 @@ ADAPTERS = [f"adapter-{number}" for number in range(60)]
 HOT = "hot"
 REPLICAS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 NEW = "127.0.0.5"
+LONG = 1500  # tokens of a stream that is still under way when its replica is killed
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     folder = tmp_path_factory.mktemp("router")
-    base = make_base(folder / "base")
+    tiny_llama(base := folder / "base", max_position_embeddings=2 * LONG)
+    tiny_tokenizer(base)
     hf_lora(base, folder / "adapters" / HOT, rank=2, targets=["q_proj"])
     for adapter in ADAPTERS:
         shutil.copytree(folder / "adapters" / HOT, folder / "adapters" / adapter)
@@ -135,7 +136,7 @@ async def test_a_replica_that_is_killed_loses_what_it_was_computing_and_nothing_
     ):
         await sent.more(12)
         for adapter in (*lost[:2], *kept[:2]):
-            group.create_task(long.send(client, adapter, stream=True, num_tokens=240))
+            group.create_task(long.send(client, adapter, stream=True, num_tokens=LONG))
         await long.streaming(4)
         signalled_seconds = time.monotonic()
         release.servers[killed].signal(signal.SIGKILL)
