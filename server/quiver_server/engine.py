@@ -15,7 +15,7 @@ from quiver_server.errors import EngineFaultError
 from quiver_server.metrics import Metrics
 from quiver_server.request import FinishReason, Sequence, TokenEvent, TokenLogprob
 from quiver_server.runner import Runner
-from quiver_server.sampler import logprobs_of, sample
+from quiver_server.sampler import NOT_FINITE, logprobs_of, sample
 from quiver_server.scheduler import ScheduledChunk, Scheduler
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ Delivery = list[tuple[Sequence, TokenEvent]]
 class Engine:
     """Runs sequences until they end. `submit` and `cancel` may be called from any thread.
 
-    deliver: takes a step's events, once a step, called from the engine's thread.
+    deliver: takes a step's events, once a step; on_dead: told that no step will follow, because the loop itself failed.
+    Both are called from the engine's thread.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Engine:
         device: torch.device,
         metrics: Metrics,
         deliver: Callable[[Delivery], None],
+        on_dead: Callable[[], None],
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -45,10 +47,12 @@ class Engine:
         self._device = device
         self._metrics = metrics
         self._deliver = deliver
+        self._on_dead = on_dead
         self._wakeup = threading.Condition()
         self._submitted: list[Sequence] = []
         self._cancelled: list[Sequence] = []
         self._stopping = False
+        self._dead = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -65,6 +69,9 @@ class Engine:
     def submit(self, sequence: Sequence) -> None:
         """A sequence enters the queue."""
         with self._wakeup:
+            if self._dead:
+                self._tell_dead([sequence])
+                return
             self._submitted.append(sequence)
             self._wakeup.notify()
 
@@ -75,8 +82,20 @@ class Engine:
             self._wakeup.notify()
 
     def _loop(self) -> None:
-        while self._take_commands():
-            self.step()
+        try:
+            while self._take_commands():
+                self.step()
+        except Exception as error:
+            log.critical("the engine cannot go on", exc_info=error)
+            with self._wakeup:
+                self._dead = True
+                self._tell_dead([*self._scheduler.running, *self._scheduler.waiting, *self._submitted])
+            self._on_dead()
+
+    def _tell_dead(self, sequences: Seq[Sequence]) -> None:
+        """Nothing will be computed any more: whoever waits for it is told."""
+        fault = EngineFaultError("the engine has failed and the server is stopping; another replica may answer")
+        self._deliver([(sequence, TokenEvent(None, error=fault)) for sequence in sequences])
 
     def _take_commands(self) -> bool:
         """Sleep until there is work, then let the new in and the cancelled out; False when the engine is to stop."""
@@ -133,6 +152,12 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: int, logits: Tensor, row: int) -> TokenEvent:
         """logits: [R, V]; the token was drawn from `row`."""
+        if token == NOT_FINITE:
+            self._scheduler.remove(sequence)
+            who = f"adapter {sequence.tenant!r}" if sequence.tenant else "the base"
+            return TokenEvent(
+                None, error=EngineFaultError(f"{who} computes logits that are not finite for this prompt")
+            )
         num_top = sequence.params.num_top_logprobs
         logprob = None if num_top is None else logprobs_of(logits[row : row + 1], [token], num_top)[0]
         prompt_logprobs = () if sequence.generated else tuple(sequence.prompt_logprobs)

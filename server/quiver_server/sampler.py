@@ -8,12 +8,16 @@ from torch import Tensor
 
 from quiver_server.request import Sequence, TokenLogprob
 
+NOT_FINITE = -1  # instead of a token, where a row's logits overflowed
+
 
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
-    """The next token of each sequence. logits: [B, V]."""
+    """The next token of each sequence, NOT_FINITE for one whose logits tell none. logits: [B, V]."""
     logits = logits.float()
-    tokens: list[int] = logits.argmax(-1).tolist()
-    others = [row for row, sequence in enumerate(sequences) if not _is_plain(sequence)]
+    best, ids = logits.max(-1)
+    ids = torch.where(best.isfinite(), ids, NOT_FINITE)  # a NaN in a row is its maximum
+    tokens: list[int] = ids.tolist()
+    others = [row for row, sequence in enumerate(sequences) if tokens[row] != NOT_FINITE and not _is_plain(sequence)]
     if others:
         # On the host, whatever the device: one copy, where each row's draw would wait several times.
         for row, row_logits in zip(others, logits[others].cpu(), strict=True):
@@ -28,18 +32,22 @@ def _is_plain(sequence: Sequence) -> bool:
 
 
 def _sample_row(logits: Tensor, sequence: Sequence) -> int:
-    """logits: [V], changed in place. Order: penalties, temperature, top_k, top_p, min_p, then one draw."""
+    """logits: [V]. Order: penalties, temperature, top_k, top_p, min_p, then one draw.
+
+    In double precision, and measured from the largest logit: no penalty or temperature of fp32 overflows it.
+    """
     params = sequence.params
+    logits = logits.double()
     if params.penalised:
         _penalise(logits, sequence)
     if len(sequence.generated) < params.min_new_tokens:
         logits[list(params.stop_ids | params.eos_ids)] = -torch.inf
     if params.greedy:
         return int(logits.argmax())
-    ordered, ids = torch.sort(logits / params.temperature, descending=True, stable=True)
+    ordered, ids = torch.sort((logits - logits.max()) / params.temperature, descending=True, stable=True)
     if params.top_k:
         ordered = ordered[: params.top_k]
-    probabilities = torch.softmax(ordered.double(), -1)
+    probabilities = torch.softmax(ordered, -1)
     cumulative = probabilities.cumsum(-1)
     keep = cumulative - probabilities < params.top_p  # the first token that passes top_p belongs to the set
     keep &= probabilities >= params.min_p * probabilities[0]

@@ -89,7 +89,7 @@ class Parts:
 
 
 def serve(config: ServerConfig) -> int:
-    """Serve until SIGTERM or SIGINT. Returns 0 after a drain, 1 when the server could not start."""
+    """Serve until SIGTERM or SIGINT. Returns 0 after a drain, 1 when the server could not start or go on."""
     try:
         base, tokenizer = _load(config)
         return asyncio.run(_serve(config, base, tokenizer))
@@ -115,7 +115,20 @@ def _load(config: ServerConfig) -> tuple[GPTBase | T5Base, Tokenizer]:
     return base, Tokenizer(config.base)
 
 
-def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -> Parts:
+@dataclass
+class _Ending:
+    """Why and when to stop. failed: not because somebody asked."""
+
+    event: asyncio.Event
+    failed: bool = False
+
+    def fail(self) -> None:
+        """The server cannot go on."""
+        self.failed = True
+        self.event.set()
+
+
+def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, ending: _Ending) -> Parts:
     """The parts, unstarted. Called in the event loop that will serve."""
     loop = asyncio.get_running_loop()
     weight = base.embedding.weight
@@ -137,6 +150,9 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -
     def deliver(events: Delivery) -> None:
         loop.call_soon_threadsafe(dispatch, events)
 
+    def fail() -> None:
+        loop.call_soon_threadsafe(ending.fail)
+
     engine = Engine(
         Runner(base, banks, kv),
         Scheduler(blocks, config.max_running, config.max_step_tokens),
@@ -144,6 +160,7 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -
         device=weight.device,
         metrics=metrics,
         deliver=deliver,
+        on_dead=fail,
     )
     read = partial(read_adapter, base=base, tokenizer_digest=tokenizer.digest)
     weights = WeightsCache(read, config.adapter_host_memory_mib * _MIB)
@@ -190,7 +207,8 @@ def _describe(config: ServerConfig, parts: Parts) -> model_pb2.GetModelResponse:
 
 
 async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -> int:
-    parts = _build(config, base, tokenizer)
+    ending = _Ending(asyncio.Event())
+    parts = _build(config, base, tokenizer, ending)
     access = Access(config.token_file)
     server = grpc.aio.server(options=_OPTIONS, interceptors=[AccessInterceptor(access)])
     answering = Answering(parts.generator, tokenizer, parts.limits, parts.metrics)
@@ -209,9 +227,9 @@ async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokeni
     for name in ("", *_SERVICES):
         await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
     log.info("serving %s on %s:%d (%d adapters found)", config.base, config.host, port, len(parts.store.entries()))
-    await _until_signal()
+    await _until_signal(ending)
     await _drain(config, parts, server, healths)
-    return 0
+    return int(ending.failed)
 
 
 def _bind(config: ServerConfig, server: grpc.aio.Server) -> int:
@@ -224,12 +242,11 @@ def _bind(config: ServerConfig, server: grpc.aio.Server) -> int:
     return server.add_insecure_port(address)
 
 
-async def _until_signal() -> None:
-    stop = asyncio.Event()
+async def _until_signal(ending: _Ending) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await stop.wait()
+        loop.add_signal_handler(number, ending.event.set)
+    await ending.event.wait()
 
 
 async def _drain(config: ServerConfig, parts: Parts, server: grpc.aio.Server, healths: HealthServicer) -> None:

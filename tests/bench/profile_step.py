@@ -122,6 +122,7 @@ def make_engine(base: Base, banks: AdapterBanks, running: int, clock: Clock) -> 
         device=kv.keys.device,
         metrics=Metrics(blocks),
         deliver=lambda _: None,
+        on_dead=lambda: None,
     )
     runner.run = clock.timed("model", runner.run)
     engine._postprocess = clock.timed("sample and deliver", engine._postprocess)

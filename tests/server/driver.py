@@ -55,6 +55,7 @@ class Driver:
             device=CPU,
             metrics=Metrics(self.blocks),
             deliver=self._take,
+            on_dead=lambda: None,
         )
 
     def _take(self, events: Delivery) -> None:

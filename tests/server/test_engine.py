@@ -1,13 +1,18 @@
 """The step loop on a real tiny model: a small cache changes no token, a failing step ends only its sequences."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from server.driver import BLOCK_SIZE, CPU, Driver
 from server.sequences import sequence
 from tiny import hf_greedy, hf_model, random_prompts
+from torch import Tensor
 
 from quiver_peft.base.gpt import GPTBase
+from quiver_server.batch import StepBatch
 from quiver_server.engine import Delivery, Engine
 from quiver_server.errors import EngineFaultError
 from quiver_server.metrics import Metrics
@@ -81,10 +86,65 @@ def test_the_last_event_says_why(base: GPTBase) -> None:
         assert [event.finish_reason for event in driver.events[item]] == [reason]
 
 
+def threaded_engine(driver: Driver, deliver: Callable[[Delivery], None], dead: threading.Event | None = None) -> Engine:
+    """The driver's parts with a loop in a thread."""
+    return Engine(
+        driver.runner,
+        driver.scheduler,
+        block_size=BLOCK_SIZE,
+        device=CPU,
+        metrics=Metrics(driver.blocks),
+        deliver=deliver,
+        on_dead=(dead or threading.Event()).set,
+    )
+
+
+def test_logits_that_overflow_end_their_own_row_only(base: GPTBase) -> None:
+    driver = Driver(base, 40)
+    compute = driver.runner.run
+    values = iter([torch.nan, torch.inf])
+
+    def run(batch: StepBatch) -> Tensor:
+        logits = compute(batch).clone()
+        logits[-1, 7] = next(values, 0.0)
+        return logits
+
+    driver.runner.run = run  # type: ignore[method-assign]
+    items = [sequence([20 + i] * 4, max_new_tokens=3, temperature=float(i)) for i in range(3)]
+    for item in items:
+        item.tenant = "wild"
+    assert sorted(map(len, driver.run(items))) == [0, 1, 3]
+    errors = [driver.events[item][-1].error for item in items]
+    assert errors.count(None) == 1
+    for error in filter(None, errors):
+        assert isinstance(error, EngineFaultError)
+        assert "adapter 'wild' computes logits that are not finite" in str(error)
+
+
+def test_a_loop_that_fails_tells_everybody_and_takes_nobody(base: GPTBase, caplog: pytest.LogCaptureFixture) -> None:
+    """What a step cannot contain, such as a fault of the scheduler, ends the engine: never a silent wait."""
+    driver, dead = Driver(base, 40), threading.Event()
+    events: dict[Sequence, TokenEvent] = {}
+    engine = threaded_engine(driver, events.update, dead)
+
+    def schedule() -> None:
+        raise IndexError("a fault of the scheduler")
+
+    driver.scheduler.schedule = schedule  # type: ignore[method-assign]
+    early, late = sequence(5), sequence(5)
+    engine.submit(early)
+    engine.start()
+    assert dead.wait(20)
+    engine.submit(late)
+    for item in (early, late):
+        assert "the engine has failed and the server is stopping" in str(events[item].error)
+        assert events[item].is_last
+    assert "a fault of the scheduler" in caplog.text
+    engine.stop()
+
+
 def test_threads_submit_cancel_and_stop(base: GPTBase) -> None:
     """The loop itself: it sleeps without work, lets a cancelled row go with a last event, and ends when told."""
-    import threading
-
     driver = Driver(base, 40)
     begun, gone = threading.Event(), threading.Event()
     events: list[TokenEvent] = []
@@ -95,10 +155,7 @@ def test_threads_submit_cancel_and_stop(base: GPTBase) -> None:
         if events[-1].is_last:
             gone.set()
 
-    metrics = Metrics(driver.blocks)
-    engine = Engine(
-        driver.runner, driver.scheduler, block_size=BLOCK_SIZE, device=CPU, metrics=metrics, deliver=deliver
-    )
+    engine = threaded_engine(driver, deliver)
     engine.start()
     item = sequence(5, max_new_tokens=150)
     engine.submit(item)

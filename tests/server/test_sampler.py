@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from server.sequences import sequence
 
-from quiver_server.sampler import logprobs_of, sample, uniform
+from quiver_server.sampler import NOT_FINITE, logprobs_of, sample, uniform
 
 VOCAB = 12
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.2, -0.3, 0.0, 2.5, -2.0, 1.0, 0.1, -0.7])
+LEAST = 2.0**-149  # of float32 above 0
 Params = Mapping[str, float]
 SEEDS = (0, 2**63 + 1, 2**63 + 2, 2**64 - 1)  # the latter ones are equal as floats
 
@@ -102,6 +103,39 @@ def test_min_new_tokens_forbids_every_end() -> None:
     assert sample(LOGITS[None], [item]) == [0]
     item.generated = [0]
     assert sample(LOGITS[None], [item]) == [3]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_has_no_token_and_harms_no_other(value: float) -> None:
+    logits = torch.stack([LOGITS, LOGITS, LOGITS.roll(1)])
+    logits[1] = value
+    for params in ({}, {"temperature": 1.0}, {"repetition_penalty": 1.2}):
+        items = [sequence([1], params=params) for _ in range(3)]
+        tokens = sample(logits, items)
+        assert tokens[1] == NOT_FINITE
+        assert [tokens[0], tokens[2]] == sample(logits[[0, 2]], [items[0], items[2]])
+
+
+@given(
+    st.floats(LEAST, 2.0**127, width=32),
+    st.floats(LEAST, 2.0**127, width=32),
+    st.floats(LEAST, 1.0, width=32),
+    st.floats(0.0, 1.0, width=32),
+    st.integers(0, 2**32 - 1),
+)
+def test_no_parameter_of_a_float_overflows(
+    temperature: float, repetition: float, top_p: float, min_p: float, top_k: int
+) -> None:
+    """Those that the wire lets through: all of float32."""
+    params = {"temperature": temperature, "repetition_penalty": repetition, "top_p": top_p, "min_p": min_p}
+    item = sequence([0, 5, 8], params=params, top_k=top_k)
+    assert 0 <= sample(LOGITS[None], [item])[0] < VOCAB
+    item = sequence([0, 5, 8], params={**params, "temperature": 0.0})
+    assert 0 <= sample(LOGITS[None], [item])[0] < VOCAB
+
+
+def test_the_least_temperature_is_greedy() -> None:
+    assert sample(LOGITS[None], [sequence([1], temperature=LEAST)]) == sample(LOGITS[None], [sequence([1])])
 
 
 def test_rows_do_not_see_one_another() -> None:
