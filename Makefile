@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # PyPI's newer torch builds for Linux bring gigabytes of CUDA libraries; this one runs on the CPU.
 TORCH ?= torch==2.13.0
+# Two processes with two computing threads each would stand in each other's way.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 # The demo's base: a Llama, or with BASE=t5 a T5.
 BASE ?= llama
 ifneq ($(filter $(BASE),llama t5),$(BASE))
@@ -40,11 +42,11 @@ lint: setup  ## Formatting, types, import arrows, the wire contract.
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 
-test: lint  ## Everything that CI runs: lint and all tests.
-	$(BIN)/pytest
+test: lint  ## Everything that CI runs: lint and all tests, a file to a core.
+	$(PYTEST)
 
-test-fast: setup  ## Unit tests only: seconds.
-	$(BIN)/pytest -m 'not slow'
+test-fast: setup  ## Unit tests only: a minute or two.
+	$(PYTEST) -m 'not slow'
 
 test-deploy: setup  ## Of the tests, those of the chart: helm, Envoy and, where there is one, podman.
 	$(BIN)/pytest tests/helm
