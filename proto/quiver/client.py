@@ -42,18 +42,21 @@ class Client:
         timeout_seconds: float | None = None,
         token: str = "",
         tls: channel.Tls | None = None,
+        affinity: bool = False,
     ) -> None:
         """Connects at the first call. `timeout_seconds` bounds each call, a whole stream too; None: no bound.
 
-        `token` is shown with each call. `tls`: connect with TLS.
+        `token` is shown with each call. `tls`: connect with TLS. `affinity`: of several replicas behind a name, such as
+        "dns:///NAME-replicas:50051", always send an adapter's calls to the same one.
         """
+        options = channel.channel_options(affinity=affinity)
         self._target = target
         self._timeout_seconds = timeout_seconds
         self._token_metadata = channel.token_metadata(token)
         if tls is None:
-            self._channel = grpc.insecure_channel(target, options=channel.CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(target, options=options)
         else:
-            self._channel = grpc.secure_channel(target, tls.credentials(), options=channel.CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(target, tls.credentials(), options=options)
         self._generation = GenerationServiceStub(self._channel)
         self._adapters = AdapterServiceStub(self._channel)
         self._model = ModelServiceStub(self._channel)

@@ -9,6 +9,8 @@ from quiver.errors import InvalidRequest
 from quiver.v1 import generation_pb2
 
 ADAPTER_METADATA_KEY = "x-adapter-id"
+# What the endpoint picker of a Gateway API inference gateway reads for a call that it cannot parse.
+GATEWAY_METADATA_KEY = "x-gateway-model-name-rewrite"
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -176,10 +178,12 @@ def _stopping(options: GenerateOptions) -> generation_pb2.Stopping:
 
 
 def routing_metadata(adapter_id: str) -> tuple[tuple[str, str], ...]:
-    """The metadata by which a proxy sends requests for one adapter to the same replica.
+    """The metadata by which a proxy, or gRPC itself, sends requests for one adapter to the same replica.
 
-    Empty for the base, and for an id that metadata cannot carry: any replica can refuse that one.
+    All revisions of an adapter go where its id goes. Empty for the base, and for an id that metadata cannot carry: any
+    replica can refuse that one.
     """
-    if not adapter_id or not adapter_id.isascii() or not adapter_id.isprintable():
+    name = adapter_id.partition("@")[0]
+    if not name or not name.isascii() or not name.isprintable():
         return ()
-    return ((ADAPTER_METADATA_KEY, adapter_id),)
+    return (ADAPTER_METADATA_KEY, name), (GATEWAY_METADATA_KEY, name)

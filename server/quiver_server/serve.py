@@ -71,6 +71,8 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     # Clients may ping every 20 s to keep quiet streams alive through proxies.
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    # A client that connects anew looks its target's addresses up again: so it finds replicas that came later.
+    ("grpc.max_connection_age_ms", 600_000),
 )
 
 

@@ -171,13 +171,15 @@ def test_the_message_in_json_is_what_the_contract_says() -> None:
     }
 
 
-@pytest.mark.parametrize("adapter_id", ["", "Ünter", "line\nbreak", "bell\x07"])
+@pytest.mark.parametrize("adapter_id", ["", "@0123", "Ünter", "line\nbreak", "bell\x07"])
 def test_no_metadata_for_what_metadata_cannot_carry(adapter_id: str) -> None:
     assert routing_metadata(adapter_id) == ()
 
 
-def test_the_adapter_is_in_the_metadata() -> None:
-    assert routing_metadata("support@0123") == (("x-adapter-id", "support@0123"),)
+@pytest.mark.parametrize("adapter_id", ["support", "support@0123"])
+def test_the_adapter_is_in_the_metadata_whatever_its_revision(adapter_id: str) -> None:
+    expected = (("x-adapter-id", "support"), ("x-gateway-model-name-rewrite", "support"))
+    assert routing_metadata(adapter_id) == expected
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ class Release:
         self.servers: dict[str, LiveServer] = {}
         self.names = NameServer(NAME, [])
         self.target = f"127.0.0.1:{self.router_port}"
+        # The replicas themselves, by their name.
+        self.direct_target = f"dns://127.0.0.1:{self.names.port}/{NAME}:{self.port}"
         self.items = objects(render_text(*self._values()))
 
     def _values(self) -> list[str]:

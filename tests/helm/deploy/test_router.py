@@ -1,4 +1,4 @@
-"""Adapter-affine routing with the real Envoy, the chart's configuration and real servers.
+"""Adapter-affine routing by the real Envoy, with the chart's configuration and real servers, and by clients themselves.
 
 The tests share one release and go on from each other: 3 replicas, then 4, one drained, one killed.
 """
@@ -11,12 +11,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+import grpc
 import pytest
 from helm.deploy.routed import DRAIN_SECONDS, Release, get, running_release
 from helm.deploy.traffic import PROMPT, Traffic, traffic
 from tiny import hf_lora, tiny_llama, tiny_tokenizer
 
 from quiver import AdapterState, AsyncClient, Client
+from quiver.request_messages import ADAPTER_METADATA_KEY as KEY
+from quiver.request_messages import generate_request
+from quiver.v1.generation_pb2_grpc import GenerationServiceStub
 
 pytestmark = pytest.mark.slow
 ADAPTERS = [f"adapter-{number}" for number in range(60)]
@@ -38,14 +42,21 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
         yield release
 
 
-def owners(release: Release) -> dict[str, str]:
-    """The replica that answers each adapter now: all of three calls, unary and streamed, over two connections."""
+def owners(release: Release, *, direct: bool = False) -> dict[str, str]:
+    """The replica that answers each adapter now: all of three calls, unary and streamed, over two connections.
+
+    direct: past the router, by clients that choose a replica themselves.
+    """
+
+    def connect() -> Client:
+        return Client(release.direct_target if direct else release.target, timeout_seconds=30, affinity=direct)
+
     before = release.served()
     for _ in range(2):
-        with Client(release.target, timeout_seconds=30) as client:
+        with connect() as client:
             for adapter in ADAPTERS:
                 client.generate(PROMPT, adapter=adapter, max_new_tokens=1)
-    with Client(release.target, timeout_seconds=30) as client:
+    with connect() as client:
         for adapter in ADAPTERS:
             list(client.stream(PROMPT, adapter=adapter, max_new_tokens=2))
     after = release.served()
@@ -57,24 +68,30 @@ def owners(release: Release) -> dict[str, str]:
     return found
 
 
-def test_sixty_adapters_stick_to_their_replicas(release: Release) -> None:
-    owned = owners(release)
-    assert owners(release) == owned
+@pytest.mark.parametrize("direct", [False, True])
+def test_sixty_adapters_stick_to_their_replicas(release: Release, direct: bool) -> None:
+    owned = owners(release, direct=direct)
+    assert owners(release, direct=direct) == owned
     share = Counter(owned.values())
     assert set(share) == set(REPLICAS)
     assert min(share.values()) >= 10, "very unevenly spread"
 
 
 def test_a_revision_and_the_administration_of_an_adapter_go_to_its_replica(release: Release) -> None:
-    with Client(release.target, timeout_seconds=30) as client:
-        before = release.served()
+    """Another client's too, which may send the revision in the metadata."""
+    owned = owners(release)
+    before = release.served()
+    with Client(release.target, timeout_seconds=30) as client, grpc.insecure_channel(release.target) as channel:
+        foreign = GenerationServiceStub(channel)
         for adapter in ADAPTERS[:12]:
             found = client.get_adapter(adapter)
             assert found.state is AdapterState.RESIDENT, "asked of a replica that never had it"
-            client.generate(PROMPT, adapter=f"{adapter}@{found.revision[:12]}", max_new_tokens=1)
-        for adapter in ADAPTERS[:12]:
-            (owner,) = before[adapter]
-            assert release.served()[adapter] - before[adapter] == Counter({owner: 1})
+            named = f"{adapter}@{found.revision[:12]}"
+            client.generate(PROMPT, adapter=named, max_new_tokens=1)
+            foreign.Generate(generate_request(PROMPT, adapter=named, max_new_tokens=1), metadata=((KEY, named),))
+    after = release.served()
+    for adapter in ADAPTERS[:12]:
+        assert after[adapter] - before[adapter] == Counter({owned[adapter]: 2})
 
 
 def test_the_base_is_spread(release: Release) -> None:
@@ -125,6 +142,7 @@ async def test_a_replica_that_drains_loses_nothing(release: Release) -> None:
 
 async def test_a_replica_that_is_killed_loses_what_it_was_computing_and_nothing_else(release: Release) -> None:
     before = await asyncio.to_thread(owners, release)
+    direct_before = await asyncio.to_thread(owners, release, direct=True)
     killed = REPLICAS[1]
     lost = [adapter for adapter in ADAPTERS if before[adapter] == killed]
     kept = [adapter for adapter in ADAPTERS if before[adapter] != killed]
@@ -152,6 +170,9 @@ async def test_a_replica_that_is_killed_loses_what_it_was_computing_and_nothing_
     after = await asyncio.to_thread(owners, release)
     assert {adapter: after[adapter] for adapter in kept} == {adapter: before[adapter] for adapter in kept}
     assert len({after[adapter] for adapter in lost}) == 2, "both others take some"
+    direct_after = await asyncio.to_thread(owners, release, direct=True)  # the name still stands for the killed one
+    moved = {adapter for adapter in ADAPTERS if direct_after[adapter] != direct_before[adapter]}
+    assert moved == {adapter for adapter in ADAPTERS if direct_before[adapter] == killed}
 
 
 def test_an_envoy_that_ends_lets_streams_finish(release: Release) -> None:
