@@ -63,6 +63,11 @@ class Adapter(nn.Module):
 
     def weights(self, base: Base) -> AdapterWeights:
         """A detached fp32 copy of everything on the host; the revision is for whoever writes it."""
+        weights = self.stored_weights()
+        return replace(weights, scales=fold_scales(base, weights.lora, weights.ia3))
+
+    def stored_weights(self) -> AdapterWeights:
+        """The same without the scales that are folded for serving: what a file holds."""
         weights = AdapterWeights("", self.configs)
         for method in self._methods:
             if isinstance(method, LoraModule):
@@ -75,7 +80,7 @@ class Adapter(nn.Module):
                 weights = replace(weights, prefix=method.weights())
             else:
                 weights = replace(weights, prompt=method.weights())
-        return replace(weights, scales=fold_scales(base, weights.lora, weights.ia3))
+        return weights
 
     def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """Word embeddings, the placeholders' replaced. tokens: [B, S] -> [B, S, D]."""
@@ -95,9 +100,11 @@ class Adapter(nn.Module):
         """The base's linear and what each method does around it. x: [*, K] -> [*, N]."""
         for method in self._methods:
             x = method.scale_input(linear, x)
-        y = linear(x)
+        x = linear.enter(x)
+        y = linear.multiply(x)
         for method in self._methods:
             y = method.add_output(linear, x, y)
+        y = linear.leave(y)
         for method in self._methods:
             y = method.scale_output(linear, y)
         return y

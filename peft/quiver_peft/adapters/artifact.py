@@ -50,7 +50,7 @@ def save_adapter(
 
     extra_files: {name: content} to lie beside it, such as a learning curve; they do not belong to the revision.
     """
-    config, tensors = write_methods(base, adapter.weights(base), base_name)
+    config, tensors = write_methods(base, adapter.stored_weights(), base_name)
     config_bytes = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     weights_bytes = save_tensors(tensors, metadata={"format": "pt"})
     revision = _revision(config_bytes, weights_bytes)

@@ -23,9 +23,9 @@ def gate(
     """Scale g and shift (1 - g) bias, both [N] where `a` is; no shift without a bias. a: [R, K], b: [N, R]."""
     with torch.no_grad():
         # The paper's section 4.3: the length counts as a constant, which saves most of the memory of training.
-        weight = _rows(linear.plain_weight(), target).to(a.device, torch.float32) + lora_scale * (b @ a)
+        lengths = linear.row_lengths(target.rows, lora_scale * (b @ a))
         # A row of zeros has no direction: it stays zero, where 0 / 0 would spread over everything.
-        lengths = torch.linalg.vector_norm(weight, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        lengths = lengths.clamp(min=torch.finfo(torch.float32).tiny)
     scale = magnitude / lengths
     if linear.bias is None:
         return scale, None

@@ -108,7 +108,7 @@ class IA3Module(Method):
         scales = self._outputs.get(linear.site.name)
         if not scales:
             return y
-        whole = torch.ones(linear.out_features, device=y.device)
+        whole = torch.ones(y.shape[-1], device=y.device)
         for scale in scales:
             whole = whole.index_copy(0, torch.arange(*scale.target.rows, device=y.device), scale.scale)
         return (y * whole).to(y.dtype)

@@ -157,4 +157,4 @@ def _first_rows(base: Base, config: PromptTuningPEFTConfig) -> Tensor:
     if config.init == "random":
         return torch.randn(config.virtual_tokens, base.config.hidden_size)
     ids = torch.randint(base.config.vocab_size, (config.virtual_tokens,))
-    return host_copy(base.embedding.weight[ids.to(base.embedding.weight.device)])
+    return host_copy(base.embedding(ids.to(base.embedding.weight.device)))

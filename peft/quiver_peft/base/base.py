@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quiver_peft.base.checkpoint import fingerprint, load_checkpoint, read_config
+from quiver_peft.base.checkpoint import Cut, fingerprint, load_checkpoint, read_config
 from quiver_peft.base.config import BaseConfig
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.family import Family, Rename
 from quiver_peft.base.sites import Linear, Site
+from quiver_peft.base.spread import ONE_DEVICE, Spread
 from quiver_peft.errors import CheckpointError
 from quiver_peft.kernels.packed_linear import PackedWeight, packed_linear
 
@@ -25,6 +25,7 @@ class Base(nn.Module):
     fingerprint: identifies the checkpoint it was read from ("" when freshly initialised).
     sublayers: the sites of its attention and feed-forward sub-layers, in order.
     head: None when the embedding is the head too.
+    spread: how it lies over devices; on one, unless `quiver_peft.parallel` has made it.
     """
 
     families: ClassVar[Mapping[str, Family[Any]]]
@@ -37,6 +38,7 @@ class Base(nn.Module):
         super().__init__()
         self.fingerprint = ""
         self.packed_head: PackedWeight | None = None
+        self.spread: Spread = ONE_DEVICE
 
     @property
     def config(self) -> BaseConfig:
@@ -57,7 +59,19 @@ class Base(nn.Module):
         """Through the head. hidden: [*, D] -> [*, V]."""
         if self.packed_head is not None:
             return packed_linear(hidden, self.packed_head, None)
-        return F.linear(hidden, self.head_weight)
+        return self.spread.logits(hidden, self.head_weight)
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """What the head is applied to. hidden: [*, D] -> [*, D]."""
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [*, D] -> next-token logits [*, V]."""
+        return self.project(self.before_head(hidden))
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log p of each target after each hidden state, in nats. hidden: [R, D], targets: [R] int64 -> [R] fp32."""
+        return self.spread.cross_entropy(self.before_head(hidden), self.head_weight, targets)
 
     @property
     def num_parameters(self) -> int:
@@ -80,6 +94,14 @@ class Base(nn.Module):
         cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> Self:
         """Read a Hugging Face folder (config.json and safetensors). Raises CheckpointError."""
+        base = cls.skeleton(folder, dtype=dtype)
+        base.to_empty(device=device)
+        base.fill(folder)
+        return base.eval()
+
+    @classmethod
+    def skeleton(cls, folder: str | Path, *, dtype: torch.dtype) -> Self:
+        """What a folder's weights will fill, on the meta device. Raises CheckpointError."""
         path = Path(folder)
         hf_config = read_config(path)
         family = cls.families.get(hf_config["model_type"])
@@ -95,12 +117,13 @@ class Base(nn.Module):
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path / 'config.json'}: a field is malformed: {error}") from None
         with torch.device("meta"):
-            base = cls._construct(config, path).to(dtype)
-        base.to_empty(device=device)
-        base._fill_computed()
-        load_checkpoint(base, path, base.renames())
-        base.fingerprint = fingerprint(path)
-        return base.eval()
+            return cls._construct(config, path).to(dtype)
+
+    def fill(self, folder: str | Path, cut: Cut | None = None) -> None:
+        """Read the weights of a folder into what was made of its skeleton. cut: see `load_checkpoint`."""
+        self._fill_computed()
+        load_checkpoint(self, Path(folder), self.renames(), cut)
+        self.fingerprint = fingerprint(Path(folder))
 
     def renames(self) -> list[Rename]:
         """Every tensor of its checkpoint and the parameter that it fills."""

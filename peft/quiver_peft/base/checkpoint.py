@@ -5,7 +5,7 @@ Peak memory of reading: the model itself and one tensor (safetensors files are m
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from quiver_peft.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HEAD = "lm_head.weight"
+
+Cut = Callable[[Rename, Tensor], Tensor]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,12 +105,15 @@ def _target(model: nn.Module, rename: Rename) -> Tensor:
     if not rename.part:
         return parameter
     assert isinstance(module, Linear)
-    start, end = module.parts[rename.part]
+    start, end = module.rows_of(rename.part)
     return parameter[start:end]
 
 
-def load_checkpoint(model: nn.Module, folder: Path, renames: list[Rename]) -> None:
-    """Fill every parameter of `model` in place. Raises CheckpointError for a tensor missing, left over or misshapen."""
+def load_checkpoint(model: nn.Module, folder: Path, renames: list[Rename], cut: Cut | None = None) -> None:
+    """Fill every parameter of `model` in place. Raises CheckpointError for a tensor missing, left over or misshapen.
+
+    cut: what of a tensor, laid out as ours, belongs into `model`, where that holds a share alone.
+    """
     family = FAMILIES[read_config(folder)["model_type"]]
     table = {rename.theirs: rename for rename in renames}
     second_head: Tensor | None = None
@@ -124,13 +129,15 @@ def load_checkpoint(model: nn.Module, folder: Path, renames: list[Rename]) -> No
         rename = table.pop(full_name)
         target = _target(model, rename)
         tensor = tensor.T if rename.transposed else tensor
+        tensor = tensor if cut is None else cut(rename, tensor)
         if tensor.shape != target.shape:
             raise CheckpointError(
                 f"{folder}: tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(target.shape)}"
             )
         target.copy_(tensor)
     if second_head is not None:
-        _check_second_head(model, second_head, folder)
+        tied = Rename(_HEAD, "embedding.weight")
+        _check_second_head(model, second_head if cut is None else cut(tied, second_head), folder)
     if table:
         raise CheckpointError(f"{folder}: {len(table)} tensors are missing, the first is {next(iter(table))!r}")
 

@@ -87,10 +87,7 @@ class GPTBase(Base):
         if self.position_embedding is not None:
             h = h + self.position_embedding(positions)
         rotary = None if self.rotary is None else self.rotary(positions, h.dtype)
+        h = self.spread.split(h)
         for block in self.layers:
             h = block(h, rotary, attend, seam)
-        return self.norm(h)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [*, D] -> next-token logits [*, V]."""
-        return self.project(hidden)
+        return self.spread.join(self.norm(h))

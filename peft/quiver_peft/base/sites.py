@@ -71,9 +71,30 @@ class Linear(nn.Module):
             return packed_linear(x, self.packed, self.bias)
         return F.linear(x, self.weight, self.bias)
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What `multiply` takes: x itself, unless the linear lies over several devices. x: [*, K]."""
+        return x
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product alone, to which adapters add theirs. x: [*, K] -> [*, N]."""
+        return self(x)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """What the base goes on with: y itself, unless the linear lies over several devices. y: [*, N]."""
+        return y
+
     def plain_weight(self) -> Tensor:
         """The weight [N, K], packed or not."""
         return self.weight.detach() if self.packed is None else self.packed.plain()
+
+    def rows_of(self, part: str) -> tuple[int, int]:
+        """Which rows of `weight` a part is; "": all of them."""
+        return self.parts[part] if part else (0, self.out_features)
+
+    def row_lengths(self, rows: tuple[int, int], delta: Tensor) -> Tensor:
+        """‖W + delta‖ of each of the rows [first, end), fp32. delta: [rows, K] -> [rows]."""
+        weight = self.plain_weight()[rows[0] : rows[1]].to(delta.device, torch.float32)
+        return torch.linalg.vector_norm(weight + delta, dim=1)
 
     def split(self, y: Tensor) -> Sequence[Tensor]:
         """y: [*, N] -> one [*, width] view for each part."""

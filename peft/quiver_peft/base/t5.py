@@ -133,7 +133,7 @@ class T5Base(Base):
 
     def encode(self, tokens: Tensor, attend: Attend, seam: Seam = NO_ADAPTERS) -> Tensor:
         """What the encoder makes of sources. tokens: [*] int64 -> [*, D]."""
-        h = seam.embed(Site.embedding("encoder"), tokens, self.embedding)
+        h = self.spread.split(seam.embed(Site.embedding("encoder"), tokens, self.embedding))
         for block in self._encoder_blocks:
             h = block.feed_forward(block.attend(h, attend, seam), seam)
         return self.encoder.norm(h)
@@ -145,15 +145,13 @@ class T5Base(Base):
 
     def forward(self, tokens: Tensor, attend: Attend, sources: Sources, seam: Seam = NO_ADAPTERS) -> Tensor:
         """Final hidden states of the decoder. tokens: [*] int64, the start token first -> [*, D]."""
-        h = seam.embed(Site.embedding("decoder"), tokens, self.embedding)
+        h = self.spread.split(seam.embed(Site.embedding("decoder"), tokens, self.embedding))
         for block in self._decoder_blocks:
             h = block.attend(h, attend, seam)
             h = block.attend_to_source(h, sources, seam)
             h = block.feed_forward(h, seam)
-        return self.decoder.norm(h)
+        return self.spread.join(self.decoder.norm(h))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [*, D] -> next-token logits [*, V]."""
-        if self.config.scaled_head:
-            hidden = hidden * self.config.hidden_size**-0.5
-        return self.project(hidden)
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """What the head is applied to, [*, D]."""
+        return hidden * self.config.hidden_size**-0.5 if self.config.scaled_head else hidden
