@@ -1,0 +1,90 @@
+"""A base over the ranks: the same definition, its linears, vocabulary and head exchanged for shares of them."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quiver_peft.base.base import Base
+from quiver_peft.base.checkpoint import read_config
+from quiver_peft.base.families import T5_FAMILIES
+from quiver_peft.base.family import Rename
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.sites import Linear
+from quiver_peft.base.t5 import T5Base
+from quiver_peft.base.t5_attention import RelativeBias
+from quiver_peft.errors import CheckpointError
+from quiver_peft.parallel.linears import ColumnLinear, RowLinear
+from quiver_peft.parallel.mesh import Mesh
+from quiver_peft.parallel.shards import Shard, mark, shard_of
+from quiver_peft.parallel.vocabulary import SplitHead, TensorParallelSpread, split_embedding
+
+# The linears whose inputs are cut: they end a sub-layer that began with one whose outputs are.
+_ROW_KINDS = ("attention.out", "cross_attention.out", "mlp.down")
+
+
+def load_split_base(folder: str | Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32) -> GPTBase | T5Base:
+    """This rank's share of a Hugging Face folder; nothing more is ever in memory. Raises CheckpointError."""
+    kind = T5Base if read_config(Path(folder))["model_type"] in T5_FAMILIES else GPTBase
+    base = kind.skeleton(folder, dtype=dtype)
+    if mesh.tensor_size > 1:
+        _require_divisible(base, mesh)
+        _split(base, mesh)
+    _materialise(base, mesh)
+    base.fill(folder, lambda rename, tensor: _cut(base, mesh, rename, tensor))
+    return base.eval()
+
+
+def _require_divisible(base: Base, mesh: Mesh) -> None:
+    config, size = base.config, mesh.tensor_size
+    for name, value in (
+        ("num_attention_heads", config.num_heads),
+        ("num_key_value_heads", config.num_kv_heads),
+        ("intermediate_size", config.ffn_size),
+    ):
+        if value % size:
+            raise CheckpointError(
+                f"parallel.tensor: {value} {name} of this base cannot be dealt to {size} ranks; choose a divisor"
+            )
+
+
+def _split(base: Base, mesh: Mesh) -> None:
+    """Exchange the parts of a skeleton, in place."""
+    for module in list(base.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                kind = RowLinear if child.site.kind in _ROW_KINDS else ColumnLinear
+                setattr(module, name, kind(child, mesh))
+        if isinstance(module, RelativeBias):
+            num_buckets, num_heads = module.weight.shape
+            weight = module.weight.new_empty(num_buckets, num_heads // mesh.tensor_size)
+            module.weight = mark(nn.Parameter(weight), Shard(1, ((0, num_heads),)))
+    base.embedding = split_embedding(base.embedding, mesh)  # pyright: ignore[reportAttributeAccessIssue] - it looks up
+    if base.head is not None:
+        base.head = SplitHead(base.head, mesh)  # pyright: ignore[reportAttributeAccessIssue] - its weight is all
+    base.spread = TensorParallelSpread(mesh, base.config.vocab_size)
+
+
+def _materialise(base: Base, mesh: Mesh) -> None:
+    """Memory for what is not a share of a linear or a vocabulary."""
+    for name, module in base.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                new = nn.Parameter(torch.empty_like(parameter, device=mesh.device))
+                mark(new, shard_of(parameter), gradient_is_share=_sees_a_share(name, mesh))
+                setattr(module, key, new)
+
+
+def _sees_a_share(name: str, mesh: Mesh) -> bool:
+    """Whether a module that is whole on every rank is used with this rank's heads or tokens alone."""
+    if name.endswith((".q_norm", ".k_norm")):
+        return mesh.tensor_size > 1
+    return mesh.sequence and "norm" in name
+
+
+def _cut(base: Base, mesh: Mesh, rename: Rename, tensor: Tensor) -> Tensor:
+    """This rank's of a tensor of the checkpoint, which may be one part of a fused linear."""
+    shard = shard_of(base.get_parameter(rename.ours))
+    if rename.part and shard.dim == 0:
+        shard = Shard(0, ((0, tensor.shape[0]),))
+    return shard.share(tensor, mesh)

@@ -1,0 +1,168 @@
+"""What the ranks of the parallel tests do: see ranks.py. Asserts here fail the test that asked."""
+
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from quiver_peft.adapters.adapter import Adapter
+from quiver_peft.adapters.bottleneck import CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.configs import PEFTConfig
+from quiver_peft.adapters.ia3 import IA3PEFTConfig
+from quiver_peft.adapters.lora import LoraPEFTConfig
+from quiver_peft.adapters.prefix import PrefixPEFTConfig
+from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
+from quiver_peft.base.t5 import T5Base
+from quiver_peft.errors import QuiverError
+from quiver_peft.model import GPT, T5, AnyModel, load_model
+from quiver_peft.parallel.adapters import create_split_adapter, gather_adapter, split_adapter
+from quiver_peft.parallel.bases import load_split_base
+from quiver_peft.parallel.mesh import Mesh, start_mesh
+from quiver_peft.parallel.shards import gather
+
+torch.set_num_threads(1)
+
+METHODS: dict[str, PEFTConfig] = {
+    "lora": LoraPEFTConfig(adapter_dim=3, target_modules=("all",)),
+    "lora of parts": LoraPEFTConfig(adapter_dim=3, target_modules=("attention", "mlp"), variant="canonical"),
+    "dora": LoraPEFTConfig(adapter_dim=3, target_modules=("all",), use_dora=True),
+    "ia3": IA3PEFTConfig(),
+    "ia3 elsewhere": IA3PEFTConfig(target_modules=".*(o|o_proj|c_proj|wi_0|up_proj|c_fc|mlp.c_fc)"),
+    "ia3 on a whole input": IA3PEFTConfig(
+        target_modules=".*(EncDecAttention.q|c_attn|o_proj|k_proj)",
+        feedforward_modules=".*(EncDecAttention.q|c_attn|o_proj)",
+    ),
+    "canonical": CanonicalAdaptersPEFTConfig(adapter_dim=5, bias=True, source="output_before_bias"),
+    "ptuning": PtuningPEFTConfig(virtual_tokens=4, embedding_dim=6, bottleneck_dim=7),
+    "prompt tuning": PromptTuningPEFTConfig(virtual_tokens=4),
+    "prefix": PrefixPEFTConfig(virtual_tokens=4),
+    "prefix by a network": PrefixPEFTConfig(virtual_tokens=4, projection=True, encoder_hidden_size=5),
+}
+
+
+def split_model(folder: str, mesh: Mesh) -> AnyModel:
+    """A folder's model without an adapter, over the ranks."""
+    base = load_split_base(folder, mesh)
+    return T5(base) if isinstance(base, T5Base) else GPT(base)
+
+
+def batch_of(model: AnyModel) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """What `hidden` takes, where the loss is taken in its flattened output, and the targets."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, model.base.config.vocab_size, (3, 12), generator=generator)
+    targets = torch.randint(3, model.base.config.vocab_size, (3 * 12,), generator=generator)
+    if isinstance(model, T5):
+        return (tokens, tokens.flip(1), torch.tensor([12, 7, 9])), torch.arange(36), targets
+    return (tokens,), torch.arange(36), targets
+
+
+def loss_of(model: AnyModel) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the batch, and its logits."""
+    inputs, positions, targets = batch_of(model)
+    hidden = model.hidden(*inputs).flatten(0, 1)[positions]
+    return model.base.cross_entropy(hidden, targets).mean(), model.base.logits(hidden.detach())
+
+
+def randomise(module: nn.Module, seed: int = 7) -> None:
+    """Nothing is zero any more, nor one."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def whole_gradients(module: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
+    """{name: gradient of the whole parameter}; a share of a gradient is summed as Megatron does at a step's end."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(gradient, group=mesh.tensor)
+        found[name] = gather(gradient, mesh, getattr(parameter, "quiver_shard", None))
+    return found
+
+
+def require_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    """Absolutely, and in proportion to what is large."""
+    error = (actual - expected).abs().max().item()
+    assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
+    assert error <= tolerance * max(1.0, expected.abs().max().item()), (what, error, expected.abs().max().item())
+
+
+def compare_gradients(folder: str, tensor: int, sequence: bool, methods: list[str]) -> dict[str, float]:
+    """Loss, logits and gradients of each method over the ranks are those of one device; returns the losses."""
+    losses: dict[str, float] = {}
+    with start_mesh(tensor=tensor, sequence=sequence) as mesh:
+        for name in methods:
+            losses[name] = _compare_method(folder, name, mesh)
+    return losses
+
+
+def _compare_method(folder: str, name: str, mesh: Mesh) -> float:
+    alone, split = load_model(folder), split_model(folder, mesh)
+    if name == "full":
+        trained, trained_split = alone.base, split.base
+    else:
+        for model in (alone, split):
+            model.base.requires_grad_(False)
+        torch.manual_seed(3)
+        fresh = Adapter.create(alone.base, [METHODS[name]])
+        torch.manual_seed(3)
+        fresh_split = create_split_adapter(split.base, [METHODS[name]], mesh)
+        for (key, parameter), expected in zip(fresh_split.named_parameters(), fresh.parameters(), strict=True):
+            require_close(gather(parameter, mesh), expected, f"{name}: fresh {key}", 1e-6)
+        randomise(fresh)
+        whole = Adapter.create(split.base, [METHODS[name]])
+        whole.load_state_dict(fresh.state_dict())
+        alone.adapter, split.adapter = fresh, split_adapter(whole, split.base, mesh)
+        trained, trained_split = alone.adapter, split.adapter
+    loss, logits = loss_of(alone)
+    split_loss, split_logits = loss_of(split)
+    require_close(split_loss, loss, f"{name}: loss", 1e-6)
+    require_close(split_logits, logits, f"{name}: logits")
+    loss.backward()
+    split_loss.backward()
+    expected = {key: p.grad for key, p in trained.named_parameters() if p.grad is not None}
+    found = whole_gradients(trained_split, mesh)
+    assert found.keys() >= expected.keys()
+    for key, gradient in expected.items():
+        assert gradient.abs().max() > 0, (name, key)
+        require_close(found[key], gradient, f"{name}: gradient of {key}")
+    if split.adapter is not None and alone.adapter is not None:
+        back = gather_adapter(split.adapter, Adapter.create(split.base, [METHODS[name]]), mesh)
+        for (key, parameter), whole in zip(back.named_parameters(), alone.adapter.parameters(), strict=True):
+            assert torch.equal(parameter, whole), (name, key)
+    return loss.item()
+
+
+def refusal(folder: str, tensor: int, sequence: bool = False) -> str:
+    """What a base says that cannot be cut, or a GPT whose sequences cannot."""
+    with start_mesh(tensor=tensor, sequence=sequence) as mesh:
+        try:
+            model = split_model(folder, mesh)
+            assert isinstance(model, GPT)
+            model.hidden(torch.ones(1, 5, dtype=torch.long))
+        except QuiverError as error:
+            return str(error)
+    return ""
+
+
+def count_collectives(folder: str, methods: list[str]) -> dict[str, int]:
+    """How often the ranks talk in one forward and backward pass, for each method; "full": as the bare base must."""
+    counts: dict[str, int] = {}
+    with start_mesh(tensor=2) as mesh:
+        for name in methods:
+            model = split_model(folder, mesh)
+            if name != "full":
+                model.base.requires_grad_(False)
+                model.adapter = create_split_adapter(model.base, [METHODS[name]], mesh)
+            with ExitStack() as stack:
+                spies = [
+                    stack.enter_context(patch.object(dist, call, wraps=getattr(dist, call)))
+                    for call in ("all_reduce", "all_gather", "broadcast", "reduce")
+                ]
+                loss = loss_of(model)[0]
+                loss.backward()
+            counts[name] = sum(spy.call_count for spy in spies)
+    return counts
