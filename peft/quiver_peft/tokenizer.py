@@ -10,7 +10,7 @@ from quiver_peft.errors import CheckpointError
 
 
 class Tokenizer:
-    """`tokenizer.json` of a Hugging Face folder. digest: SHA-256 of that file."""
+    """`tokenizer.json` of a Hugging Face folder. digest: SHA-256 of that file. longest_token: its characters."""
 
     def __init__(self, folder: str | Path) -> None:
         path = Path(folder) / "tokenizer.json"
@@ -24,11 +24,13 @@ class Tokenizer:
         # A training-time setting that must never cut or pad a request.
         self._fast.no_truncation()
         self._fast.no_padding()
+        self.longest_token = max(map(len, self._fast.get_vocab()), default=1)
         self.digest = hashlib.sha256(data).hexdigest()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, with the special tokens that this tokenizer's post-processor adds (e.g. a leading BOS)."""
-        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one: only batches let other threads run meanwhile.
+        return self._fast.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""

@@ -1,14 +1,26 @@
 """Between the service and the engine: a request is read, allowed, admitted and run, and its end counted."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import current_caller
-from quiver_server.errors import RequestError
+from quiver_server.errors import DrainingError, RequestError
 from quiver_server.generation import Generator, Piece, Session
+from quiver_server.limits import Limits, require
 from quiver_server.metrics import Metrics
-from quiver_server.wire import Asked, Limits, read_request, read_score_request
+from quiver_server.wire import Asked, read_request, read_score_request
+
+_LONG_BYTES = 16 * 1024  # what takes milliseconds to tokenize
+
+T = TypeVar("T")
+
+
+async def _beside(num_bytes: int, work: Callable[[], T]) -> T:
+    """Long texts are read in a thread: the loop answers others meanwhile."""
+    return await asyncio.to_thread(work) if num_bytes > _LONG_BYTES else work()
 
 
 class Answering:
@@ -20,18 +32,28 @@ class Answering:
         self.limits = limits
         self._metrics = metrics
 
-    def open(self, message: generation_pb2.GenerateRequest) -> Session:
+    async def open(self, message: generation_pb2.GenerateRequest) -> Session:
         """Admit a request to generate. Raises RequestError."""
-        return self._open(message.adapter_id, lambda: read_request(message, self.tokenizer, self.limits))
+        return await self._open(message, lambda: read_request(message, self.tokenizer, self.limits))
 
-    def open_score(self, message: generation_pb2.ScoreRequest) -> Session:
+    async def open_score(self, message: generation_pb2.ScoreRequest) -> Session:
         """Admit a request to score. Raises RequestError."""
-        return self._open(message.adapter_id, lambda: read_score_request(message, self.tokenizer, self.limits))
+        return await self._open(message, lambda: read_score_request(message, self.tokenizer, self.limits))
 
-    def _open(self, adapter_id: str, read: Callable[[], Asked]) -> Session:
+    async def tokenize(self, text: str) -> list[int]:
+        """The ids of a text that could be a prompt. Raises RequestError."""
+        if self.generator.draining:
+            raise DrainingError("the server is stopping")
+        require(bool(text), "text", "empty", "at least one character")
+        self.limits.check_text(text, "text")
+        return await _beside(len(text), lambda: self.tokenizer.encode(text))
+
+    async def _open(
+        self, message: generation_pb2.GenerateRequest | generation_pb2.ScoreRequest, read: Callable[[], Asked]
+    ) -> Session:
         try:
-            current_caller().check_adapter(adapter_id)
-            return self.generator.open(read())
+            current_caller().check_adapter(message.adapter_id)
+            return self.generator.open(await _beside(message.ByteSize(), read))
         except RequestError as error:
             self._metrics.requests.labels("", error.code.name).inc()
             raise

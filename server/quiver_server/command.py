@@ -33,7 +33,16 @@ def _serve(
     max_running: Annotated[int, typer.Option(help="Sequences in one batch.", min=1)] = 64,
     max_waiting: Annotated[int, typer.Option(help="Sequences in the queue; more are refused.", min=0)] = 512,
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step; long prompts are cut.", min=1)] = 512,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(help="Longer prompts are refused; 0: the context's end.", min=0)
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Nobody may ask for more; 0: the context's end.", min=0)] = 0,
     default_max_new_tokens: Annotated[int, typer.Option(help="Where a request does not say.", min=1)] = 128,
+    max_adapter_share: Annotated[
+        float,
+        typer.Option(help="Of --max-running and --max-waiting together, what one adapter may take.", min=0, max=1),
+    ] = 0.5,
+    max_message_mib: Annotated[int, typer.Option(help="Larger requests are refused.", min=1, max=1024)] = 16,
     grace_seconds: Annotated[float, typer.Option(help="How long SIGTERM lets running requests finish.")] = 30.0,
     prefix_cache: Annotated[bool, typer.Option(help="Share what prompts that begin alike have computed.")] = True,
     max_queue_seconds: Annotated[float, typer.Option(help="Who waited longer to start is refused.", min=0.001)] = 60.0,

@@ -6,7 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What `quiver serve` was asked for. Memory in MiB, the rest in tokens, rows and seconds as the names say."""
+    """What `quiver serve` was asked for. Memory in MiB, the rest in tokens, rows and seconds as the names say.
+
+    max_prompt_tokens, max_new_tokens: 0 where only the context bounds them.
+    """
 
     base: Path
     adapters: Path
@@ -21,7 +24,11 @@ class ServerConfig:
     max_running: int
     max_waiting: int
     max_step_tokens: int
+    max_prompt_tokens: int
+    max_new_tokens: int
     default_max_new_tokens: int
+    max_adapter_share: float
+    max_message_mib: int
     grace_seconds: float
     max_queue_seconds: float
     token_file: Path | None

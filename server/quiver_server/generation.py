@@ -9,12 +9,14 @@ from quiver_peft.adapters.banks import BASE_SLOT
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapter_entry import Resident
 from quiver_server.adapter_store import AdapterStore
+from quiver_server.admission import Admission
 from quiver_server.engine import Delivery, Engine
 from quiver_server.errors import BusyError, DrainingError, InvalidRequestError
+from quiver_server.limits import Limits
 from quiver_server.metrics import Metrics
 from quiver_server.request import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprob
 from quiver_server.text_stream import TextStream
-from quiver_server.wire import Asked, Limits, check_source_length
+from quiver_server.wire import Asked
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Generator:
         tokenizer: Tokenizer,
         metrics: Metrics,
         *,
-        max_open: int,
+        admission: Admission,
         limits: Limits,
         max_queue_seconds: float,
         start_token_id: int | None = None,
@@ -116,11 +118,10 @@ class Generator:
         self._store = store
         self._tokenizer = tokenizer
         self._metrics = metrics
-        self._max_open = max_open
+        self._admission = admission
         self._limits = limits
         self._max_queue_seconds = max_queue_seconds
         self._start_token_id = start_token_id
-        self._num_open = 0
         self._closing: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -128,16 +129,13 @@ class Generator:
         """Admit a request, or raise BusyError or DrainingError."""
         if self.draining:
             raise DrainingError("the server is stopping; another replica may answer")
-        if self._num_open + asked.num_candidates > self._max_open:
-            raise BusyError(
-                f"{self._num_open} sequences are running or waiting, which is all this server holds; try again shortly"
-            )
+        self._admission.check(asked)
         return Session(asked, time.monotonic())
 
     async def run(self, session: Session) -> AsyncIterator[Piece]:
         """The pieces of all candidates as they come. Leaving early cancels the rest; the adapter is then given back."""
         asked = session.asked
-        self._num_open += asked.num_candidates
+        self._admission.enter(asked)
         candidates: list[Candidate] = []
         try:
             if asked.adapter_id:
@@ -188,7 +186,7 @@ class Generator:
                 "prompt",
             )
         num_prompt_tokens = 0 if session.adapter is None else session.adapter.num_prompt_tokens
-        check_source_length(num_prompt, num_prompt_tokens, self._limits, "prompt")
+        self._limits.check_source_length(num_prompt, num_prompt_tokens, "prompt")
 
     def _submit(self, session: Session, index: int, queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]") -> Candidate:
         asked = session.asked
@@ -238,7 +236,7 @@ class Generator:
             if not candidate.gone.is_set():
                 self._engine.cancel(candidate.sequence)
                 await candidate.gone.wait()
-        self._num_open -= session.asked.num_candidates
+        self._admission.leave(session.asked)
         if session.adapter is not None:
             session.note_remaining(0)
             await self._store.release(session.adapter)

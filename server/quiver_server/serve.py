@@ -38,26 +38,26 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import Access
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.admin_services import AdapterService, ModelService
+from quiver_server.admission import Admission
 from quiver_server.answering import Answering
 from quiver_server.blocks import BlockPool
 from quiver_server.config import ServerConfig
 from quiver_server.engine import Delivery, Engine
 from quiver_server.generation import Generator, dispatch
 from quiver_server.grpc_access import AccessInterceptor
+from quiver_server.limits import Limits
 from quiver_server.metrics import Metrics
 from quiver_server.runner import Runner
 from quiver_server.scheduler import Scheduler
 from quiver_server.service import GenerationService
 from quiver_server.tls import grpc_credentials, tls_files
 from quiver_server.weights_cache import WeightsCache
-from quiver_server.wire import Limits
 
 log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 16
 # On a GPU, where each has a row in the kernels' tables.
 MAX_RESIDENT_ADAPTERS = 1024
-MAX_MESSAGE_BYTES = 16 * 2**20
 _MIB = 2**20
 _SERVICES = [
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
@@ -65,14 +65,15 @@ _SERVICES = [
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 ]
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
     # Two servers on one port would share its calls at random.
     ("grpc.so_reuseport", 0),
     # Clients may ping every 20 s to keep quiet streams alive through proxies.
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     # A client that connects anew looks its target's addresses up again: so it finds replicas that came later.
     ("grpc.max_connection_age_ms", 600_000),
+    # A client whose machine is gone without a word is noticed, and its rows are freed.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
@@ -167,27 +168,41 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
     read = partial(read_adapter, base=base, tokenizer_digest=tokenizer.digest)
     weights = WeightsCache(read, config.adapter_host_memory_mib * _MIB)
     store = AdapterStore(config.adapters, banks, weights, metrics)
-    is_t5 = isinstance(base, T5Base)
-    # One block less for two tables, which are both rounded up to whole blocks.
-    capacity = (num_blocks - is_t5) * BLOCK_TOKENS
-    limits = Limits(
-        vocab_size=base.config.vocab_size,
-        context_length=min(base.config.max_positions or capacity, capacity),
-        max_source_length=config.max_step_tokens if is_t5 else None,
-        default_max_new_tokens=config.default_max_new_tokens,
-        eos_ids=frozenset(base.config.eos_token_ids),
-    )
+    limits = _limits(config, base, tokenizer, num_blocks * BLOCK_TOKENS)
     generator = Generator(
         engine,
         store,
         tokenizer,
         metrics,
-        max_open=config.max_running + config.max_waiting,
+        admission=Admission(config.max_running + config.max_waiting, config.max_adapter_share),
         limits=limits,
         max_queue_seconds=config.max_queue_seconds,
-        start_token_id=base.config.start_token_id if is_t5 else None,
+        start_token_id=base.config.start_token_id if isinstance(base, T5Base) else None,
     )
     return Parts(base, tokenizer, kv, engine, store, generator, limits, metrics)
+
+
+def _limits(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, kv_tokens: int) -> Limits:
+    """Raises QuiverError for a default that nobody may ask for."""
+    is_t5 = isinstance(base, T5Base)
+    # One block less for two tables, which are both rounded up to whole blocks.
+    capacity = kv_tokens - is_t5 * BLOCK_TOKENS
+    context_length = min(base.config.max_positions or capacity, capacity)
+    if 0 < config.max_new_tokens < config.default_max_new_tokens:
+        raise QuiverError(
+            f"--default-max-new-tokens {config.default_max_new_tokens}: must be at most --max-new-tokens "
+            f"{config.max_new_tokens}"
+        )
+    return Limits(
+        vocab_size=base.config.vocab_size,
+        longest_token=tokenizer.longest_token,
+        context_length=context_length,
+        max_prompt=min(config.max_prompt_tokens or context_length, context_length),
+        max_new=min(config.max_new_tokens or context_length, context_length),
+        max_source_length=config.max_step_tokens if is_t5 else None,
+        default_max_new_tokens=config.default_max_new_tokens,
+        eos_ids=frozenset(base.config.eos_token_ids),
+    )
 
 
 def _describe(config: ServerConfig, parts: Parts) -> model_pb2.GetModelResponse:
@@ -212,7 +227,13 @@ async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokeni
     ending = _Ending(asyncio.Event())
     parts = _build(config, base, tokenizer, ending)
     access = Access(config.token_file)
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[AccessInterceptor(access)])
+    message_bytes = config.max_message_mib * _MIB
+    options = (
+        *_OPTIONS,
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_send_message_length", 4 * message_bytes),
+    )
+    server = grpc.aio.server(options=options, interceptors=[AccessInterceptor(access)])
     answering = Answering(parts.generator, tokenizer, parts.limits, parts.metrics)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(answering), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(parts.store), server)

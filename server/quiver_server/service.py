@@ -9,7 +9,7 @@ import grpc
 from quiver.status import STATUS_DETAILS_KEY, shorten, status_details
 from quiver.v1 import generation_pb2, generation_pb2_grpc
 from quiver_server.answering import Answering
-from quiver_server.errors import DrainingError, InvalidRequestError, RequestError
+from quiver_server.errors import RequestError
 from quiver_server.generation import Piece, Session
 from quiver_server.wire import FINISH_REASONS, fill_score, logprob_message
 
@@ -44,7 +44,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Answer once, with all candidates complete."""
         response = generation_pb2.GenerateResponse()
         try:
-            session = self._answering.open(request)
+            session = await self._answering.open(request)
             candidates = [response.candidates.add(index=i) for i in range(session.asked.num_candidates)]
             async for piece in self._answering.pieces(session):
                 _extend(candidates[piece.index], piece)
@@ -61,7 +61,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
         """Answer with pieces as they are generated."""
         try:
-            session = self._answering.open(request)
+            session = await self._answering.open(request)
             num_ended = 0
             first = True
             async for piece in self._answering.pieces(session):
@@ -84,7 +84,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """How likely given continuations are."""
         response = generation_pb2.ScoreResponse()
         try:
-            session = self._answering.open_score(request)
+            session = await self._answering.open_score(request)
             scores = [response.scores.add() for _ in range(session.asked.num_candidates)]
             async for piece in self._answering.pieces(session):
                 fill_score(scores[piece.index], piece.prompt_logprobs, request.top_logprobs)
@@ -100,11 +100,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         context: "grpc.aio.ServicerContext[generation_pb2.TokenizeRequest, generation_pb2.TokenizeResponse]",
     ) -> generation_pb2.TokenizeResponse:
         """The ids that Generate would use for a text."""
-        if self._answering.generator.draining:
-            await refuse(context, DrainingError("the server is stopping"))
-        if not request.text:
-            await refuse(context, InvalidRequestError("text is empty; it must have at least one character", "text"))
-        ids = self._answering.tokenizer.encode(request.text)
+        ids: list[int] = []
+        try:
+            ids = await self._answering.tokenize(request.text)
+        except RequestError as error:
+            await refuse(context, error)
         pieces = self._answering.tokenizer.pieces(ids) if request.pieces else []
         return generation_pb2.TokenizeResponse(token_ids=ids, pieces=pieces)
 

@@ -5,16 +5,23 @@ import secrets
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
+from quiver.status import shorten
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.errors import InvalidRequestError
+from quiver_server.limits import (
+    MAX_CANDIDATES,
+    MAX_CONTINUATIONS,
+    MAX_PRIORITY,
+    MAX_REQUEST_ID_CHARACTERS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    MAX_TOP_LOGPROBS,
+    Limits,
+    require,
+)
 from quiver_server.request import FinishReason, SamplingParams, TokenLogprob
-
-MAX_CANDIDATES = 16
-MAX_CONTINUATIONS = 128
-MAX_STOP_STRINGS = 16
-MAX_TOP_LOGPROBS = 20
-MAX_PRIORITY = 10
 
 FINISH_REASONS = {
     FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
@@ -43,20 +50,6 @@ _NOTHING_DRAWN = SamplingParams(
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What requests are measured against. Lengths in tokens.
-
-    max_source_length: of what an encoder reads, which it does in one step; None with a decoder-only base.
-    """
-
-    vocab_size: int
-    context_length: int
-    max_source_length: int | None
-    default_max_new_tokens: int
-    eos_ids: frozenset[int]
-
-
-@dataclass(frozen=True)
 class Asked:
     """A valid request. continuations: what Score is to score, one for each candidate; empty when generating."""
 
@@ -69,6 +62,11 @@ class Asked:
     request_id: str
     priority: int = 0
     continuations: tuple[list[int], ...] = ()
+
+    @property
+    def tenant(self) -> str:
+        """The adapter's id without a revision; "": the base."""
+        return self.adapter_id.partition("@")[0]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -96,16 +94,14 @@ def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
         )
     params = _read_params(message, limits, room=limits.context_length - len(prompt))
     num_candidates = message.sampling.n if message.sampling.HasField("n") else 1
-    _require(1 <= num_candidates <= MAX_CANDIDATES, "sampling.n", num_candidates, f"from 1 to {MAX_CANDIDATES}")
+    require(1 <= num_candidates <= MAX_CANDIDATES, "sampling.n", num_candidates, f"from 1 to {MAX_CANDIDATES}")
     if num_candidates > 1 and params.greedy:
         raise InvalidRequestError(
             f"sampling.n is {num_candidates} with temperature 0: all candidates would be the same", "sampling.n"
         )
     in_range = -MAX_PRIORITY <= message.priority <= MAX_PRIORITY
-    _require(in_range, "priority", message.priority, f"from -{MAX_PRIORITY} to {MAX_PRIORITY}")
-    strings = tuple(message.stopping.strings)
-    _require(len(strings) <= MAX_STOP_STRINGS, "stopping.strings", len(strings), f"at most {MAX_STOP_STRINGS} strings")
-    _require(all(strings), "stopping.strings", "an empty string", "without empty strings")
+    require(in_range, "priority", message.priority, f"from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    strings = _read_stop_strings(message.stopping)
     return Asked(
         message.adapter_id,
         prompt,
@@ -113,7 +109,7 @@ def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
         num_candidates,
         strings,
         message.stopping.include_stop_string,
-        message.request_id or secrets.token_hex(8),
+        _read_request_id(message.request_id),
         message.priority,
     )
 
@@ -122,7 +118,7 @@ def read_score_request(message: generation_pb2.ScoreRequest, tokenizer: Tokenize
     """Check a request to score. Raises InvalidRequestError, which names the field."""
     prompt = _read_prompt(message, tokenizer, limits)
     number = len(message.continuations)
-    _require(1 <= number <= MAX_CONTINUATIONS, "continuations", number, f"from 1 to {MAX_CONTINUATIONS} of them")
+    require(1 <= number <= MAX_CONTINUATIONS, "continuations", number, f"from 1 to {MAX_CONTINUATIONS} of them")
     continuations = tuple(
         _read_continuation(item, f"continuations[{i}]", tokenizer, limits)
         for i, item in enumerate(message.continuations)
@@ -135,7 +131,7 @@ def read_score_request(message: generation_pb2.ScoreRequest, tokenizer: Tokenize
         number,
         (),
         False,
-        message.request_id or secrets.token_hex(8),
+        _read_request_id(message.request_id),
         continuations=continuations,
     )
     if len(prompt) + asked.num_following > limits.context_length:
@@ -151,16 +147,13 @@ def _read_continuation(
     message: generation_pb2.Continuation, field: str, tokenizer: Tokenizer, limits: Limits
 ) -> list[int]:
     is_text = message.WhichOneof("content") == "text"
+    if is_text:
+        limits.check_text(message.text, field)
     tokens = tokenizer.encode(message.text, add_special_tokens=False) if is_text else list(message.tokens.ids)
     if not tokens:
         raise InvalidRequestError(f"{field} is empty; it must have at least one token", field)
-    _check_vocabulary(tokens, field, limits)
+    limits.check_tokens(tokens, field)
     return tokens
-
-
-def _require(ok: bool, field: str, value: object, rule: str) -> None:
-    if not ok:
-        raise InvalidRequestError(f"{field} is {value}; it must be {rule}", field)
 
 
 def _read_prompt(
@@ -170,35 +163,14 @@ def _read_prompt(
     if kind is None:
         raise InvalidRequestError("the prompt is missing: set text or tokens", "prompt")
     field = "text" if kind == "text" else "tokens.ids"
+    if kind == "text":
+        limits.check_text(message.text, field)
     prompt = tokenizer.encode(message.text) if kind == "text" else list(message.tokens.ids)
     if not (message.text if kind == "text" else prompt) or not prompt:
         raise InvalidRequestError("the prompt is empty; it must have at least one token", field)
-    _check_vocabulary(prompt, field, limits)
-    if len(prompt) >= limits.context_length:
-        raise InvalidRequestError(
-            f"the prompt has {len(prompt)} tokens; with at least one generated token it must fit into the context of "
-            f"{limits.context_length}",
-            field,
-        )
-    check_source_length(len(prompt), 0, limits, field)
+    limits.check_prompt_length(len(prompt), field)
+    limits.check_tokens(prompt, field)
     return prompt
-
-
-def _check_vocabulary(tokens: list[int], field: str, limits: Limits) -> None:
-    for token in tokens:
-        _require(token < limits.vocab_size, field, token, f"below the vocabulary size {limits.vocab_size}")
-
-
-def check_source_length(num_tokens: int, num_virtual_tokens: int, limits: Limits, field: str) -> None:
-    """Raises InvalidRequestError for a source that an encoder could not read in one step."""
-    limit = limits.max_source_length
-    if limit is not None and num_virtual_tokens + num_tokens > limit:
-        virtual = f" beside {num_virtual_tokens} virtual tokens of the adapter" if num_virtual_tokens else ""
-        raise InvalidRequestError(
-            f"the prompt has {num_tokens} tokens{virtual}; the encoder reads {limit} at most, all in one step "
-            "(--max-step-tokens)",
-            field,
-        )
 
 
 def _read_params(message: generation_pb2.GenerateRequest, limits: Limits, room: int) -> SamplingParams:
@@ -207,25 +179,26 @@ def _read_params(message: generation_pb2.GenerateRequest, limits: Limits, room: 
     repetition = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
     wanted = stopping.max_new_tokens if stopping.HasField("max_new_tokens") else limits.default_max_new_tokens
     finite = math.isfinite
-    _require(
+    require(
         finite(sampling.temperature) and sampling.temperature >= 0,
         "sampling.temperature",
         sampling.temperature,
         "0 or more",
     )
-    _require(0 < top_p <= 1, "sampling.top_p", top_p, "above 0 and at most 1")
-    _require(0 <= sampling.min_p <= 1, "sampling.min_p", sampling.min_p, "from 0 to 1")
-    _require(finite(repetition) and repetition > 0, "sampling.repetition_penalty", repetition, "above 0")
+    require(0 < top_p <= 1, "sampling.top_p", top_p, "above 0 and at most 1")
+    require(0 <= sampling.min_p <= 1, "sampling.min_p", sampling.min_p, "from 0 to 1")
+    require(finite(repetition) and repetition > 0, "sampling.repetition_penalty", repetition, "above 0")
     for name, value in (("presence", sampling.presence_penalty), ("frequency", sampling.frequency_penalty)):
-        _require(-2 <= value <= 2, f"sampling.{name}_penalty", value, "from -2 to 2")
-    _require(wanted >= 1, "stopping.max_new_tokens", wanted, "at least 1")
-    _require(
+        require(-2 <= value <= 2, f"sampling.{name}_penalty", value, "from -2 to 2")
+    limits.check_new_tokens(wanted)
+    require(
         stopping.min_new_tokens <= wanted,
         "stopping.min_new_tokens",
         stopping.min_new_tokens,
         f"at most {wanted}, max_new_tokens",
     )
-    _check_vocabulary(list(stopping.token_ids), "stopping.token_ids", limits)
+    eos_ids = frozenset[int]() if stopping.ignore_eos else limits.eos_ids
+    stop_ids = _read_stop_ids(stopping, eos_ids, limits)
     _check_top_logprobs(output.top_logprobs, "output.top_logprobs")
     return SamplingParams(
         temperature=sampling.temperature,
@@ -238,15 +211,42 @@ def _read_params(message: generation_pb2.GenerateRequest, limits: Limits, room: 
         seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
         max_new_tokens=min(wanted, room),
         min_new_tokens=stopping.min_new_tokens,
-        stop_ids=frozenset(stopping.token_ids),
-        eos_ids=frozenset() if stopping.ignore_eos else limits.eos_ids,
+        stop_ids=stop_ids,
+        eos_ids=eos_ids,
         num_top_logprobs=output.top_logprobs if output.logprobs or output.top_logprobs else None,
         prompt_logprobs=output.prompt_logprobs,
     )
 
 
+def _read_stop_ids(stopping: generation_pb2.Stopping, eos_ids: frozenset[int], limits: Limits) -> frozenset[int]:
+    field, number = "stopping.token_ids", len(stopping.token_ids)
+    require(number <= MAX_STOP_TOKENS, field, number, f"at most {MAX_STOP_TOKENS} tokens")
+    limits.check_tokens(stopping.token_ids, field)
+    stop_ids = frozenset(stopping.token_ids)
+    leaves_some = len(stop_ids | eos_ids) < limits.vocab_size
+    require(leaves_some or not stopping.min_new_tokens, field, "the whole vocabulary", "less, with min_new_tokens")
+    return stop_ids
+
+
+def _read_stop_strings(stopping: generation_pb2.Stopping) -> tuple[str, ...]:
+    field, strings = "stopping.strings", tuple(stopping.strings)
+    require(len(strings) <= MAX_STOP_STRINGS, field, len(strings), f"at most {MAX_STOP_STRINGS} strings")
+    require(all(strings), field, "an empty string", "without empty strings")
+    longest = max(map(len, strings), default=0)
+    rule = f"at most {MAX_STOP_CHARACTERS} characters each"
+    require(longest <= MAX_STOP_CHARACTERS, field, f"a string of {longest} characters", rule)
+    return strings
+
+
+def _read_request_id(text: str) -> str:
+    ok = len(text) <= MAX_REQUEST_ID_CHARACTERS and text.isascii() and text.isprintable()
+    rule = f"at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters"
+    require(ok, "request_id", shorten(repr(text), MAX_REQUEST_ID_CHARACTERS), rule)
+    return text or secrets.token_hex(8)
+
+
 def _check_top_logprobs(number: int, field: str) -> None:
-    _require(number <= MAX_TOP_LOGPROBS, field, number, f"at most {MAX_TOP_LOGPROBS}")
+    require(number <= MAX_TOP_LOGPROBS, field, number, f"at most {MAX_TOP_LOGPROBS}")
 
 
 def logprob_message(item: TokenLogprob) -> generation_pb2.TokenLogprob:

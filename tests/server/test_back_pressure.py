@@ -15,7 +15,7 @@ def narrow(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A server that runs one sequence at a time, lets three wait, and nobody for longer than a fifth of a second."""
     folder = tmp_path_factory.mktemp("narrow")
     (folder / "adapters").mkdir()
-    options = ("--max-running", "1", "--max-waiting", "3", "--max-queue-seconds", "0.2")
+    options = ("--max-running", "1", "--max-waiting", "3", "--max-queue-seconds", "0.2", "--max-adapter-share", "1")
     server = LiveServer(llama_base, folder / "adapters", folder / "log", *options)
     yield server
     assert server.stop() == 0, server.log.read_text()

@@ -40,6 +40,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x"] * 17}, "stopping.strings is 17; it must be at most 16 strings"),
     ({"stop": [""]}, "stopping.strings is an empty string"),
     ({"stop_token_ids": [320]}, "stopping.token_ids is 320; it must be below the vocabulary size 320"),
+    ({"stop": ["x", "y" * 1025]}, "stopping.strings is a string of 1025 characters; it must be at most 1024"),
+    ({"stop_token_ids": [5] * 129}, "stopping.token_ids is 129; it must be at most 128 tokens"),
+    ({"request_id": "x" * 129}, "request_id is 'xxx"),
+    ({"request_id": "two\nlines"}, "request_id is 'two\\nlines'; it must be at most 128 printable ASCII characters"),
+    ({"request_id": "ä"}, "request_id is 'ä'"),
     ({"top_logprobs": 21}, "output.top_logprobs is 21; it must be at most 20"),
 ]
 
@@ -61,8 +66,9 @@ def test_impossible_values(client: Client, options: dict[str, Any], fragment: st
         ([7, 320], "tokens.ids is 320; it must be below the vocabulary size 320"),
         ([7] * CONTEXT, f"the prompt has {CONTEXT} tokens; with at least one generated token it must fit"),
         ("parcel " * CONTEXT, f"must fit into the context of {CONTEXT}"),
+        ("x" * 10_000_000, "text has 10000000 characters; 256 tokens, the longest prompt that this server takes, have"),
     ],
-    ids=["text", "tokens", "vocabulary", "context", "long text"],
+    ids=["text", "tokens", "vocabulary", "context", "long text", "very long text"],
 )
 def test_impossible_prompts(client: Client, prompt: str | list[int], fragment: str) -> None:
     refusal(lambda: client.generate(prompt), InvalidRequest, fragment)
@@ -85,8 +91,11 @@ def test_a_request_without_prompt(llama: Bench) -> None:
         assert "the prompt is missing: set text or tokens" in (caught.value.details() or "")
 
 
-def test_empty_text_to_tokenize(client: Client) -> None:
-    refusal(lambda: client.tokenize(""), InvalidRequest, "text is empty; it must have at least one character")
+def test_texts_that_are_not_tokenized(client: Client) -> None:
+    refusal(lambda: client.tokenize(""), InvalidRequest, "text is empty; it must be at least one character")
+    refusal(lambda: client.tokenize("x" * 10_000_000), InvalidRequest, "text has 10000000 characters; 256 tokens")
+    refusal(lambda: client.score([5], ["x" * 10_000_000]), InvalidRequest, "continuations[0] has 10000000 characters")
+    assert len(client.tokenize("x y " * 400).token_ids) > 256, "longer than a prompt, but no flood"
 
 
 @pytest.mark.parametrize("adapter_id", ["nobody", "attention-r5", "nobody@abcdef"])

@@ -138,7 +138,7 @@ def test_a_resident_adapter_survives_a_broken_replacement(llama: Bench, client: 
 def small(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A server whose adapter memory holds two of its five adapters, and whose cache holds two long sequences."""
     settings = {f"large-{i}": {"rank": 32, "targets": "all-linear"} for i in range(5)}
-    options = ("--adapter-memory-mib", "1", "--max-running", "4", "--max-waiting", "12")
+    options = ("--adapter-memory-mib", "1", "--max-running", "4", "--max-waiting", "12", "--max-adapter-share", "1")
     with running_bench(tmp_path_factory.mktemp("small"), llama_base, settings, *options) as bench:
         yield bench
 

@@ -1,5 +1,6 @@
 """From messages to parameters: defaults and limits. What is refused is in test_bad_input."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,19 @@ from tiny import EOS, VOCAB_SIZE, tiny_tokenizer
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.errors import InvalidRequestError
+from quiver_server.limits import Limits
 from quiver_server.request import FinishReason, TokenLogprob
-from quiver_server.wire import FINISH_REASONS, Asked, Limits, logprob_message, read_request
+from quiver_server.wire import FINISH_REASONS, Asked, logprob_message, read_request
 
 LIMITS = Limits(
-    VOCAB_SIZE, max_source_length=None, context_length=32, default_max_new_tokens=12, eos_ids=frozenset({EOS})
+    VOCAB_SIZE,
+    longest_token=8,
+    context_length=32,
+    max_prompt=32,
+    max_new=32,
+    max_source_length=None,
+    default_max_new_tokens=12,
+    eos_ids=frozenset({EOS}),
 )
 
 
@@ -59,6 +68,17 @@ def test_ignore_eos_keeps_the_other_stop_tokens(tokenizer: Tokenizer) -> None:
     message.stopping.token_ids.append(9)
     params = read(tokenizer, message).params
     assert (params.eos_ids, params.stop_ids) == (frozenset(), frozenset({9}))
+
+
+def test_what_would_forbid_every_token_is_refused(tokenizer: Tokenizer) -> None:
+    message = generation_pb2.GenerateRequest(tokens=generation_pb2.TokenIds(ids=[5]))
+    message.stopping.token_ids.extend(range(1, 9))
+    message.stopping.min_new_tokens = 1
+    few = replace(LIMITS, vocab_size=9, eos_ids=frozenset({0}))
+    with pytest.raises(InvalidRequestError, match="the whole vocabulary; it must be less, with min_new_tokens"):
+        read_request(message, tokenizer, few)
+    message.stopping.ignore_eos = True
+    read_request(message, tokenizer, few)
 
 
 @given(

@@ -237,8 +237,8 @@ class Stopping(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_STRING_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """Generate at most this many tokens. At least 1. Unset: the server's default, which GetModel reports as
-    default_max_new_tokens. Cut short where the model's context ends.
+    """Generate at most this many tokens. At least 1; at most what the server allows (--max-new-tokens). Unset: the
+    server's default, which GetModel reports as default_max_new_tokens. Cut short where the model's context ends.
     """
     min_new_tokens: _builtins.int
     """Generate at least this many tokens: until then the end-of-sequence token and token_ids are not drawn, and
@@ -252,11 +252,11 @@ class Stopping(_message.Message):
     """
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """End when the generated text contains one of these. At most 16, none empty."""
+        """End when the generated text contains one of these. At most 16, none empty or longer than 1024 characters."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """End when one of these tokens is drawn, beside the model's own end-of-sequence tokens."""
+        """End when one of these tokens is drawn, beside the model's own end-of-sequence tokens. At most 128."""
 
     def __init__(
         self,

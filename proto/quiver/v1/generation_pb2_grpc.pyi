@@ -37,7 +37,8 @@ class GenerationServiceStub:
                           the adapter's folder is malformed; google.rpc.BadRequest names the field.
       NOT_FOUND           no adapter has this id, alias or revision.
       FAILED_PRECONDITION the adapter was made for another base model.
-      RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again.
+      RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
+                          when to try again.
       DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
       UNAVAILABLE         the server is starting or draining; another replica may answer.
       INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
@@ -80,7 +81,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
                           the adapter's folder is malformed; google.rpc.BadRequest names the field.
       NOT_FOUND           no adapter has this id, alias or revision.
       FAILED_PRECONDITION the adapter was made for another base model.
-      RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again.
+      RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
+                          when to try again.
       DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
       UNAVAILABLE         the server is starting or draining; another replica may answer.
       INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
@@ -119,7 +121,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
                           the adapter's folder is malformed; google.rpc.BadRequest names the field.
       NOT_FOUND           no adapter has this id, alias or revision.
       FAILED_PRECONDITION the adapter was made for another base model.
-      RESOURCE_EXHAUSTED  the queue is full; google.rpc.RetryInfo says when to try again.
+      RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
+                          when to try again.
       DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
       UNAVAILABLE         the server is starting or draining; another replica may answer.
       INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
