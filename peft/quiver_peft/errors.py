@@ -2,6 +2,7 @@
 
     QuiverError                    anything this project raises on purpose
     ├── CheckpointError            a base folder cannot be read as a model we know
+    ├── StoreError                 a store of adapters does not answer, or is none: try again, or mend its URL
     └── AdapterError               an adapter folder or configuration is malformed: mend the adapter
         └── BaseMismatchError      a well-formed adapter, but made for another base: choose the other base
 
@@ -15,6 +16,10 @@ class QuiverError(Exception):
 
 class CheckpointError(QuiverError):
     """A base folder cannot be read: a missing file, an unknown architecture, a tensor too many or too few."""
+
+
+class StoreError(QuiverError):
+    """A store of adapters cannot be reached or written, or its URL is not one of a store."""
 
 
 class AdapterError(QuiverError):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from quiver_peft.errors import QuiverError
+from quiver_peft.file_state import FileState, file_state
 from quiver_server.errors import BusyError, ForbiddenError, UnauthenticatedError
-from quiver_server.file_state import FileState, file_state
 
 log = logging.getLogger(__name__)
 

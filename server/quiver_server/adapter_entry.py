@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from quiver_peft.adapters.artifact import CONFIG_FILE, HUB_WEIGHTS_FILE, QUIVER_FILE, WEIGHTS_FILE
+from quiver_peft.adapters.adapter_files import READ_FILES
+from quiver_peft.file_state import FileState, file_state
 from quiver_server.errors import RequestError
-from quiver_server.file_state import FileState, file_state
 
 FilesState = tuple[FileState, ...]
 ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -83,5 +83,5 @@ class Entry:
 
 def files_state(folder: Path) -> FilesState:
     """Size, times and number of an adapter's files: what tells that they were replaced."""
-    paths = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, HUB_WEIGHTS_FILE, QUIVER_FILE))
+    paths = (folder / name for name in READ_FILES)
     return tuple(file_state(path) for path in paths if path.is_file())

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from quiver_peft.adapters.artifact import CONFIG_FILE
+from quiver_peft.adapters.adapter_files import CONFIG_FILE
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.errors import AdapterError, BaseMismatchError
 from quiver_server.adapter_entry import ADAPTER_ID, Entry, Resident, State, files_state

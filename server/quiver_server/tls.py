@@ -10,8 +10,8 @@ from typing import cast
 import grpc
 
 from quiver_peft.errors import QuiverError
+from quiver_peft.file_state import FileState, file_state
 from quiver_server.config import ServerConfig
-from quiver_server.file_state import FileState, file_state
 
 log = logging.getLogger(__name__)
 

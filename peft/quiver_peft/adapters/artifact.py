@@ -7,7 +7,6 @@
 The revision is the SHA-256 of the first two files: the same bytes are the same adapter, wherever they lie.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from quiver_peft.adapters.adapter import Adapter
-from quiver_peft.adapters.adapterhub import WEIGHTS_FILE as HUB_WEIGHTS_FILE
+from quiver_peft.adapters.adapter_files import (
+    CONFIG_FILE,
+    QUIVER_FILE,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    read_files,
+    revision_of,
+)
 from quiver_peft.adapters.adapterhub import from_adapterhub, is_adapterhub
 from quiver_peft.adapters.configs import PEFTConfig
 from quiver_peft.adapters.folders import replace_folder
@@ -30,9 +36,6 @@ from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-QUIVER_FILE = "quiver.json"
 SCHEMA_VERSION = 1
 
 
@@ -53,7 +56,7 @@ def save_adapter(
     config, tensors = write_methods(base, adapter.stored_weights(), base_name)
     config_bytes = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     weights_bytes = save_tensors(tensors, metadata={"format": "pt"})
-    revision = _revision(config_bytes, weights_bytes)
+    revision = revision_of(config_bytes, weights_bytes)
     record = {
         "schema_version": SCHEMA_VERSION,
         "revision": revision,
@@ -80,22 +83,26 @@ def read_adapter(folder: str | Path, base: Base, tokenizer_digest: str = "") -> 
     """
     if Path(folder).suffix == ".nemo":
         return read_nemo(Path(folder), base)
-    path, weights_path = _locate(Path(folder))
-    config_bytes, weights_bytes = _read_bytes(path / CONFIG_FILE), _read_bytes(weights_path)
-    revision = _revision(config_bytes, weights_bytes)
+    return parse_adapter(read_files(Path(folder)), base, tokenizer_digest)
+
+
+def parse_adapter(files: AdapterFiles, base: Base, tokenizer_digest: str = "") -> AdapterWeights:
+    """Validate files that were read. Raises AdapterError; BaseMismatchError when they belong to another base."""
+    revision = files.revision
     record: dict[str, Any] = {}
-    if (path / QUIVER_FILE).exists():
-        record = _parse_json(path / QUIVER_FILE, _read_bytes(path / QUIVER_FILE))
-        _check_record(path / QUIVER_FILE, record, revision, base, tokenizer_digest)
-    config = _parse_json(path / CONFIG_FILE, config_bytes)
-    tensors = _parse_tensors(weights_path, weights_bytes)
+    if files.record is not None:
+        record_path = files.path_of(QUIVER_FILE)
+        record = _parse_json(record_path, files.record)
+        _check_record(record_path, record, revision, base, tokenizer_digest)
+    config = _parse_json(files.path_of(CONFIG_FILE), files.config)
+    tensors = _parse_tensors(files.path_of(files.weights_name), files.weights)
     try:
         if is_adapterhub(config):
             config, tensors = from_adapterhub(base, config, tensors)
         weights = read_methods(base, config, tensors)
         configs = _with_dropout_position(weights.configs, record)
     except AdapterError as error:
-        raise type(error)(f"{path}: {error}") from None
+        raise type(error)(f"{files.folder}: {error}") from None
     return replace(weights, revision=revision, configs=configs, training=record.get("training", {}))
 
 
@@ -110,37 +117,7 @@ def _with_dropout_position(configs: Sequence[PEFTConfig], record: Mapping[str, A
     )
 
 
-def _locate(path: Path) -> tuple[Path, Path]:
-    """The adapter's folder and the file that holds its tensors."""
-    if path.is_file() and path.suffix == ".bin":
-        return path.parent, path
-    for name in (WEIGHTS_FILE, HUB_WEIGHTS_FILE):
-        if (path / name).is_file():
-            return path, path / name
-    if pickles := sorted([*path.glob("*.bin"), *path.glob("*.nemo")]):
-        raise AdapterError(
-            f"{path}: holds its tensors only as the pickle {pickles[0].name}, which is not read unless that file "
-            "itself is named; better save it again as safetensors"
-        )
-    return path, path / WEIGHTS_FILE
-
-
-def _revision(config_bytes: bytes, weights_bytes: bytes) -> str:
-    digest = hashlib.sha256(config_bytes + b"\0")
-    digest.update(weights_bytes)
-    return digest.hexdigest()
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: no such file; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from None
-    except OSError as error:
-        raise AdapterError(f"{path}: not readable: {error}") from None
-
-
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+def _parse_json(path: str, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -150,13 +127,13 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     return value  # pyright: ignore[reportUnknownVariableType]
 
 
-def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    tensors = (unpickle_tensors if path.suffix == ".bin" else parse_safetensors)(path, data)
+def _parse_tensors(path: str, data: bytes) -> dict[str, Tensor]:
+    tensors = (unpickle_tensors if path.endswith(".bin") else parse_safetensors)(path, data)
     require_finite(path, tensors)
     return tensors
 
 
-def _check_record(path: Path, record: Mapping[str, Any], revision: str, base: Base, tokenizer_digest: str) -> None:
+def _check_record(path: str, record: Mapping[str, Any], revision: str, base: Base, tokenizer_digest: str) -> None:
     if record.get("schema_version") != SCHEMA_VERSION:
         raise AdapterError(
             f"{path}: schema_version {record.get('schema_version')!r} is not known; this is {SCHEMA_VERSION}"

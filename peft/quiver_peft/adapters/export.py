@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from quiver_peft.adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
+from quiver_peft.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from quiver_peft.adapters.configs import method_name
 from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.adapters.formats import write_method
