@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_t5
 
 from quiver_peft import GPT, T5
+from quiver_peft.joint_forward import ModelInput
 from quiver_trainer.batches import BatchLimits, by_length, collate, cut, plan_epoch
 from quiver_trainer.data import Row, Sample
 
@@ -58,25 +59,20 @@ def test_by_length_gives_all_samples() -> None:
 
 def test_the_loss_is_on_completions_alone(base_folder: Path) -> None:
     batch = collate([sample(3, 2), sample(1, 3, first=50)], GPT.from_pretrained(base_folder))
-    (tokens,) = batch.inputs
-    assert tokens.tolist() == [[10, 11, 12, 13, 14], [50, 51, 52, 53, 0]]
-    assert batch.targets.tolist() == [13, 14, 51, 52, 53]
-    # The token before each target, in the flattened batch.
-    assert batch.positions.tolist() == [2, 3, 5, 6, 7]
-    assert tokens.flatten()[batch.positions].tolist() == [12, 13, 50, 51, 52]
-    assert batch.num_tokens == 9
+    # The last token of a row foretells nothing, so it is not read.
+    assert batch.inputs == ModelInput([[10, 11, 12, 13], [50, 51, 52]])
+    assert batch.targets == [13, 14, 51, 52, 53]
+    # The token before each target, in all rows behind one another.
+    assert batch.positions == [2, 3, 4, 5, 6]
+    assert batch.num_tokens == 9 and batch.num_written == 7
 
 
 def test_a_t5_reads_the_prompt_and_writes_the_completion(tmp_path: Path) -> None:
     tiny_t5(tmp_path)
     model = T5.from_pretrained(tmp_path)
     batch = collate([sample(3, 2), sample(1, 3, first=50)], model)
-    source, target, lengths = batch.inputs
     start = model.base.config.start_token_id
-    assert source.tolist() == [[10, 11, 12], [50, 0, 0]]
-    assert lengths.tolist() == [3, 1]
-    assert target.tolist() == [[start, 13, 0], [start, 51, 52]]
-    assert batch.targets.tolist() == [13, 14, 51, 52, 53]
-    # The row that foretells each target, in the flattened target.
-    assert batch.positions.tolist() == [0, 1, 3, 4, 5]
+    assert batch.inputs == ModelInput([[start, 13], [start, 51, 52]], sources=[[10, 11, 12], [50]])
+    assert batch.targets == [13, 14, 51, 52, 53]
+    assert batch.positions == [0, 1, 2, 3, 4]
     assert batch.num_tokens == 9

@@ -10,11 +10,11 @@ from torch import nn
 from quiver_peft import GPT, LoraPEFTConfig, PrefixPEFTConfig, PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.adapters.configs import PEFTConfig
 from quiver_trainer import OptimiserSection, ScheduleSection
-from quiver_trainer.loop import trainable
 from quiver_trainer.method_config import METHOD_SECTIONS
 from quiver_trainer.optimiser import learning_rate, make_optimiser, peak_rate, set_learning_rate
 from quiver_trainer.progress import Progress, ValidationRecord, record_interval
 from quiver_trainer.report import Reporter
+from quiver_trainer.run import trainable
 
 
 def test_the_rate_rises_then_follows_half_a_cosine() -> None:
@@ -89,9 +89,9 @@ def test_a_long_run_leaves_about_two_hundred_records() -> None:
 
 def test_a_pipe_gets_about_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = Reporter()
-    with reporter.training(0, 200):
-        for step in range(1, 201):
-            reporter.step(step, 0.5, 100, 0.1)
+    with reporter.training(0, 200, several=False):
+        for _ in range(200):
+            reporter.step("routing", 0.5, 100, 0.1)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     assert lines[0] == "step 20/200  loss 0.500  1,000 tokens/s  18 s left"

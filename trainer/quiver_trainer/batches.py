@@ -1,37 +1,35 @@
-"""Which samples go together in which order, and how a batch becomes tensors.
-
-Shapes: B rows, S tokens of the longest row, R completion tokens of the whole batch.
-"""
+"""Which samples go together in which order, and what of a batch is learnt."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from quiver_peft import T5
-from quiver_peft.base.t5 import T5Base
+from quiver_peft.joint_forward import ModelInput
 from quiver_peft.model import AnyModel
 from quiver_trainer.data import Sample
 
-# Rows are sorted by length within so many batches: little padding, and still another order in each epoch.
+# Rows are sorted by length within so many batches: little padding in attention, and still another order in each epoch.
 _BATCHES_SORTED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right, and where the loss is taken.
+    """Some samples as a model takes them, and where the loss is taken.
 
-    inputs: what the model's `hidden` takes: tokens [B, S] of a GPT; source [B, S], target [B, N] and source lengths
-        [B] of a T5. positions: [R], in its flattened output: those whose next token is a completion token.
-    targets: [R], those tokens. num_tokens: without padding.
+    positions: among the rows of all that is written, one sequence after the other, those that foretell a completion
+        token; targets: those tokens. num_tokens: prompts and completions.
     """
 
-    inputs: tuple[Tensor, ...]
-    positions: Tensor
-    targets: Tensor
+    inputs: ModelInput
+    positions: list[int]
+    targets: list[int]
     num_tokens: int
+
+    @property
+    def num_written(self) -> int:
+        """Rows of all that is written."""
+        return sum(map(len, self.inputs.written))
 
 
 @dataclass(frozen=True)
@@ -88,40 +86,23 @@ def by_length(samples: Sequence[Sample], limits: BatchLimits) -> Iterator[list[S
 
 
 def collate(samples: Sequence[Sample], model: AnyModel) -> Batch:
-    """The tensors of some samples, on the model's device. Padding is id 0: nothing sees it."""
-    inputs, positions = _source_and_target(samples, model.base) if isinstance(model, T5) else _whole_rows(samples)
-    targets = [token for sample in samples for token in sample.tokens[sample.num_prompt_tokens :]]
-    device = model.base.embedding.weight.device
-    return Batch(
-        tuple(tensor.to(device) for tensor in inputs),
-        torch.tensor(positions).to(device),
-        torch.tensor(targets).to(device),
-        num_tokens=sum(len(sample.tokens) for sample in samples),
-    )
-
-
-def _whole_rows(samples: Sequence[Sample]) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Prompt and completion as one row: it only looks back."""
-    tokens = _pad([sample.tokens for sample in samples])
-    longest = tokens.shape[1]
+    """Some samples for a model: a T5 reads the prompt and writes the completion, a GPT continues one with the other."""
+    if isinstance(model, T5):
+        start = model.base.config.start_token_id
+        sources = [sample.tokens[: sample.num_prompt_tokens] for sample in samples]
+        written = [[start, *sample.tokens[sample.num_prompt_tokens : -1]] for sample in samples]
+        inputs, skipped = ModelInput(written, sources), [0] * len(samples)
+    else:
+        # The last token foretells nothing.
+        inputs = ModelInput([sample.tokens[:-1] for sample in samples])
+        skipped = [sample.num_prompt_tokens - 1 for sample in samples]
     positions: list[int] = []
-    for i, sample in enumerate(samples):
-        positions += range(i * longest + sample.num_prompt_tokens - 1, i * longest + len(sample.tokens) - 1)
-    return (tokens,), positions
-
-
-def _source_and_target(samples: Sequence[Sample], base: T5Base) -> tuple[tuple[Tensor, ...], list[int]]:
-    """The prompt as source, the completion as target, one token late behind the start token."""
-    sources = [sample.tokens[: sample.num_prompt_tokens] for sample in samples]
-    targets = [[base.config.start_token_id, *sample.tokens[sample.num_prompt_tokens : -1]] for sample in samples]
-    padded = _pad(targets)
-    positions = [i * padded.shape[1] + j for i, target in enumerate(targets) for j in range(len(target))]
-    return (_pad(sources), padded, torch.tensor([len(source) for source in sources])), positions
-
-
-def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    start_of_row = 0
+    for row, num_skipped in zip(inputs.written, skipped, strict=True):
+        positions += range(start_of_row + num_skipped, start_of_row + len(row))
+        start_of_row += len(row)
+    targets = [token for sample in samples for token in sample.tokens[sample.num_prompt_tokens :]]
+    return Batch(inputs, positions, targets, num_tokens=sum(len(sample.tokens) for sample in samples))
 
 
 def _typical_rows(lengths: Sequence[int], limits: BatchLimits) -> int:

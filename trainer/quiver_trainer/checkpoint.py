@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -20,6 +19,7 @@ from torch.optim import AdamW
 from quiver_peft.adapters.folders import replace_folder
 from quiver_trainer.errors import TrainingError
 from quiver_trainer.progress import Progress
+from quiver_trainer.random_stream import RandomStream
 
 _STATE_FILE = "state.json"
 _TENSORS_FILE = "state.safetensors"
@@ -39,6 +39,7 @@ def write_checkpoint(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
     optimiser: AdamW,
+    stream: RandomStream,
     progress: Progress,
     settings: Mapping[str, Any],
 ) -> None:
@@ -47,9 +48,7 @@ def write_checkpoint(
     moments: dict[int, dict[str, Tensor]] = optimiser.state_dict()["state"]
     for index, state in moments.items():
         tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in state.items()})
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    tensors.update({f"random.{device}": state for device, state in stream.states.items()})
     state = {"schema_version": _SCHEMA_VERSION, "settings": dict(settings), "progress": progress.to_json()}
     content = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     replace_folder(folder, {_STATE_FILE: json.dumps(state).encode(), _TENSORS_FILE: content})
@@ -72,8 +71,10 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         raise TrainingError(f"{folder}: not a whole checkpoint ({error}); start over with --restart") from None
 
 
-def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimiser: AdamW) -> None:
-    """Put parameters, moments and random generators back where they were. The settings must have been compared."""
+def restore(
+    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimiser: AdamW, stream: RandomStream
+) -> None:
+    """Put parameters, moments and random numbers back where they were. The settings must have been compared."""
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         kind, _, rest = name.partition(".")
@@ -82,7 +83,6 @@ def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], opti
         elif kind == "optimiser":
             index, _, key = rest.partition(".")
             states.setdefault(int(index), {})[key] = tensor
+        elif kind == "random":
+            stream.states[rest] = tensor
     optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
-    torch.set_rng_state(checkpoint.tensors["random.cpu"])
-    if "random.cuda" in checkpoint.tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"])

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quiver_peft.adapters.joint_seam import Drawing
+from quiver_peft.joint_forward import joint_hidden
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import Batch, BatchLimits, by_length, collate
@@ -13,14 +15,29 @@ from quiver_trainer.data import Sample
 from quiver_trainer.predict import is_exact_match, predict_tokens
 
 
-def completion_loss(model: AnyModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the batch's completion tokens, in nats; a scalar.
+def completion_losses(
+    models: Sequence[AnyModel], batches: Sequence[Batch], drawing: Sequence[Drawing] | None = None
+) -> list[Tensor]:
+    """Mean cross-entropy of each batch's completion tokens, in nats, all from one forward pass; scalars.
 
-    Logits are computed for these tokens alone: most rows of a batch are prompt, and the vocabulary is wide.
+    models: on one base, one for each batch. drawing: see `JointSeam`.
+    Logits are computed for completion tokens alone: most rows of a batch are prompt, and the vocabulary is wide.
     """
-    hidden = model.hidden(*batch.inputs).flatten(0, 1)
-    logits = model.base.logits(hidden.index_select(0, batch.positions))
-    return F.cross_entropy(logits.float(), batch.targets)
+    hidden = joint_hidden(models, [batch.inputs for batch in batches], drawing)
+    positions: list[int] = []
+    num_rows = 0
+    for batch in batches:
+        positions += [num_rows + position for position in batch.positions]
+        num_rows += batch.num_written
+    logits = models[0].base.logits(hidden.index_select(0, torch.tensor(positions, device=hidden.device)))
+    targets = torch.tensor([token for batch in batches for token in batch.targets], device=hidden.device)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return [own.mean() for own in losses.split([len(batch.targets) for batch in batches])]
+
+
+def completion_loss(model: AnyModel, batch: Batch) -> Tensor:
+    """Of one model."""
+    return completion_losses([model], [batch])[0]
 
 
 @torch.inference_mode()

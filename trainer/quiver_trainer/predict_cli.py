@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data import Row, read_rows
 from quiver_trainer.device import choose_device
 from quiver_trainer.errors import DataError
+from quiver_trainer.files import write_atomically
 from quiver_trainer.predict import is_exact_match, predict_tokens
 
 _DESCRIPTION = """\
@@ -81,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
     _check_lengths(prompts, rows, options.input, model.max_tokens)
     answers = _predict(model, prompts, options.max_new_tokens)
     results = [_result(row, tokenizer.decode(answer)) for row, answer in zip(rows, answers, strict=True)]
-    _write_atomically(options.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+    write_atomically(options.output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results).encode())
     print(f"wrote {len(results)} answers to {options.output}")
     correct = [result["correct"] for result in results if "correct" in result]
     if correct:
@@ -114,22 +113,6 @@ def _result(row: Row, prediction: str) -> dict[str, Any]:
     if row.completion is not None:
         result |= {"completion": row.completion, "correct": is_exact_match(prediction, row.completion)}
     return result
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """After a crash there is the file of before, or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    staging = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.chmod(0o644)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """From a recipe (a YAML file plus key=value overrides) to a TrainConfig; errors name file and line, or the override."""
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,28 +18,60 @@ from quiver_trainer.yaml_source import KeyPath, YamlSource, parse_yaml
 _PATH_KEYS: tuple[KeyPath, ...] = (("base",), ("output",), ("data", "train"), ("data", "validation"))
 
 
+@dataclass(frozen=True)
+class RawRecipe:
+    """What a YAML file says before it is validated. origins: {path of a key: the override or sweep that set it}."""
+
+    data: dict[str, Any]
+    source: YamlSource
+    path: Path
+    origins: Mapping[KeyPath, str] = field(default_factory=dict[KeyPath, str])
+
+    def overridden(self, overrides: Sequence[str], folder: Path | None = None) -> "RawRecipe":
+        """A copy with key=value applied. Raises ConfigError.
+
+        folder: where relative paths in them start; None: the shell's.
+        """
+        data = copy.deepcopy(self.data)
+        origins = dict(_apply_override(data, override, folder or Path.cwd()) for override in overrides)
+        return replace(self, data=data, origins={**self.origins, **origins})
+
+    def validated(self) -> TrainConfig:
+        """Raises ConfigError, one line for each problem."""
+        if "adapter" not in self.data:
+            raise ConfigError(f"{self.path}: adapter is required; write `adapter: null` to fine-tune the whole base")
+        one_method = isinstance(self.data["adapter"], dict)
+        listed = {**self.data, "adapter": [self.data["adapter"]]} if one_method else self.data
+        try:
+            # JSON is what pydantic can read strictly: no text for a number, but lists for tuples and text for paths.
+            return TrainConfig.model_validate_json(json.dumps(listed, default=str), strict=True)
+        except ValidationError as error:
+            messages = [_describe(details, self) for details in error.errors()]
+            raise ConfigError("\n".join(dict.fromkeys(messages))) from None
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The validated settings. Relative paths start where they are written: at the YAML file, or at the shell's folder.
 
     Raises ConfigError, one line for each problem.
     """
+    return read_raw(path).overridden(overrides).validated()
+
+
+def read_raw(path: Path) -> RawRecipe:
+    """A YAML file's content with its paths made absolute. Raises ConfigError."""
     source = parse_yaml(_read_text(path), str(path))
     if not isinstance(source.data, dict):
         raise ConfigError(f"{path}: must hold keys and values, such as `base: models/demo-base`")
     data = cast(dict[str, Any], source.data)
+    anchor_paths(data, path.absolute().parent)
+    return RawRecipe(data, source, path)
+
+
+def anchor_paths(data: dict[str, Any], folder: Path) -> None:
+    """Makes the paths of a recipe absolute, in place."""
     for key in _PATH_KEYS:
-        _anchor(data, key, path.absolute().parent)
-    origins = dict(_apply_override(data, override) for override in overrides)
-    if "adapter" not in data:
-        raise ConfigError(f"{path}: adapter is required; write `adapter: null` to fine-tune the whole base")
-    one_method = isinstance(data["adapter"], dict)
-    listed = {**data, "adapter": [data["adapter"]]} if one_method else data
-    try:
-        # JSON is what pydantic can read strictly: no text for a number, but lists for tuples and text for paths.
-        return TrainConfig.model_validate_json(json.dumps(listed, default=str), strict=True)
-    except ValidationError as error:
-        messages = [_describe(details, data, source, origins, path) for details in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(messages))) from None
+        _anchor(data, key, folder)
 
 
 def _read_text(path: Path) -> str:
@@ -58,7 +92,7 @@ def _anchor(data: dict[str, Any], key: KeyPath, folder: Path) -> None:
         section[key[-1]] = str(folder / Path(section[key[-1]]).expanduser())
 
 
-def _apply_override(data: dict[str, Any], override: str) -> tuple[KeyPath, str]:
+def _apply_override(data: dict[str, Any], override: str, folder: Path) -> tuple[KeyPath, str]:
     """Sets one key, in place, and returns its path and the override as written."""
     key, equals, text = override.partition("=")
     parts = tuple(key.split("."))
@@ -76,7 +110,7 @@ def _apply_override(data: dict[str, Any], override: str) -> tuple[KeyPath, str]:
     else:
         target[parts[-1]] = value
     if parts in _PATH_KEYS:
-        _anchor(data, parts, Path.cwd())
+        _anchor(data, parts, folder)
     return parts, override
 
 
@@ -97,9 +131,7 @@ def _index(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _describe(
-    details: ErrorDetails, data: dict[str, Any], source: YamlSource, origins: dict[KeyPath, str], path: Path
-) -> str:
+def _describe(details: ErrorDetails, raw: RawRecipe) -> str:
     """One line: where the value was written, the key, the rule, the value."""
     missing = details["type"] in ("missing", "union_tag_not_found")
     location, value, rule = details["loc"], details["input"], details["msg"]
@@ -107,10 +139,11 @@ def _describe(
         location = (*location, "method")
         value = details.get("ctx", {}).get("tag")
         rule = f"should be one of {', '.join(METHOD_SECTIONS)}"
-    key = _key_path(location, data, missing)
-    origin = next((text for parts, text in origins.items() if parts == key[: len(parts)]), None)
-    line = next((source.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in source.lines), None)
-    where = f"{origin!r}" if origin else f"{path}:{line}" if line else str(path)
+    key = _key_path(location, raw.data, missing)
+    lines = raw.source.lines
+    origin = next((text for parts, text in raw.origins.items() if parts == key[: len(parts)]), None)
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    where = f"{origin!r}" if origin else f"{raw.path}:{line}" if line else str(raw.path)
     name = ".".join(key)
     if missing:
         return f"{where}: {name} is required"

@@ -25,8 +25,10 @@ class Reporter:
         self._errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
+        self._several = False
         self._num_steps = 0
         self._first_step = 0
+        self._step = 0
         self._seconds = 0.0
 
     def note(self, text: str) -> None:
@@ -38,9 +40,11 @@ class Reporter:
         self._errors.print(f"warning: {text}", style="yellow")
 
     @contextmanager
-    def training(self, first_step: int, num_steps: int) -> Generator[None]:
-        """Shows progress from step `first_step` to `num_steps` while it lasts."""
-        self._num_steps, self._first_step, self._seconds = num_steps, first_step, 0.0
+    def training(self, first_step: int, num_steps: int, *, several: bool) -> Generator[None]:
+        """Shows progress from step `first_step` to `num_steps` while it lasts: those of all runs where there are
+        several."""
+        self._several, self._num_steps = several, num_steps
+        self._first_step, self._step, self._seconds = first_step, first_step, 0.0
         if not self._console.is_terminal or self._console.quiet:
             yield
             return
@@ -59,15 +63,20 @@ class Reporter:
             finally:
                 self._progress = None
 
-    def step(self, step: int, loss: float, num_tokens: int, seconds: float) -> None:
-        """After each step. loss: of its batch; num_tokens, seconds: of this step alone."""
+    def step(self, name: str, loss: float, num_tokens: int, seconds: float) -> None:
+        """After each step of a run. loss: of its batch; num_tokens, seconds: of this step alone."""
+        self._step += 1
         self._seconds += seconds
-        rate = num_tokens / max(seconds, 1e-9)
+        step, rate = self._step, num_tokens / max(seconds, 1e-9)
+        status = f"{self._of(name)}loss {loss:.3f}  {rate:,.0f} tokens/s"
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, status=f"loss {loss:.3f}  {rate:,.0f} tokens/s")
+            self._progress.update(self._task, completed=step, status=status)
         elif step % max(1, self._num_steps // _LINES_PER_RUN) == 0 or step == self._num_steps:
             left = self._seconds / (step - self._first_step) * (self._num_steps - step)
-            self.note(f"step {step}/{self._num_steps}  loss {loss:.3f}  {rate:,.0f} tokens/s  {left:.0f} s left")
+            self.note(f"step {step}/{self._num_steps}  {status}  {left:.0f} s left")
+
+    def _of(self, name: str) -> str:
+        return f"{name}  " if self._several else ""
 
     @contextmanager
     def validating(self) -> Generator[None]:
@@ -78,10 +87,14 @@ class Reporter:
         if self._progress is not None:
             self._progress.update(self._task, description="training")
 
-    def validation(self, record: ValidationRecord) -> None:
-        """One line for each measurement."""
+    def validation(self, name: str, record: ValidationRecord) -> None:
+        """One line for each measurement of a run."""
         match = "" if record.exact_match is None else f"  exact match {record.exact_match:.1%}"
-        self.note(f"step {record.step}  validation loss {record.validation_loss:.3f}{match}")
+        self.note(f"{self._of(name)}step {record.step}  validation loss {record.validation_loss:.3f}{match}")
+
+    def show(self, table: Table) -> None:
+        """A table of someone else's."""
+        self._console.print(table)
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """Names and values, at the end."""

@@ -14,13 +14,42 @@ from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.model import AnyModel
+from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.curve import draw_learning_curve
 from quiver_trainer.data import Dataset
-from quiver_trainer.progress import Progress
-from quiver_trainer.workplace import RECORD_FILE
+from quiver_trainer.progress import Progress, to_jsonl
+from quiver_trainer.run import Run
+from quiver_trainer.workplace import METRICS_FILE, RECORD_FILE
+
+CURVE_FILE = "learning_curve.png"
 
 # Of a base folder, what belongs to the model beside its weights.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 _NOT_COMPANIONS = ("model.safetensors.index.json", RECORD_FILE)
+
+
+def write_result(run: Run, tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
+    """Replace the output folder of a run that is over; returns the adapter's revision ("": a base) and its record."""
+    config, model, progress = run.config, run.model, run.progress
+    num_parameters = sum(parameter.numel() for parameter in run.parameters.values())
+    record = training_record(progress, run.settings, run.datasets, num_parameters)
+    what = "whole base" if model.adapter is None else "adapter"
+    matched = len(run.measuring.match_samples) if run.measuring else 0
+    files = {
+        CURVE_FILE: draw_learning_curve(progress, f"{run.name}: {what} trained on {config.base.name}", matched),
+        METRICS_FILE: to_jsonl([*progress.train_records, *progress.validation_records]).encode(),
+    }
+    if model.adapter is None:
+        write_base(model, config.base, config.output, record, files)
+        return "", record
+    revision = model.save_adapter(
+        config.output,
+        base_name=config.base.name,
+        tokenizer_digest=tokenizer.digest,
+        training=record,
+        extra_files=files,
+    )
+    return revision, record
 
 
 def training_record(

@@ -14,11 +14,13 @@ from quiver_trainer.config import TrainConfig
 from quiver_trainer.describe import list_settings, to_recipe
 from quiver_trainer.device import choose_device
 from quiver_trainer.errors import TrainingError, TrainingInterrupted
-from quiver_trainer.recipe import load_recipe
+from quiver_trainer.many import ManyRecipe, load_recipes
 from quiver_trainer.report import Reporter
+from quiver_trainer.result import CURVE_FILE
 from quiver_trainer.settings import run_settings
 from quiver_trainer.stopping import StopRequest, stop_on_signals
-from quiver_trainer.trainer import CURVE_FILE, Trainer, TrainingResult
+from quiver_trainer.train_many import train_many
+from quiver_trainer.trainer import Trainer, TrainingResult
 from quiver_trainer.workplace import Workplace
 
 _DESCRIPTION = """\
@@ -41,6 +43,18 @@ and train it with
 
   quiver train routing.yaml
   quiver train routing.yaml epochs=5 optimiser.learning_rate=1e-3 output=adapters/routing-2
+
+Many adapters train at once on one base in memory, each to the result that it would reach alone:
+
+  base: models/demo-base
+  output: adapters                    # one folder for each run, comparison.md and comparison.png beside them
+  batch_size: 16                      # whatever the runs share
+  jobs:                               # {id: what is its own}
+    routing: {adapter: {method: lora}, data: {train: data/routing.jsonl}}
+    extract: {adapter: {method: ia3}, data: {train: data/extract.jsonl}}
+  sweep:                              # every value of every key with every other; also without jobs
+    optimiser.learning_rate: [1e-3, 3e-3]
+  pass_tokens: 4096                   # about how many tokens go through the base together: bounds the memory
 
 Relative paths start at the folder of the YAML file; in key=value, at the shell's current folder.
 A run that was stopped or killed goes on from its last checkpoint when the same command is given again.
@@ -90,27 +104,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, stop: StopRequest) -> int:
-    config = load_recipe(options.recipe, options.overrides)
-    if options.print_config:
-        print(to_recipe(config), end="")
-        return 0
+    recipe = load_recipes(options.recipe, options.overrides)
     reporter = Reporter()
+    if options.print_config:
+        configs = recipe.configs if isinstance(recipe, ManyRecipe) else [recipe]
+        print("\n".join(to_recipe(config) for config in configs), end="")
+    elif isinstance(recipe, ManyRecipe):
+        train_many(recipe, restart=options.restart, should_stop=stop, reporter=reporter)
+    else:
+        _train_one(recipe, options.restart, stop, reporter)
+    return 0
+
+
+def _train_one(config: TrainConfig, restart: bool, stop: StopRequest, reporter: Reporter) -> None:
     methods = [section.to_peft() for section in config.adapter or ()]
     settings = run_settings(config, fingerprint(config.base), [method.to_dict() for method in methods])
     # Asked before the base is loaded, so that a run that is done or cannot begin says so at once.
-    start = Workplace(config.output).decide_start(settings, restart=options.restart)
+    start = Workplace(config.output).decide_start(settings, restart=restart)
     if start.kind == "finished":
         reporter.note(f"{config.output}: this training is finished already; --restart trains again")
-        return 0
+        return
     device = choose_device(config.device)
     model = load_model(config.base, dtype=getattr(torch, config.dtype), device=device)
     torch.manual_seed(config.seed)
     if methods:
         model.add_adapter(methods)
     _introduce(config, model, device, reporter)
-    result = Trainer(config, restart=options.restart, reporter=reporter, should_stop=stop).fit(model)
+    result = Trainer(config, restart=restart, reporter=reporter, should_stop=stop).fit(model)
     _conclude(config, result, reporter)
-    return 0
 
 
 def _introduce(config: TrainConfig, model: AnyModel, device: torch.device, reporter: Reporter) -> None:

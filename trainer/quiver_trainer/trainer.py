@@ -1,6 +1,10 @@
-"""`Trainer`: `fit` trains a model by a configuration and writes the result, `predict` answers prompts."""
+"""`Trainer`: `fit` trains a model by a configuration and writes the result, `predict` answers prompts.
+
+`fit_together` does the same for many adapters on one frozen base in one process.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,19 +12,16 @@ import torch
 
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.config import TrainConfig
-from quiver_trainer.curve import draw_learning_curve
-from quiver_trainer.data import Dataset, read_dataset
-from quiver_trainer.errors import ConfigError
-from quiver_trainer.loop import TrainingLoop, trainable
+from quiver_trainer.config import DEFAULT_BATCH_TOKENS, TrainConfig
+from quiver_trainer.errors import ConfigError, TrainingError
+from quiver_trainer.loop import train
 from quiver_trainer.predict import predict_texts
-from quiver_trainer.progress import to_jsonl
+from quiver_trainer.preparation import read_datasets
 from quiver_trainer.report import Reporter
-from quiver_trainer.result import training_record, write_base
+from quiver_trainer.result import write_result
+from quiver_trainer.run import Run
 from quiver_trainer.settings import run_settings
-from quiver_trainer.workplace import METRICS_FILE, Workplace
-
-CURVE_FILE = "learning_curve.png"
+from quiver_trainer.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -61,84 +62,82 @@ class Trainer:
         With an adapter only its weights are saved; without, a Hugging Face folder of the fine-tuned base.
         Seeds torch's global random generator. Raises ConfigError, DataError, TrainingError, TrainingInterrupted.
         """
-        workplace = Workplace(self._config.output)
-        methods = () if model.adapter is None else model.adapter.configs
-        settings = run_settings(self._config, model.base.fingerprint, [method.to_dict() for method in methods])
-        with workplace.occupied():
-            start = workplace.decide_start(settings, restart=self._restart)
-            if start.kind == "finished":
-                return TrainingResult(start.revision, start.record, was_finished=True)
-            tokenizer = Tokenizer(self._config.base)
-            datasets = self._read_data(model, tokenizer)
-            torch.manual_seed(self._config.seed)
-            loop = TrainingLoop(
-                self._config, model, tokenizer, datasets["train"], datasets.get("validation"), workplace, self._reporter
-            )
-            if start.kind == "resume":
-                loop.resume()
-                self._reporter.note(f"going on after step {loop.progress.step} of {loop.num_steps}")
-            else:
-                workplace.clear()
-            loop.run(settings, self._should_stop)
-            record = training_record(
-                loop.progress, settings, datasets, sum(p.numel() for p in trainable(model).values())
-            )
-            revision = self._write(model, tokenizer, loop, record)
-            workplace.remove()
-        return TrainingResult(revision, record)
+        torch.manual_seed(self._config.seed)
+        (result,) = fit_together(
+            [(self._config, model)], restart=self._restart, reporter=self._reporter, should_stop=self._should_stop
+        )
+        if isinstance(result, TrainingError):
+            raise result
+        return result
 
     def predict(self, model: AnyModel, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         """The model's greedy answer to each prompt, without the prompt. Raises DataError for a prompt too long."""
         return predict_texts(model, Tokenizer(self._config.base), prompts, max_new_tokens=max_new_tokens)
 
-    def _read_data(self, model: AnyModel, tokenizer: Tokenizer) -> dict[str, Dataset]:
-        """ "train" and, where there is one, "validation"; says how many rows were left out."""
-        config, base = self._config.data, model.base.config
-        if not base.eos_token_ids:
-            raise ConfigError(
-                f"{self._config.base}: config.json names no eos_token_id, so no answer could learn to end"
-            )
-        room = model.max_tokens
-        max_length = config.max_length or room
-        if max_length is not None and room is not None and max_length > room:
-            num_virtual = model.num_virtual_in("")
-            virtual = f" beside {num_virtual} virtual tokens" if num_virtual else ""
-            raise ConfigError(f"data.max_length: {max_length} is more than the {room} tokens of the base{virtual}")
-        datasets: dict[str, Dataset] = {}
-        for name, path in (("train", config.train), ("validation", config.validation)):
-            if path is None:
-                continue
-            datasets[name] = data = read_dataset(
-                path,
-                tokenizer,
-                eos=base.eos_token_ids[0],
-                max_length=max_length,
-                skip_too_long=config.too_long == "skip",
-            )
-            if data.num_skipped:
-                self._reporter.warn(
-                    f"{path}: left out {data.num_skipped} of {data.num_skipped + len(data.samples)} rows that are "
-                    f"longer than {max_length} tokens, the first in line {data.first_skipped}"
-                )
-        return datasets
 
-    def _write(self, model: AnyModel, tokenizer: Tokenizer, loop: TrainingLoop, record: Mapping[str, Any]) -> str:
-        """Replace the output folder; returns the adapter's revision."""
-        config, progress = self._config, loop.progress
-        what = "whole base" if model.adapter is None else "adapter"
-        matched = len(loop.measuring.match_samples) if loop.measuring else 0
-        title = f"{config.output.name}: {what} trained on {config.base.name}"
-        files = {
-            CURVE_FILE: draw_learning_curve(progress, title, matched),
-            METRICS_FILE: to_jsonl([*progress.train_records, *progress.validation_records]).encode(),
-        }
-        if model.adapter is None:
-            write_base(model, config.base, config.output, record, files)
-            return ""
-        return model.save_adapter(
-            config.output,
-            base_name=config.base.name,
-            tokenizer_digest=tokenizer.digest,
-            training=record,
-            extra_files=files,
-        )
+def fit_together(
+    jobs: Sequence[tuple[TrainConfig, AnyModel]],
+    *,
+    restart: bool = False,
+    reporter: Reporter | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    pass_tokens: int = DEFAULT_BATCH_TOKENS,
+) -> list[TrainingResult | TrainingError]:
+    """As `Trainer.fit` for each of several models on one and the same base object, all of them at once.
+
+    Each result is what its training alone would have given, and is written as soon as it is there. One that fails
+    leaves its error in its place and the others go on. pass_tokens: see `train`.
+    Raises ConfigError, DataError before anything was started; TrainingInterrupted.
+    """
+    reporter = reporter or Reporter()
+    _check_together(jobs)
+    tokenizer = Tokenizer(jobs[0][0].base)
+    results: dict[str, TrainingResult | TrainingError] = {}
+    with ExitStack() as places:
+        runs: list[Run] = []
+        for config, model in jobs:
+            places.enter_context(Workplace(config.output).occupied())
+            prepared = _prepare(config, model, tokenizer, restart, reporter)
+            if isinstance(prepared, Run):
+                runs.append(prepared)
+            else:
+                results[config.output.name] = prepared
+
+        def keep(run: Run) -> None:
+            if run.failure is not None:
+                results[run.name] = run.failure
+                return
+            results[run.name] = TrainingResult(*write_result(run, tokenizer))
+            run.workplace.remove()
+
+        train(runs, reporter, pass_tokens=pass_tokens, should_stop=should_stop, on_over=keep)
+    return [results[config.output.name] for config, _ in jobs]
+
+
+def _prepare(
+    config: TrainConfig, model: AnyModel, tokenizer: Tokenizer, restart: bool, reporter: Reporter
+) -> Run | TrainingResult:
+    """A run, where there is anything left to do."""
+    methods = () if model.adapter is None else model.adapter.configs
+    settings = run_settings(config, model.base.fingerprint, [method.to_dict() for method in methods])
+    workplace = Workplace(config.output)
+    start = workplace.decide_start(settings, restart=restart)
+    if start.kind == "finished":
+        return TrainingResult(start.revision, start.record, was_finished=True)
+    run = Run(config, model, tokenizer, read_datasets(config, model, tokenizer, reporter), settings, reporter)
+    if start.kind == "resume":
+        run.resume()
+        reporter.note(f"{run.name}: going on after step {run.progress.step} of {run.num_steps}")
+    else:
+        workplace.clear()
+    return run
+
+
+def _check_together(jobs: Sequence[tuple[TrainConfig, AnyModel]]) -> None:
+    names = [config.output.name for config, _ in jobs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"adapters that are trained together need names of their own, not {', '.join(names)}")
+    if len(jobs) > 1 and any(model.adapter is None for _, model in jobs):
+        raise ConfigError("full fine-tuning changes the base, so it cannot run beside other trainings of it")
+    if any(model.base is not jobs[0][1].base for _, model in jobs):
+        raise ConfigError("adapters that are trained together must be on one and the same base")

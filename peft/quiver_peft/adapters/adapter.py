@@ -52,6 +52,16 @@ class Adapter(nn.Module):
         return sum(method.num_virtual_in(stack) for method in self._methods)
 
     @property
+    def ordered_methods(self) -> Sequence[AnyMethod]:
+        """In the order in which they act."""
+        return self._methods
+
+    @property
+    def draws(self) -> bool:
+        """Whether a pass through it needs random numbers, as dropout does while training."""
+        return any(method.draws for method in self._methods)
+
+    @property
     def lora(self) -> LoraModule | None:
         """The LoRA of this adapter, if it has one."""
         return next((method for method in self._methods if isinstance(method, LoraModule)), None)

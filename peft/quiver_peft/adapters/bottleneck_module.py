@@ -95,6 +95,11 @@ class BottleneckModule(Method):
             found[item.site] = tied[place] = bottleneck
         return cls(config, found, OutBiases(base, config))
 
+    @property
+    def draws(self) -> bool:
+        """For its dropout, while training."""
+        return self.training and self.config.adapter_dropout > 0
+
     def weights(self) -> list[BottleneckWeights]:
         """A detached fp32 copy on the host, one entry for each site."""
         found: list[BottleneckWeights] = []

@@ -19,7 +19,7 @@ from quiver_peft.adapters.dora import gate, row_lengths
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.targets import Target, require_matches, resolve_targets, select_layers
 from quiver_peft.base.base import Base
-from quiver_peft.base.sites import Linear
+from quiver_peft.base.sites import Linear, Site
 from quiver_peft.errors import AdapterError
 
 
@@ -175,15 +175,24 @@ class LoraModule(Method):
             for p in pairs
         ]
 
+    @property
+    def draws(self) -> bool:
+        """For its dropout, while training."""
+        return self.training and self.config.adapter_dropout > 0
+
+    def pairs_at(self, site: Site) -> Sequence[LoraPair]:
+        """The factors that act at a linear."""
+        return self._by_site.get(site.name, ())
+
     def add_output(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
         """Adds the low-rank product. x: [*, K], y: [*, N] -> [*, N]."""
-        for pair in self._by_site.get(linear.site.name, ()):
+        for pair in self.pairs_at(linear.site):
             y = self._add(pair, x, y)
         return y
 
     def scale_output(self, linear: Linear, y: Tensor) -> Tensor:
         """Applies DoRA's gates. y: [*, N], the low-rank product included -> [*, N]."""
-        for pair in self._by_site.get(linear.site.name, ()):
+        for pair in self.pairs_at(linear.site):
             if pair.magnitude is not None:
                 scale, shift = gate(linear, pair.target, pair.a, pair.b, pair.scale, pair.magnitude)
                 start, end = pair.target.rows

@@ -22,6 +22,11 @@ class Method(nn.Module):
         """Rows it puts before every sequence of this stack."""
         return self.num_virtual_tokens if stack in ("", self.virtual_stack) else 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether it needs random numbers now: for dropout while training."""
+        return False
+
     def scale_input(self, linear: Linear, x: Tensor) -> Tensor:
         """What the linear and everything added to it see. x: [*, K] -> [*, K]."""
         return x

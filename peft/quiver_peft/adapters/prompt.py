@@ -129,6 +129,12 @@ class PromptModule(Method):
         """The trainable form of a table read from disk: the table itself, whatever network made it."""
         return cls(config, PromptTable(weights.table))
 
+    @property
+    def draws(self) -> bool:
+        """For the dropout of an LSTM, while training."""
+        config = self.config
+        return self.training and isinstance(config, PtuningPEFTConfig) and config.encoder_dropout > 0
+
     def weights(self) -> PromptWeights:
         """The table, a detached fp32 copy on the host. Dropout must be off for what an encoder makes to be exact."""
         was_training = self.encoder.training

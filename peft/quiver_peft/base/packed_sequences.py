@@ -1,0 +1,70 @@
+"""Sequences behind one another, without padding, for training: a token is a row, whatever sequence it is in.
+
+All that works on single rows (linears, norms, adapters) costs nothing for padding; attention alone sees [B, S].
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from quiver_peft.base.attention import Attend
+from quiver_peft.base.t5_attention import Sources
+
+
+class PackedSequences:
+    """Where the rows of B sequences lie among T. lengths: [B]. positions: [T], of each row in its sequence."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = torch.tensor(lengths, device=device)
+        self._shape = len(lengths), max(lengths)
+        starts = torch.tensor([end - length for end, length in zip(accumulate(lengths), lengths, strict=True)])
+        rows = torch.arange(sum(lengths))
+        sequences = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        self.positions = (rows - starts[sequences]).to(device)
+        is_ragged = min(lengths) < max(lengths)
+        self._places = (sequences.to(device) * max(lengths) + self.positions) if is_ragged else None
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[T, *] -> [B, S, *], zeros behind the end of a sequence."""
+        if self._places is None:
+            return x.unflatten(0, self._shape)
+        num_sequences, longest = self._shape
+        padded = x.new_zeros(num_sequences * longest, *x.shape[1:])
+        return padded.index_copy(0, self._places, x).unflatten(0, self._shape)
+
+    def strip(self, x: Tensor) -> Tensor:
+        """[B, S, *] -> [T, *]."""
+        flat = x.flatten(0, 1)
+        return flat if self._places is None else flat.index_select(0, self._places)
+
+
+class PackedSelfAttention:
+    """An attention over whole sequences [B, S], on packed rows: no sequence sees another."""
+
+    def __init__(self, attend: Attend, sequences: PackedSequences) -> None:
+        self._attend = attend
+        self._sequences = sequences
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: [T, H, E]; k, v: [T, G, E] -> [T, H, E]."""
+        pad = self._sequences.pad
+        return self._sequences.strip(self._attend(layer, pad(q), pad(k), pad(v)))
+
+
+class PackedCrossAttention:
+    """The same for attention to sources: each target sees its own."""
+
+    def __init__(self, sources: Sources, source: PackedSequences, target: PackedSequences) -> None:
+        self._sources = sources
+        self._source = source
+        self._target = target
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v: [T, H, E], rows of the sources."""
+        self._sources.keep(layer, self._source.pad(k), self._source.pad(v))
+
+    def __call__(self, layer: int, q: Tensor) -> Tensor:
+        """q: [T, H, E], rows of the targets -> [T, H, E]."""
+        return self._target.strip(self._sources(layer, self._target.pad(q)))
