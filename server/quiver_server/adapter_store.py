@@ -133,12 +133,16 @@ class AdapterStore:
     def _register(self, adapter_id: str, source: str) -> Entry:
         if not ADAPTER_ID.fullmatch(adapter_id):
             self.find(adapter_id)
-        folder = (self.root / source).resolve()
+        try:
+            folder = (self.root / source).resolve()
+            is_there = (folder / CONFIG_FILE).is_file()
+        except (OSError, ValueError):  # a name that is too long, or has a zero byte
+            raise InvalidRequestError(f"source is no path: {source!r}", "source") from None
         if "://" in source or not folder.is_relative_to(self.root):
             raise InvalidRequestError(
                 f"source {source!r} is outside of the adapters folder, the only place this server loads from", "source"
             )
-        if not (folder / CONFIG_FILE).is_file():
+        if not is_there:
             raise UnknownAdapterError(f"source {source!r} holds no {CONFIG_FILE}", "source")
         entry = self._entries.setdefault(adapter_id, Entry(adapter_id, folder))
         entry.folder = folder

@@ -45,6 +45,7 @@ from quiver_server.config import ServerConfig
 from quiver_server.engine import Delivery, Engine
 from quiver_server.generation import Generator, dispatch
 from quiver_server.grpc_access import AccessInterceptor
+from quiver_server.grpc_faults import FaultInterceptor
 from quiver_server.limits import Limits
 from quiver_server.metrics import Metrics
 from quiver_server.runner import Runner
@@ -233,7 +234,7 @@ async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokeni
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", 4 * message_bytes),
     )
-    server = grpc.aio.server(options=options, interceptors=[AccessInterceptor(access)])
+    server = grpc.aio.server(options=options, interceptors=[AccessInterceptor(access), FaultInterceptor()])
     answering = Answering(parts.generator, tokenizer, parts.limits, parts.metrics)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(answering), server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(parts.store), server)

@@ -33,6 +33,8 @@ def test_sources_outside_of_the_folder(llama: Bench, client: Client, tmp_path: P
         AdapterNotFound,
         f"source 'not-there' holds no {CONFIG}",
     )
+    for source in ("x\0y", "x" * 5000, "x/" * 3000):
+        refusal(lambda source=source: client.load_adapter("outsider", source=source), InvalidRequest, "is no path")
     assert "outsider" not in [adapter.id for adapter in client.list_adapters()]
 
 

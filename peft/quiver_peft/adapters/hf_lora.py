@@ -88,8 +88,8 @@ def _check_values(config: Mapping[str, Any]) -> None:
         raise AdapterError(f"adapter_config.json: r must be a positive whole number, not {rank!r}")
     if not _is_positive(alpha):
         raise AdapterError(f"adapter_config.json: lora_alpha must be a positive number, not {alpha!r}")
-    if not isinstance(dropout, int | float | None):
-        raise AdapterError(f"adapter_config.json: lora_dropout must be a number, not {dropout!r}")
+    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise AdapterError(f"adapter_config.json: lora_dropout must be a number in [0, 1), not {dropout!r}")
     for key in ("use_rslora", "use_dora"):
         if config.get(key) not in (None, True, False):
             raise AdapterError(f"adapter_config.json: {key} must be true or false, not {config[key]!r}")

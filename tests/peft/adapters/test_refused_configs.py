@@ -161,8 +161,9 @@ MALFORMED: list[tuple[str, object, str]] = [
     ("alpha_pattern", {"q_proj": "much"}, "alpha_pattern must map module names to positive numbers"),
     ("alpha_pattern", {"q_proj": float("inf")}, "alpha_pattern must map module names to positive numbers"),
     ("lora_alpha", 10**400, "lora_alpha must be a positive number"),
-    ("lora_dropout", "half", "lora_dropout must be a number, not 'half'"),
-    ("lora_dropout", 1.5, "adapter_dropout must be in [0, 1)"),
+    ("lora_dropout", "half", "lora_dropout must be a number in [0, 1), not 'half'"),
+    ("lora_dropout", 10**400, "lora_dropout must be a number in [0, 1), not 1000"),
+    ("lora_dropout", 1.5, "lora_dropout must be a number in [0, 1), not 1.5"),
     ("use_rslora", "no", "use_rslora must be true or false, not 'no'"),
 ]
 
