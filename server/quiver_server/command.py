@@ -22,7 +22,9 @@ def _serve(
     adapters: Annotated[Path, typer.Option(help="Each of its subfolders is an adapter; its name is the adapter id.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="gRPC port; 0 lets the system choose.", min=0, max=65535)] = 50051,
-    metrics_port: Annotated[int, typer.Option(help="Prometheus port; -1: none.", min=-1, max=65535)] = 9464,
+    metrics_port: Annotated[
+        int, typer.Option(help="HTTP port of /metrics, /livez, /readyz; -1: none.", min=-1, max=65535)
+    ] = 9464,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU.")] = "auto",
     kv_memory_mib: Annotated[int, typer.Option(help="Memory for keys and values.", min=1)] = 512,

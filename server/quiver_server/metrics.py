@@ -1,6 +1,6 @@
 """What the server tells Prometheus. Labels are bounded: adapter ids are those of the store, codes are gRPC's."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from quiver_server.blocks import BlockPool
 from quiver_server.scheduler import Scheduler
@@ -53,8 +53,3 @@ class Metrics:
         self._running.set(len(scheduler.running))
         self._waiting.set(len(scheduler.waiting))
         self._kv_usage.set(1 - self._blocks.num_free_blocks / self._blocks.num_blocks)
-
-    def serve(self, host: str, port: int) -> int:
-        """Answer /metrics over HTTP from a thread; returns the port (of the system's choice for 0)."""
-        server, _ = start_http_server(port, host, registry=self.registry)
-        return int(server.server_port)

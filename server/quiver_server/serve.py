@@ -48,6 +48,7 @@ from quiver_server.grpc_access import AccessInterceptor
 from quiver_server.grpc_faults import FaultInterceptor
 from quiver_server.limits import Limits
 from quiver_server.metrics import Metrics
+from quiver_server.pages import serve_pages
 from quiver_server.runner import Runner
 from quiver_server.scheduler import Scheduler
 from quiver_server.service import GenerationService
@@ -244,7 +245,8 @@ async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokeni
     reflection.enable_server_reflection([*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME], server)
     port = _bind(config, server)
     if config.metrics_port >= 0:
-        metrics_port = parts.metrics.serve(config.host, config.metrics_port)
+        registry = parts.metrics.registry
+        metrics_port = serve_pages(config.host, config.metrics_port, registry, lambda: not parts.generator.draining)
         log.info("metrics on http://%s:%d/metrics", config.host, metrics_port)
     parts.engine.start()
     await server.start()

@@ -53,6 +53,8 @@ def test_probes_ask_ports_that_are_there(items: list[Object]) -> None:
             for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
                 if probe := container.get(kind):
                     port = (probe.get("grpc") or probe["httpGet"])["port"]
+                    secured = any("tls-cert" in word for word in container.get("args", []))
+                    assert not (secured and "grpc" in probe), "the kubelet's gRPC probes speak no TLS"
                     assert port in ports(pod) or port in ports(pod).values()
                     probed += 1
     assert probed >= 3

@@ -39,6 +39,42 @@ def test_only_those_that_bring_adapters_can_write_them() -> None:
                     assert mount.get("readOnly", False) is (not writer or reads_model), where
 
 
+def test_secrets_are_mounted_so_that_they_can_be_replaced() -> None:
+    """Whole folders, which the kubelet keeps up to date, not files of them; for the pod's own group alone."""
+    seen: set[str] = set()
+    for where, pod in pods(objects(rendered("everything"))).items():
+        secrets = {volume["name"]: volume["secret"] for volume in pod["spec"]["volumes"] if "secret" in volume}
+        seen |= {secret["secretName"] for secret in secrets.values()}
+        assert all(secret["defaultMode"] == 0o440 for secret in secrets.values()), where
+        for container in containers(pod):
+            for mount in container["volumeMounts"]:
+                if mount["name"] in secrets:
+                    assert mount["readOnly"] is True, where
+                    assert "subPath" not in mount, where
+            for variable in container.get("env", []):
+                secret = "valueFrom" in variable and variable["valueFrom"].get("secretKeyRef")
+                assert not secret or pod["metadata"]["name"] == "rel-quiver-test", (
+                    "a process's environment is read by many"
+                )
+    assert seen == {"servers", "front", "tokens"}
+
+
+def test_the_servers_are_given_no_plain_token() -> None:
+    volumes = the(objects(rendered("everything")), "Deployment", "rel-quiver")["spec"]["template"]["spec"]["volumes"]
+    (tokens,) = (volume["secret"] for volume in volumes if volume["name"] == "tokens")
+    assert tokens["items"] == [{"key": "tokens.toml", "path": "tokens.toml"}]
+
+
+def test_helm_test_shows_a_token_or_asks_for_health_alone() -> None:
+    def asked(*more: str) -> list[str]:
+        pod = the(objects(render_text(*more)), "Pod")
+        return [container["args"][0] for container in containers(pod)]
+
+    assert asked() == ["health", "generate"]
+    assert asked("--set", "tokens.existingSecret=t") == ["health"]
+    assert asked("--set", "tokens.existingSecret=t,tokens.testKey=test") == ["health", "generate"]
+
+
 def test_the_digest_wins_over_the_tag() -> None:
     assert server(objects(rendered("everything")))["image"].startswith("quiver@sha256:0123")
 

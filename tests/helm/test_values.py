@@ -90,6 +90,8 @@ def test_a_profile_holds_only_what_it_changes(profile: str) -> None:
         ("router.hashBalancePercent=50", "/router/hashBalancePercent"),
         ("fullnameOverride=Not_A_Name", "/fullnameOverride"),
         ("topologySpread=Never", "/topologySpread"),
+        ("tls.certKey=", "/tls/certKey"),
+        ("tokens.key=a/b", "/tokens/key"),
         ("training.jobs[0].name=Bad_Name", "/training/jobs/0"),
         ("training.jobs[0].name=good", "/training/jobs/0"),  # no recipe
     ],
@@ -114,6 +116,9 @@ JOB = 'training.jobs=[{"name":"a","recipe":{"adapter":{"method":"lora"},"data":{
         (["model.path=/models/base"], "model.path /models/base lies on a volume: set model.volume.existingClaim"),
         (["model.volume.existingClaim=m"], "a model from a volume or a download lies under /models/"),
         (['autoscaling={"enabled":true,"minReplicas":5,"maxReplicas":1}'], "minReplicas is greater than"),
+        (["tls.clientCaKey=ca.crt"], "need the servers' TLS: set tls.existingSecret"),
+        (["router.tlsSecret=front"], "need the servers' TLS: set tls.existingSecret"),
+        (["tokens.testKey=test"], "tokens.testKey is a key of tokens.existingSecret, which is not set"),
         (["metrics.serviceMonitor.enabled=true"], "name Prometheus in networkPolicy.metrics"),
         ([JOB], "training.jobs need rows: set one of"),
         ([JOB, 'training.data={"existingClaim":"a","configMap":"b"}'], "training.jobs need rows: set one of"),

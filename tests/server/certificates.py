@@ -17,12 +17,14 @@ def make_authority(folder: Path, name: str = "ca") -> Path:
     return cert
 
 
-def make_certificate(authority: Path, folder: Path, name: str) -> tuple[Path, Path]:
-    """A certificate for localhost signed by `authority`, whose key lies beside it; returns certificate and key."""
+def make_certificate(
+    authority: Path, folder: Path, name: str, hosts: str = "DNS:localhost,IP:127.0.0.1"
+) -> tuple[Path, Path]:
+    """A certificate for `hosts` signed by `authority`, whose key lies beside it; returns certificate and key."""
     folder.mkdir(exist_ok=True)
     cert, key, request = (folder / f"{name}.{kind}" for kind in ("pem", "key", "csr"))
     ec = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    names = ("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    names = ("-addext", f"subjectAltName={hosts}")
     _openssl("req", *ec, "-keyout", str(key), "-out", str(request), "-subj", f"/CN={name}", *names)
     signed_by = ("-CA", str(authority), "-CAkey", str(authority.with_suffix(".key")), "-CAcreateserial")
     extra = ("-copy_extensions", "copy", "-days", "2")

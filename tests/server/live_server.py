@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,15 @@ class LiveServer:
         """The metrics as Prometheus gets them."""
         with urllib.request.urlopen(self.metrics_url, timeout=10) as answer:
             return answer.read().decode()
+
+    def page_status(self, path: str) -> int:
+        """The status of another page beside the metrics."""
+        try:
+            with urllib.request.urlopen(self.metrics_url.removesuffix("/metrics") + path, timeout=10) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         """Ask the process to end."""

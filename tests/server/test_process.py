@@ -21,11 +21,13 @@ def test_sigterm_lets_running_streams_finish(llama_base: Path, tmp_path: Path) -
         stream = client.stream(PROMPT, max_new_tokens=250, ignore_eos=True)
         tokens = list(next(stream).token_ids)
         assert other.is_healthy()
+        assert (server.page_status("/livez"), server.page_status("/readyz")) == (200, 200)
         server.signal()
         eventually(lambda: "draining" in server.log.read_text())
         with pytest.raises(ServerUnavailable):
             other.generate(PROMPT, max_new_tokens=1)
         assert not other.is_healthy()
+        assert (server.page_status("/livez"), server.page_status("/readyz")) == (200, 503)
         assert server.process.poll() is None, "too late to show anything"
         tokens += [token for piece in stream for token in piece.token_ids]
     assert tuple(tokens) == expected

@@ -120,14 +120,19 @@ securityContext: {{- toYaml .root.Values.securityContext | nindent 2 }}
 volumeMounts:
 {{- end -}}
 
-{{- /* A container that asks the server something; its args are left open. */ -}}
-{{- define "quiver.testContainer" -}}
-image: {{ include "quiver.image" . }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
-env: [{name: HOME, value: /tmp}]
-resources:
-  requests: {cpu: 50m, memory: 128Mi}
-  limits: {memory: 256Mi}
-securityContext: {{- toYaml .Values.securityContext | nindent 2 }}
-volumeMounts: [{name: tmp, mountPath: /tmp}]
+{{- /* The one name that certificates must have. */ -}}
+{{- define "quiver.serverName" -}}
+{{ include "quiver.fullname" . }}.{{ .Release.Namespace }}.svc
+{{- end -}}
+
+{{- /* What clients of the release's Service see, where there is TLS. */ -}}
+{{- define "quiver.frontTlsSecret" -}}
+{{- $own := ternary .Values.router.tlsSecret "" .Values.router.enabled -}}
+{{- $own | default .Values.tls.existingSecret -}}
+{{- end -}}
+
+{{- /* A whole Secret, not a file of it: it follows what is replaced. (dict "name" the volume's "secret" the Secret's) */ -}}
+{{- define "quiver.secretVolume" -}}
+- name: {{ .name }}
+  secret: {secretName: {{ .secret }}, defaultMode: 0440}
 {{- end -}}

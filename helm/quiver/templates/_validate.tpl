@@ -14,6 +14,12 @@
 {{- if and (include "quiver.hasModels" .) (not (hasPrefix "/models/" $v.model.path)) -}}
   {{- fail (printf "model.path %s: a model from a volume or a download lies under /models/" $v.model.path) -}}
 {{- end -}}
+{{- if and (not $v.tls.existingSecret) (or $v.tls.clientCaKey $v.router.tlsSecret) -}}
+  {{- fail "tls.clientCaKey and router.tlsSecret need the servers' TLS: set tls.existingSecret" -}}
+{{- end -}}
+{{- if and $v.tokens.testKey (not $v.tokens.existingSecret) -}}
+  {{- fail "tokens.testKey is a key of tokens.existingSecret, which is not set" -}}
+{{- end -}}
 {{- if and $v.autoscaling.enabled (gt (int $v.autoscaling.minReplicas) (int $v.autoscaling.maxReplicas)) -}}
   {{- fail "autoscaling.minReplicas is greater than autoscaling.maxReplicas" -}}
 {{- end -}}

@@ -6,15 +6,14 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 from helm import tools
-from helm.chart import Object, objects, render_text, the
+from helm.chart import Object, containers, objects, render_text, the
 from helm.deploy.names import NameServer
 from prometheus_client.parser import text_string_to_metric_families
 from server.live_server import LiveServer, eventually
@@ -24,17 +23,22 @@ DRAIN_SECONDS = 2
 
 
 class Release:
-    """Servers by address (127.0.0.2 and on, one port as pods have it), and the router in front of them."""
+    """Servers by address (127.0.0.2 and on, one port as pods have it), and the router in front of them.
 
-    def __init__(self, base: Path, adapters: Path, folder: Path) -> None:
-        self._base, self._adapters, self._folder = base, adapters, folder
+    values: further options of helm. secrets: folders in place of the Secrets that these values name.
+    """
+
+    def __init__(
+        self, base: Path, adapters: Path, folder: Path, values: Sequence[str] = (), secrets: Mapping[str, Path] = {}
+    ) -> None:
+        self._base, self._adapters, self._folder, self.secrets = base, adapters, folder, secrets
         self.port, self.stats_port, self.admin_port, self.router_port = free_ports(4)
         self.servers: dict[str, LiveServer] = {}
         self.names = NameServer(NAME, [])
         self.target = f"127.0.0.1:{self.router_port}"
         # The replicas themselves, by their name.
         self.direct_target = f"dns://127.0.0.1:{self.names.port}/{NAME}:{self.port}"
-        self.items = objects(render_text(*self._values()))
+        self.items = objects(render_text(*self._values(), *values))
 
     def _values(self) -> list[str]:
         changes = {
@@ -54,10 +58,24 @@ class Release:
         (container,) = the(self.items, "Deployment", "rel-quiver-router")["spec"]["template"]["spec"]["containers"]
         return container
 
-    def envoy_config(self) -> dict[str, Any]:
+    def here(self, text: str, pod: Object) -> str:
+        """With this machine's folders in place of those that the pod mounts Secrets at."""
+        folders = {item["name"]: self.secrets[item["secret"]["secretName"]] for item in secret_volumes(pod)}
+        mounts = [mount for item in containers(pod) for mount in item["volumeMounts"]]
+        for mount in mounts:
+            if mount["name"] in folders:
+                text = text.replace(mount["mountPath"] + "/", f"{folders[mount['name']]}/")
+                text = text.replace(f"path: {mount['mountPath']}}}", f"path: {folders[mount['name']]}}}")
+        return text
+
+    def write_envoy_config(self) -> Path:
         """The chart's configuration; only the port that clients use is another (the servers have taken it on this
         machine), and names are asked of our name server."""
-        config = yaml.safe_load(the(self.items, "ConfigMap", "rel-quiver-router")["data"]["envoy.yaml"])
+        pod = the(self.items, "Deployment", "rel-quiver-router")["spec"]["template"]
+        for name, text in the(self.items, "ConfigMap", "rel-quiver-router")["data"].items():
+            (self._folder / name).write_text(self.here(text, pod).replace("/etc/envoy/", f"{self._folder}/"))
+        path = self._folder / "envoy.yaml"
+        config = yaml.safe_load(path.read_text())
         (listener,) = (item for item in config["static_resources"]["listeners"] if item["name"] == "grpc")
         listener["address"]["socket_address"]["port_value"] = self.router_port
         resolver = {"socket_address": {"address": "127.0.0.1", "port_value": self.names.port}}
@@ -68,7 +86,8 @@ class Release:
                 "resolvers": [resolver],
             },
         }
-        return config
+        path.write_text(yaml.safe_dump(config))
+        return path
 
     def add(self, *addresses: str) -> None:
         """Start servers, all at once, and let the name stand for them too."""
@@ -78,7 +97,10 @@ class Release:
         self.names.addresses = [*self.names.addresses, *addresses]
 
     def _start(self, address: str) -> LiveServer:
-        options = ("--host", address, "--port", str(self.port))
+        pod = the(self.items, "Deployment", "rel-quiver")["spec"]["template"]
+        (container,) = pod["spec"]["containers"]
+        secured = [self.here(word, pod) for word in container["args"] if word.startswith(("--tls-", "--token-"))]
+        options = ("--host", address, "--port", str(self.port), *secured)
         return LiveServer(self._base, self._adapters, self._folder / f"{address}.log", *options)
 
     def wait_for_healthy(self, count: int) -> None:
@@ -110,15 +132,21 @@ class Release:
         return found
 
 
+def secret_volumes(pod: Object) -> list[Object]:
+    """The volumes of a pod that are Secrets."""
+    return [volume for volume in pod["spec"]["volumes"] if "secret" in volume]
+
+
 @contextmanager
-def running_release(base: Path, adapters: Path, *addresses: str) -> Generator[Release]:
-    """A release whose router serves; every process is ended afterwards."""
+def running_release(
+    base: Path, adapters: Path, *addresses: str, values: Sequence[str] = (), secrets: Mapping[str, Path] = {}
+) -> Generator[Release]:
+    """A release whose router serves; every process is ended afterwards. The rest as of `Release`."""
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        release = Release(base, adapters, folder)
+        release = Release(base, adapters, folder, values, secrets)
         with release.names:
-            config = folder / "envoy.yaml"
-            config.write_text(yaml.safe_dump(release.envoy_config()))
+            config = release.write_envoy_config()
             command = [
                 str(config) if word == "/etc/envoy/envoy.yaml" else word
                 for word in release.router_container()["command"]
@@ -128,7 +156,7 @@ def running_release(base: Path, adapters: Path, *addresses: str) -> Generator[Re
                 envoy = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             try:
                 release.add(*addresses)
-                assert envoy.poll() is None, (folder / "envoy.log").read_text()
+                assert envoy.poll() is None, (folder / "envoy.log").read_text()[-2000:]
                 release.wait_for_healthy(len(addresses))
                 yield release
             finally:

@@ -1,0 +1,54 @@
+"""The pages for probes: they tell whether the event loop turns and whether requests are taken."""
+
+import asyncio
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from quiver_server import pages
+
+
+def page(port: int, path: str) -> tuple[int, str]:
+    """Status and text."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def test_each_page_says_how_the_server_is() -> None:
+    registry = CollectorRegistry()
+    Counter("quiver_requests", "Requests.", registry=registry).inc(3)
+    ready = True
+    port = pages.serve_pages("127.0.0.1", 0, registry, lambda: ready)
+
+    async def get(path: str) -> tuple[int, str]:
+        return await asyncio.to_thread(page, port, path)
+
+    assert await get("/livez") == await get("/readyz") == (200, "ok\n")
+    ready = False
+    assert await get("/livez") == (200, "ok\n")
+    assert await get("/readyz") == (503, "no\n")
+    assert "quiver_requests_total 3.0" in (await get("/metrics"))[1]
+
+
+async def test_a_loop_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_ANSWER_SECONDS", 0.2)
+    port = pages.serve_pages("127.0.0.1", 0, CollectorRegistry(), lambda: True)
+    for path in ("/livez", "/readyz"):
+        asked = asyncio.create_task(asyncio.to_thread(page, port, path))
+        await asyncio.sleep(0)  # the thread has begun
+        time.sleep(0.6)  # what no coroutine should do
+        assert await asked == (503, "no\n"), path
+    assert (await asyncio.to_thread(page, port, "/livez"))[0] == 200, "it turns again"
+
+
+async def test_a_port_that_is_taken_is_an_error() -> None:
+    port = pages.serve_pages("127.0.0.1", 0, CollectorRegistry(), lambda: True)
+    with pytest.raises(OSError, match="in use"):
+        pages.serve_pages("127.0.0.1", port, CollectorRegistry(), lambda: True)
