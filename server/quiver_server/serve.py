@@ -159,7 +159,7 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
         loop.call_soon_threadsafe(ending.fail)
 
     engine = Engine(
-        Runner(base, banks, kv),
+        Runner(base, banks, kv, config.max_step_tokens),
         Scheduler(blocks, config.max_running, config.max_step_tokens),
         block_size=BLOCK_TOKENS,
         device=weight.device,

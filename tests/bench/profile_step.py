@@ -114,7 +114,7 @@ def make_engine(base: Base, banks: AdapterBanks, running: int, clock: Clock) -> 
     kv = PagedKV(base.config, num_blocks, BLOCK_TOKENS, torch.float32, base.embedding.weight.device)
     blocks = BlockPool(num_blocks, BLOCK_TOKENS)
     scheduler = Scheduler(blocks, running, 512)
-    runner: Any = Runner(base, banks, kv)  # pyright: ignore[reportArgumentType]
+    runner: Any = Runner(base, banks, kv, 512)  # pyright: ignore[reportArgumentType]
     engine: Any = Engine(
         runner,
         scheduler,
@@ -130,7 +130,7 @@ def make_engine(base: Base, banks: AdapterBanks, running: int, clock: Clock) -> 
     module.prepare_batch = clock.timed("prepare batch", module.prepare_batch)
     scheduler.schedule = clock.timed("schedule", scheduler.schedule)
     native = library()
-    for name in ("linear", "add_lora", "paged_attention", "store_rows", "rms_norm", "activate", "rotate"):
+    for name in ("run", "linear", "add_lora", "paged_attention", "store_rows", "rms_norm", "activate", "rotate"):
         if native is not None:
             setattr(native, name, clock.timed(f"  {name}", getattr(native, name)))
     return engine, scheduler

@@ -45,7 +45,7 @@ class Driver:
         self.scheduler = Scheduler(self.blocks, 8, max_step_tokens)
         kv = PagedKV(base.config, num_blocks, BLOCK_SIZE, torch.float32, CPU)
         self.banks = AdapterBanks(2**20, torch.float32, CPU)
-        self.runner = FailingRunner(base, self.banks, kv)
+        self.runner = FailingRunner(base, self.banks, kv, max_step_tokens)
         self.events: dict[Sequence, list[TokenEvent]] = {}
         self.num_step_backs = 0
         self.engine = Engine(

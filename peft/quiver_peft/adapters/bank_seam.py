@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from quiver_peft.adapters.placing import Placed
 from quiver_peft.base.sites import Linear, Site
+from quiver_peft.kernels.elementwise import look_up
 from quiver_peft.kernels.grouped_bottleneck import BottleneckSegment, add_grouped_bottleneck_
-from quiver_peft.kernels.grouped_lora import LoraSegment, LoraSegments, add_grouped_lora_
+from quiver_peft.kernels.grouped_lora import LoraSegment, add_grouped_lora_
 from quiver_peft.kernels.grouped_scale import ScaleSegment, scale_inputs, scale_outputs_
 
 
@@ -53,17 +54,16 @@ class BankSeam:
         used: Sequence[tuple[RowGroup, Placed]],
         virtual: Sequence[tuple[VirtualRows, Placed]],
     ) -> None:
-        lora: dict[str, list[LoraSegment]] = {}
+        self._lora: dict[str, list[LoraSegment]] = {}
         self._scales: dict[str, list[ScaleSegment]] = {}
         self._bottlenecks: dict[str, list[BottleneckSegment]] = {}
         for group, placed in used:
             for site, item in placed.lora.items():
-                lora.setdefault(site, []).append(LoraSegment(group.start, group.end, item))
+                self._lora.setdefault(site, []).append(LoraSegment(group.start, group.end, item))
             for site, scale in placed.scales.items():
                 self._scales.setdefault(site, []).append(ScaleSegment(group.start, group.end, scale))
             for site, bottleneck in placed.bottlenecks.items():
                 self._bottlenecks.setdefault(site, []).append(BottleneckSegment(group.start, group.end, bottleneck))
-        self._lora = {site: LoraSegments(segments) for site, segments in lora.items()}
         self._prompts: list[_PromptRows] = []
         self._prefixes: list[_PrefixRows] = []
         for rows, placed in virtual:
@@ -84,7 +84,7 @@ class BankSeam:
 
     def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """tokens: [T] -> [T, D], the rows of virtual tokens replaced."""
-        embedded = embedding(tokens)
+        embedded = look_up(embedding.weight, tokens)
         for rows in self._prompts:
             embedded[rows.start : rows.end] = 0 if rows.embeddings is None else rows.embeddings
         return embedded

@@ -9,10 +9,12 @@ import torch
 
 from quiver_peft.adapters.arena import Arena, Extent, aligned
 from quiver_peft.adapters.bank_seam import BankSeam, RowGroup, VirtualRows
+from quiver_peft.adapters.native_seam import NativeRecord, NativeSeam, native_record
 from quiver_peft.adapters.placing import Placed, num_elements, place
 from quiver_peft.adapters.slot_tables import SlotTables, TableRow
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
+from quiver_peft.kernels.native.library import library_for
 
 BASE_SLOT = 0
 FIRST_SLOT = 1
@@ -22,6 +24,7 @@ class _Resident(NamedTuple):
     extent: Extent
     placed: Placed
     row: TableRow | None  # where there are tables
+    record: NativeRecord | None  # where there are compiled kernels that can take it
 
 
 class AdapterBanks:
@@ -39,6 +42,7 @@ class AdapterBanks:
         # Loads go beside the steps on the device too.
         self._loading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._residents: dict[int, _Resident] = {}
+        self._sites: dict[str, int] = {}  # numbered as they come, for the compiled kernels
         self._lock = threading.Lock()
         self._next_slot = FIRST_SLOT
         self._last_seam: tuple[list[RowGroup], Seam] = ([], NO_ADAPTERS)
@@ -102,7 +106,15 @@ class AdapterBanks:
         if self._loading is not None:
             self._loading.synchronize()
         is_full = self._tables is not None and row is None
-        return None if is_full else _Resident(extent, placed, row)
+        if is_full:
+            return None
+        with self._lock:
+            record = native_record(placed, self._sites) if self._is_native() else None
+        return _Resident(extent, placed, row, record)
+
+    def _is_native(self) -> bool:
+        with torch.no_grad():
+            return library_for(self._arena.buffer) is not None
 
     def remove(self, slot: int) -> int:
         """Give a slot's memory back and return how many bytes that is."""
@@ -121,16 +133,24 @@ class AdapterBanks:
         if not virtual and self._last_seam[0] == groups:
             # Decoding mostly goes on with the batch of the step before. Slots are never given out twice.
             return self._last_seam[1]
-        used = [(group, self._residents[group.slot].placed) for group in groups if group.slot != BASE_SLOT]
+        used = [(group, self._residents[group.slot]) for group in groups if group.slot != BASE_SLOT]
         rows = [(item, self._residents[item.slot].placed) for item in virtual]
         seam: Seam = NO_ADAPTERS
         if used and self._tables is not None:
             seam = self._device_seam(groups, self._tables, BankSeam((), rows))
         elif used:
-            seam = BankSeam(used, rows)
+            seam = self._host_seam(used, rows)
         if not virtual:
             self._last_seam = (list(groups), seam)
         return seam
+
+    def _host_seam(
+        self, used: Sequence[tuple[RowGroup, _Resident]], rows: Sequence[tuple[VirtualRows, Placed]]
+    ) -> Seam:
+        native = [(group.start, group.end, it.record) for group, it in used if it.record is not None]
+        if len(native) < len(used) or torch.is_grad_enabled():
+            return BankSeam([(group, it.placed) for group, it in used], rows)
+        return NativeSeam(native, self._sites, BankSeam((), rows) if rows else None)
 
     def _device_seam(self, groups: Sequence[RowGroup], tables: SlotTables, virtual: BankSeam) -> Seam:
         # Here, because it needs Triton, which comes with torch for a GPU.

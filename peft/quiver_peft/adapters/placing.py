@@ -107,8 +107,6 @@ def _place_lora(weights: Sequence[LoraWeights], cursor: _Cursor) -> dict[str, Lo
             expands.append(LoraExpand((first, first + rank), *item.target.rows, b_t))
             first += rank
         placed[site] = LoraAtSite(a, tuple(expands))
-        # Described to the compiled kernel now, while loading, rather than in the first step that uses it.
-        _ = placed[site].address
     return placed
 
 

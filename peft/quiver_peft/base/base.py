@@ -125,6 +125,13 @@ class Base(nn.Module):
         load_checkpoint(self, Path(folder), self.renames(), cut)
         self.fingerprint = fingerprint(Path(folder))
 
+    def constants(self) -> Iterator[Tensor]:
+        """Every tensor that a forward pass reads beside what it is given."""
+        yield from self.parameters()
+        for linear in self.linears():
+            if linear.packed is not None:
+                yield linear.packed.panels
+
     def renames(self) -> list[Rename]:
         """Every tensor of its checkpoint and the parameter that it fills."""
         return FAMILIES[self.config.family].renames(self.config)

@@ -1,5 +1,6 @@
 """The decoder-only base, whole: embedding, layers, head. Llama-style and GPT-2 are choices of its configuration."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +13,7 @@ from quiver_peft.base.config import GPTConfig
 from quiver_peft.base.families import GPT_FAMILIES
 from quiver_peft.base.layers import MLP, Attention, Rotary, make_norm
 from quiver_peft.base.sites import NO_ADAPTERS, Seam, Site
+from quiver_peft.kernels.elementwise import add, look_up
 
 _EMBEDDING = Site.embedding()
 
@@ -29,9 +31,9 @@ class Block(nn.Module):
     def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend, seam: Seam) -> Tensor:
         """h: [*, D] -> [*, D]."""
         out = self.attention(self.attention_norm(h), rotary, attend, seam)
-        h = h + seam.sublayer(self.attention.site, out, h)
+        h = add(h, seam.sublayer(self.attention.site, out, h))
         out = self.mlp(self.mlp_norm(h), seam)
-        return h + seam.sublayer(self.mlp.site, out, h)
+        return add(h, seam.sublayer(self.mlp.site, out, h))
 
 
 class GPTBase(Base):
@@ -69,6 +71,12 @@ class GPTBase(Base):
         if self.config.rope is not None:
             self.rotary = Rotary(self.config.rope)
 
+    def constants(self) -> Iterator[Tensor]:
+        """Every tensor that a forward pass reads beside what it is given."""
+        yield from super().constants()
+        if self.rotary is not None:
+            yield self.rotary.frequencies
+
     def forward(
         self,
         tokens: Tensor,
@@ -85,7 +93,7 @@ class GPTBase(Base):
         attend = attend or CausalAttention(self.config.windows)
         h = seam.embed(_EMBEDDING, tokens, self.embedding)
         if self.position_embedding is not None:
-            h = h + self.position_embedding(positions)
+            h = add(h, look_up(self.position_embedding.weight, positions))
         rotary = None if self.rotary is None else self.rotary(positions, h.dtype)
         h = self.spread.split(h)
         for block in self.layers:

@@ -8,13 +8,12 @@ of a linear, H query heads, G key-value heads, E head size, F feed-forward size,
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quiver_peft.base.attention import Attend
 from quiver_peft.base.config import BaseConfig, RopeConfig
 from quiver_peft.base.sites import Linear, Seam, Site, Stack
-from quiver_peft.kernels.elementwise import Activation, activate, rms_norm, rotate
+from quiver_peft.kernels.elementwise import Activation, activate, layer_norm, rms_norm, rotary, rotate
 
 
 class RMSNorm(nn.Module):
@@ -30,20 +29,27 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class LayerNorm1P(nn.LayerNorm):
-    """A LayerNorm whose weight is stored less one (Nemotron)."""
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation · weight + bias (Ba et al. 2016). weight_offset: what the weight is stored less."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[*, D] -> [*, D]."""
-        return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+    def __init__(self, hidden_size: int, eps: float, weight_offset: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight_offset = weight_offset
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [*, D] -> [*, D]."""
+        return layer_norm(x, self.weight, self.bias, self.eps, self.weight_offset)
 
 
 def make_norm(config: BaseConfig) -> nn.Module:
     """The norm that the configuration names."""
     if config.norm == "rms":
         return RMSNorm(config.hidden_size, config.norm_eps)
-    kind = LayerNorm1P if config.norm == "layer_1p" else nn.LayerNorm
-    return kind(config.hidden_size, config.norm_eps)
+    # Nemotron stores the weight less one.
+    return LayerNorm(config.hidden_size, config.norm_eps, 1.0 if config.norm == "layer_1p" else 0.0)
 
 
 def rope_frequencies(rope: RopeConfig) -> Tensor:
@@ -103,12 +109,8 @@ class Rotary(nn.Module):
         """positions: [*] int64 -> cos, sin: [*, 1, dim], to be broadcast over heads."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        angles = positions[..., None].float() * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
-        return (
-            (angles.cos() * self.attention_factor).to(dtype),
-            (angles.sin() * self.attention_factor).to(dtype),
-        )
+        cos, sin = rotary(positions, self.frequencies, self.attention_factor)
+        return cos.to(dtype), sin.to(dtype)
 
 
 class Attention(nn.Module):

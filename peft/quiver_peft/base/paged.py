@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from quiver_peft.base.config import BaseConfig
-from quiver_peft.base.t5_attention import RelativeBias
 from quiver_peft.kernels.paged_attention import paged_attention, store_rows
 from quiver_peft.kernels.paged_layout import PagedLayout
 
@@ -36,13 +35,13 @@ class PagedKV:
 class PagedAttention:
     """Stores the new keys and values of a step, then attends each row to its own sequence and nothing else.
 
-    bias: T5's, added to scores that are then not scaled.
+    bias: T5's by distance (`RelativeBias.by_distance`), added to scores that are then not scaled.
     """
 
-    def __init__(self, kv: PagedKV, layout: PagedLayout, bias: RelativeBias | None = None) -> None:
+    def __init__(self, kv: PagedKV, layout: PagedLayout, bias: Tensor | None = None) -> None:
         self._kv = kv
         self._layout = layout
-        self._bias = None if bias is None else bias.by_distance()
+        self._bias = bias
         self._scale = 1.0 if bias is not None else kv.keys.shape[-1] ** -0.5
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from quiver_peft.base.paged import PagedKV
-from quiver_peft.base.t5_attention import RelativeBias
 from quiver_peft.kernels.paged_attention import paged_attention, store_rows
 from quiver_peft.kernels.paged_layout import PagedLayout
 
@@ -15,18 +14,18 @@ from quiver_peft.kernels.paged_layout import PagedLayout
 class PackedAttention:
     """The encoder's attention: sources follow one another in T rows, and each sees itself alone.
 
-    lengths: tokens of each source.
+    lengths: tokens of each source. bias: by distance (`RelativeBias.by_distance`).
     """
 
-    def __init__(self, lengths: Sequence[int], bias: RelativeBias, device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], bias: Tensor, device: torch.device) -> None:
         # The rows themselves are the cache: blocks of one token.
         tables = [range(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
-        self._layout = PagedLayout(lengths, lengths, tables, 1, device)
-        self._bias = bias.by_distance()
+        self.layout = PagedLayout(lengths, lengths, tables, 1, device)
+        self._bias = bias
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: [T, H, E] -> [T, H, E]."""
-        return paged_attention(q, k, v, self._layout, scale=1.0, causal=False, bias=self._bias)
+        return paged_attention(q, k, v, self.layout, scale=1.0, causal=False, bias=self._bias)
 
 
 class SourceLayout:

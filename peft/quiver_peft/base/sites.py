@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quiver_peft.kernels.elementwise import look_up
 from quiver_peft.kernels.packed_linear import PackedWeight, packed_linear
 
 Stack = Literal["", "encoder", "decoder"]
@@ -127,7 +128,7 @@ class NoAdapters:
 
     def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """The base's own word embeddings."""
-        return embedding(tokens)
+        return look_up(embedding.weight, tokens)
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
         """The base's own linear."""

@@ -14,6 +14,7 @@ from quiver_peft.base.families import T5_FAMILIES
 from quiver_peft.base.layers import MLP, Attention, make_norm
 from quiver_peft.base.sites import NO_ADAPTERS, Linear, Seam, Site
 from quiver_peft.base.t5_attention import RelativeBias, Sources
+from quiver_peft.kernels.elementwise import add
 
 
 class CrossAttention(nn.Module):
@@ -56,12 +57,12 @@ class EncoderBlock(nn.Module):
     def attend(self, h: Tensor, attend: Attend, seam: Seam) -> Tensor:
         """h: [*, D] -> [*, D]."""
         out = self.attention(self.attention_norm(h), None, attend, seam)
-        return h + seam.sublayer(self.attention.site, out, h)
+        return add(h, seam.sublayer(self.attention.site, out, h))
 
     def feed_forward(self, h: Tensor, seam: Seam) -> Tensor:
         """h: [*, D] -> [*, D]."""
         out = self.mlp(self.mlp_norm(h), seam)
-        return h + seam.sublayer(self.mlp.site, out, h)
+        return add(h, seam.sublayer(self.mlp.site, out, h))
 
     def sublayers(self) -> list[Site]:
         """In order."""
@@ -79,7 +80,7 @@ class DecoderBlock(EncoderBlock):
     def attend_to_source(self, h: Tensor, sources: Sources, seam: Seam) -> Tensor:
         """h: [*, D] -> [*, D]."""
         out = self.cross_attention(self.cross_attention_norm(h), sources, seam)
-        return h + seam.sublayer(self.cross_attention.site, out, h)
+        return add(h, seam.sublayer(self.cross_attention.site, out, h))
 
     def sublayers(self) -> list[Site]:
         """In order."""

@@ -1,4 +1,4 @@
-"""The small operations between the products, each in one pass: norm, rotary positions, gated activation."""
+"""The small operations between the products, each in one pass: look-up, norms, rotary positions, activations, sums."""
 
 from typing import Literal
 
@@ -12,21 +12,59 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 _NATIVE_KINDS: dict[Activation, int] = {"silu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}
 
 
+def look_up(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of an embedding. table: [V, D], ids: [*] int64 -> [*, D]. An id that is none raises, or gives NaN."""
+    native = library_for(table)
+    if native is None or not (table.is_contiguous() and ids.is_contiguous()):
+        return F.embedding(ids, table)
+    out = native.empty((*ids.shape, table.shape[1]))
+    native.gather(table.data_ptr(), len(table), ids.data_ptr(), out.data_ptr(), ids.numel(), table.shape[1])
+    return out
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, which have one shape, [*, D]."""
+    native = library_for(x, y)
+    if native is None or not (x.is_contiguous() and y.is_contiguous()):
+        return x + y
+    out, width = native.empty(x.shape), x.shape[-1]
+    native.add(x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel() // width, width)
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight, statistics in fp32 (Zhang & Sennrich 2019). x: [*, D] -> [*, D]."""
     native = library_for(x, weight)
     if native is None:
         return rms_norm_torch(x, weight, eps)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    size = x.shape[-1]
-    native.rms_norm(x.data_ptr(), size, weight.data_ptr(), eps, out.data_ptr(), x.numel() // size, size)
+    x, step = _with_packed_heads(x)
+    heads, width = (1, x.shape[-1]) if x.dim() < 3 else x.shape[-2:]
+    out = native.empty(x.shape)
+    num_rows = x.numel() // (heads * width)
+    native.rms_norm(x.data_ptr(), step, weight.data_ptr(), eps, out.data_ptr(), num_rows, heads, width)
     return out
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The plain form."""
     return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """(x - mean) / deviation · (weight + weight_offset) + bias (Ba et al. 2016). x: [*, D] -> [*, D]."""
+    native = library_for(x, weight)
+    if native is None or not x.is_contiguous():
+        return layer_norm_torch(x, weight, bias, eps, weight_offset)
+    out, width = native.empty(x.shape), x.shape[-1]
+    native.layer_norm(
+        x.data_ptr(), weight.data_ptr(), bias.data_ptr(), weight_offset, eps, out.data_ptr(), x.numel() // width, width
+    )
+    return out
+
+
+def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """The plain form."""
+    return F.layer_norm(x, weight.shape, weight + weight_offset if weight_offset else weight, bias, eps)
 
 
 def activate(kind: Activation, x: Tensor, *, gated: bool) -> Tensor:
@@ -37,7 +75,7 @@ def activate(kind: Activation, x: Tensor, *, gated: bool) -> Tensor:
     x = x.contiguous()
     size = x.shape[-1]
     width = size // 2 if gated else size
-    out = torch.empty((*x.shape[:-1], width))
+    out = native.empty((*x.shape[:-1], width))
     native.activate(x.data_ptr(), size, out.data_ptr(), x.numel() // size, width, gated, _NATIVE_KINDS[kind])
     return out
 
@@ -61,6 +99,29 @@ def _act(kind: Activation, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
+def rotary(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position · frequency, each angle twice, times `factor`, fp32.
+
+    positions: [*] int64; frequencies: [dim / 2] fp32 -> cos, sin: [*, 1, dim], to be broadcast over heads.
+    """
+    native = library_for(frequencies)
+    if native is None or not positions.is_contiguous():
+        return rotary_torch(positions, frequencies, factor)
+    half = len(frequencies)
+    cos, sin = (native.empty((*positions.shape, 1, 2 * half)) for _ in range(2))
+    native.rotary(
+        positions.data_ptr(), frequencies.data_ptr(), factor, cos.data_ptr(), sin.data_ptr(), positions.numel(), half
+    )
+    return cos, sin
+
+
+def rotary_torch(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """The plain form."""
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+    return angles.cos() * factor, angles.sin() * factor
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `dim` features of every head, the two halves being the pairs (Su et al. 2021, as Llama has it).
 
@@ -69,10 +130,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     native = library_for(x, cos, sin)
     if native is None:
         return rotate_torch(x, cos, sin)
-    out = x.clone(memory_format=torch.contiguous_format)
+    x, step = _with_packed_heads(x)
     heads, size = x.shape[-2:]
-    width = heads * size
-    native.rotate(out.data_ptr(), width, x.numel() // width, heads, size, cos.data_ptr(), sin.data_ptr(), cos.shape[-1])
+    out = native.empty(x.shape)
+    num_rows = x.numel() // (heads * size)
+    native.rotate(
+        x.data_ptr(), step, out.data_ptr(), num_rows, heads, size, cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
+    )
     return out
 
 
@@ -83,3 +147,10 @@ def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _with_packed_heads(x: Tensor) -> tuple[Tensor, int]:
+    """x as it is, if it is [T, H, E] whose rows alone have gaps, else packed; and the step from row to row."""
+    if x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]:
+        return x, x.stride(0)
+    return x.contiguous(), x.shape[-1] if x.dim() < 3 else x.shape[-2] * x.shape[-1]

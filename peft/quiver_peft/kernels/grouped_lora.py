@@ -4,11 +4,11 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
+from quiver_peft.kernels.native.groups import Groups, RowsOf, SiteRecords
 from quiver_peft.kernels.native.library import library_for
 
 
@@ -40,11 +40,6 @@ class LoraAtSite:
         factors = (self.a, *(expand.b_t for expand in self.expands))
         return array("q", words) if all(factor.is_contiguous() for factor in factors) else None
 
-    @cached_property
-    def address(self) -> int:
-        """Where the descriptor lies, as long as this object lives; 0 when there is none."""
-        return 0 if self.descriptor is None else self.descriptor.buffer_info()[0]
-
 
 class LoraSegment(NamedTuple):
     """Rows [start, end) of the batch use `lora`."""
@@ -54,20 +49,6 @@ class LoraSegment(NamedTuple):
     lora: LoraAtSite
 
 
-class LoraSegments(tuple[LoraSegment, ...]):
-    """The segments of one site in one batch, kept from step to step while the batch stays the same."""
-
-    @cached_property
-    def table(self) -> "array[int] | None":
-        """For the compiled kernel: start, end and address of each; None when it cannot take them."""
-        addresses = [segment.lora.address for segment in self]
-        if not all(addresses) or any(after.start < before.end for before, after in pairwise(self)):
-            return None
-        return array(
-            "q", [word for s, address in zip(self, addresses, strict=True) for word in (s.start, s.end, address)]
-        )
-
-
 def add_grouped_lora_(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> None:
     """y[rows] += scale · (x[rows] Aᵀ) Bᵀ for each segment, in place. x: [T, K], y: [T, N].
 
@@ -75,14 +56,29 @@ def add_grouped_lora_(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> 
     """
     if not segments:
         return
-    native = library_for(y, x, segments[0].lora.a)
-    if native is not None and y.stride(1) == 1 and x.stride(1) == 1:
-        table = (segments if isinstance(segments, LoraSegments) else LoraSegments(segments)).table
-        if table is not None:
-            address = table.buffer_info()[0]
-            native.add_lora(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], address, len(segments))
-            return
-    add_grouped_lora_torch_(y, x, segments)
+    groups = None if library_for(y, x, segments[0].lora.a) is None else _as_groups(segments)
+    if groups is None or y.stride(1) != 1 or x.stride(1) != 1:
+        add_grouped_lora_torch_(y, x, segments)
+    else:
+        add_lora_of_groups_(y, x, groups, 0)
+
+
+def _as_groups(segments: Sequence[LoraSegment]) -> Groups | None:
+    """The site is number 0. None for what the kernel cannot take."""
+    groups: list[RowsOf] = []
+    for segment in segments:
+        record = segment.lora.descriptor
+        if record is None or (groups and groups[-1].end > segment.start):
+            return None
+        groups.append(RowsOf(segment.start, segment.end, SiteRecords.of({0: record})))
+    return Groups(groups)
+
+
+def add_lora_of_groups_(y: Tensor, x: Tensor, groups: Groups, site: int) -> None:
+    """The same by the compiled kernel, for what the adapters of `groups` do at a site, by its number."""
+    native = library_for(y, x)
+    assert native is not None and y.stride(1) == x.stride(1) == 1
+    native.add_lora(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], groups.address, site)
 
 
 def add_grouped_lora_torch_(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> None:

@@ -40,8 +40,8 @@ def pack_weight(weight: Tensor, memory: Tensor) -> PackedWeight:
     """Rearrange a weight [N, K] into `memory` [packed_size(weight)]."""
     num_outputs, num_inputs = weight.shape
     panels = memory.view(-1, num_inputs, PANEL)
-    native = library_for(weight, memory)
-    if native is not None and weight.stride(1) == 1:
+    native = library()
+    if native is not None and library_for(weight, memory) is not None and weight.stride(1) == 1:
         native.pack(weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, panels.data_ptr())
     else:
         padded = F.pad(weight, (0, 0, 0, len(panels) * PANEL - num_outputs))
@@ -61,7 +61,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         return packed_linear_torch(x, weight, bias)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, num_inputs = rows.shape
-    y = torch.empty((num_rows, weight.out_features))
+    y = native.empty((num_rows, weight.out_features))
     native.linear(
         rows.data_ptr(), rows.stride(0), weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), weight.out_features, num_rows, weight.out_features, num_inputs,

@@ -60,12 +60,10 @@ def paged_attention(
     native = library_for(q, keys, values)
     if native is None or not _packs_heads(q, keys, values) or q.shape[1] // keys.shape[1] > _MAX_SHARING:
         return paged_attention_torch(q, keys, values, layout, scale, causal, window, bias)
-    out = torch.empty(q.shape)
-    tables, starts, lengths = layout.tables, layout.query_starts, layout.context_lengths
+    out = native.empty(q.shape)
     native.paged_attention(
         q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), keys.stride(0), values.stride(0),
-        out.data_ptr(), tables.data_ptr(), tables.stride(0), starts.data_ptr(), lengths.data_ptr(), len(lengths),
-        layout.block_size, q.shape[1], keys.shape[1], q.shape[2], scale, causal, window or 0,
+        out.data_ptr(), layout.address, q.shape[1], keys.shape[1], q.shape[2], scale, causal, window or 0,
         0 if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1] // 2,
     )  # fmt: skip
     return out

@@ -3,6 +3,7 @@
 B sequences follow one another in T packed rows.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -80,6 +81,19 @@ class PagedLayout:
             return self._new_rows().long()
         rows = _new_rows(self.query_lengths, self.lengths, self._host_tables, self.block_size)
         return torch.from_numpy(rows).to(self.tables.device)
+
+    @cached_property
+    def address(self) -> int:
+        """Of the same for the compiled kernels, struct Layout of layout.h, as long as this object lives."""
+        tables, starts, lengths = self.tables, self.query_starts, self.context_lengths
+        self._described = array(
+            "q",
+            (
+                tables.data_ptr(), tables.stride(0), starts.data_ptr(), lengths.data_ptr(), len(lengths),
+                self.block_size,
+            ),
+        )  # fmt: skip
+        return self._described.buffer_info()[0]
 
     def cache_rows(self, sequence: int) -> Tensor:
         """The cache rows of all tokens of a sequence, [S] int64."""

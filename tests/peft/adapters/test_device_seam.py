@@ -87,7 +87,9 @@ class Bench:
         """A packed batch through a GPT, or through a T5's encoder."""
         tokens = torch.tensor(self.tokens, device=self.device)
         if isinstance(self.base, T5Base):
-            return self.base.encode(tokens, PackedAttention(LENGTHS, self.base.encoder.bias, self.device), seam)
+            return self.base.encode(
+                tokens, PackedAttention(LENGTHS, self.base.encoder.bias.by_distance(), self.device), seam
+            )
         assert isinstance(self.base, GPTBase)
         kv = PagedKV(self.base.config, 4 * len(LENGTHS), 16, torch.float32, self.device)
         tables = [range(4 * i, 4 * i + 4) for i in range(len(LENGTHS))]

@@ -99,11 +99,11 @@ def step(base: T5Base, kv: PagedKV, rows: list[tuple[Tensor, Tensor, int, int]])
         kv, SourceLayout(counts, lengths, [table[:half] for table in tables], news, kv.block_size, device)
     )
     if fresh := [source for (source, *_), new in zip(rows, news, strict=True) if new]:
-        attend = PackedAttention([len(source) for source in fresh], base.encoder.bias, device)
+        attend = PackedAttention([len(source) for source in fresh], base.encoder.bias.by_distance(), device)
         base.read(base.encode(torch.cat(fresh), attend), sources)
     layout = PagedLayout(counts, [last for *_, last in rows], [t[half:] for t in tables], kv.block_size, device)
     tokens = torch.cat([target[first:last] for _, target, first, last in rows])
-    hidden = base(tokens, PagedAttention(kv, layout, base.decoder.bias), sources)
+    hidden = base(tokens, PagedAttention(kv, layout, base.decoder.bias.by_distance()), sources)
     return list(base.logits(hidden).split(counts))
 
 

@@ -7,8 +7,14 @@ from quiver_peft.kernels.elementwise import (
     Activation,
     activate,
     activate_torch,
+    add,
+    layer_norm,
+    layer_norm_torch,
+    look_up,
     rms_norm,
     rms_norm_torch,
+    rotary,
+    rotary_torch,
     rotate,
     rotate_torch,
 )
@@ -22,6 +28,41 @@ def test_norm(size: tuple[int, int], native: Library) -> None:
     x, weight = torch.randn(size) * 3, torch.randn(size[1])
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_torch(x, weight, 1e-5))
     assert torch.equal(rms_norm(x[-1:], weight, 1e-5), rms_norm(x, weight, 1e-5)[-1:])
+
+
+def test_norm_of_heads_between_others(native: Library) -> None:
+    fused, weight = torch.randn(9, 5 * 64), torch.randn(64)
+    x = fused[:, 64:256].unflatten(1, (3, 64))
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_torch(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_layer_norm(size: tuple[int, int], offset: float, native: Library) -> None:
+    x, weight, bias = torch.randn(size) * 3 + 5, torch.randn(size[1]), torch.randn(size[1])
+    found = layer_norm(x, weight, bias, 1e-5, offset)
+    torch.testing.assert_close(found, layer_norm_torch(x, weight, bias, 1e-5, offset), rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer_norm(x[-1:], weight, bias, 1e-5, offset), found[-1:])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_look_up_and_sum(size: tuple[int, int], native: Library) -> None:
+    table, ids = torch.randn(11, size[1]), torch.randint(11, (size[0],))
+    rows = look_up(table, ids)
+    assert torch.equal(rows, table[ids])
+    assert look_up(table, torch.tensor([11, -1])).isnan().all(), "no memory but the table's is read"
+    x = torch.randn(size)
+    assert torch.equal(add(x, rows), x + rows)
+    assert torch.equal(add(x.T, rows.T), (x + rows).T)
+
+
+def test_angles(native: Library) -> None:
+    positions, frequencies = torch.tensor([0, 1, 77, 4095, 131071]), 10000.0 ** -(torch.arange(16) / 16)
+    for found, expected in zip(
+        rotary(positions, frequencies, 1.25), rotary_torch(positions, frequencies, 1.25), strict=True
+    ):
+        assert found.shape == (5, 1, 32)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["silu", "relu", "relu2", "gelu_tanh", "gelu"])

@@ -4,7 +4,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels.h"
 #include "lanes.h"
+#include "layout.h"
 #include "pool.h"
 
 namespace {
@@ -21,11 +23,7 @@ struct Call {
     int64_t token_step;  // of a cache row
     int64_t value_step;
     float* out;  // [T, H, E]
-    const int32_t* tables;
-    int64_t table_width;
-    const int32_t* starts;
-    const int32_t* lengths;
-    int64_t block_size;
+    const Layout& at;
     int64_t num_heads, num_kv_heads, head_dim;
     float scale;
     int64_t causal, window;  // window 0: none
@@ -143,13 +141,13 @@ inline void add_values(const State& s, const float* const* values, int64_t row, 
 
 // Where positions [base, base + KEYS) lie, up to `end`; their first use is a whole block away.
 inline void locate(const Call& c, const Tile& t, int64_t base, int64_t end, const float** key, const float** value) {
-    const int32_t* table = c.tables + t.sequence * c.table_width + base / c.block_size;
-    int64_t offset = base % c.block_size, place = *table * c.block_size + offset;
+    const int32_t* table = c.at.tables + t.sequence * c.at.table_width + base / c.at.block_size;
+    int64_t offset = base % c.at.block_size, place = *table * c.at.block_size + offset;
     const int64_t count = std::min(KEYS, end - base), shift = t.head * c.head_dim;
     for (int64_t i = 0; i < count; i++, place++, offset++) {
-        if (offset == c.block_size) {
+        if (offset == c.at.block_size) {
             offset = 0;
-            place = *++table * c.block_size;
+            place = *++table * c.at.block_size;
         }
         key[i] = c.keys + place * c.token_step + shift;
         value[i] = c.values + place * c.value_step + shift;
@@ -165,8 +163,8 @@ inline void locate(const Call& c, const Tile& t, int64_t base, int64_t end, cons
 void attend(const Call& c, const Tile& t) {
     State s;
     const int64_t group = c.num_heads / c.num_kv_heads, size = c.head_dim;
-    const int64_t row0 = c.starts[t.sequence], length = c.lengths[t.sequence];
-    const int64_t before = length - (c.starts[t.sequence + 1] - row0);  // position of the sequence's first row
+    const int64_t row0 = c.at.starts[t.sequence], length = c.at.lengths[t.sequence];
+    const int64_t before = length - (c.at.starts[t.sequence + 1] - row0);  // position of the sequence's first row
     const int64_t rows = (t.last - t.first) * group;
     const float* queries[MAX_ROWS];
     float* outs[MAX_ROWS];
@@ -202,13 +200,13 @@ void attend(const Call& c, const Tile& t) {
 }  // namespace
 
 extern "C" void quiver_paged_attention(const float* q, int64_t q_step, const float* keys, const float* values,
-                                       int64_t token_step, int64_t value_step, float* out, const int32_t* tables,
-                                       int64_t table_width, const int32_t* starts, const int32_t* lengths,
-                                       int64_t num_sequences, int64_t block_size, int64_t num_heads,
-                                       int64_t num_kv_heads, int64_t head_dim, float scale, int64_t causal,
-                                       int64_t window, const float* bias, int64_t bias_limit) {
-    Call c{q, q_step, keys, values, token_step, value_step, out, tables, table_width, starts, lengths, block_size,
-           num_heads, num_kv_heads, head_dim, scale, causal, window, bias, bias_limit};
+                                       int64_t token_step, int64_t value_step, float* out, const Layout* layout,
+                                       int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float scale,
+                                       int64_t causal, int64_t window, const float* bias, int64_t bias_limit) {
+    Call c{q, q_step, keys, values, token_step, value_step, out, *layout, num_heads, num_kv_heads, head_dim, scale,
+           causal, window, bias, bias_limit};
+    const int32_t* starts = layout->starts;
+    const int64_t num_sequences = layout->num_sequences;
     int64_t tokens = std::max<int64_t>(1, MAX_ROWS / (num_heads / num_kv_heads)), count = 0;
     for (int64_t b = 0; b < num_sequences; b++) count += (starts[b + 1] - starts[b] + tokens - 1) / tokens * num_kv_heads;
     Tile* tiles = reinterpret_cast<Tile*>(scratch(0, count * sizeof(Tile) / sizeof(float)));
@@ -223,11 +221,11 @@ extern "C" void quiver_paged_attention(const float* q, int64_t q_step, const flo
     parallel(count, [&](int64_t i) { attend(c, tiles[i]); });
 }
 
-// keys[rows[i]] = k[i] and values[rows[i]] = v[i]; a row has `width` elements.
+// keys[places[r]] = k[r] and values[places[r]] = v[r]; a row has `width` elements.
 extern "C" void quiver_store_rows(float* keys, float* values, int64_t width, const float* k, int64_t k_step,
-                                  const float* v, int64_t v_step, const int64_t* rows, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        std::memcpy(keys + rows[i] * width, k + i * k_step, width * sizeof(float));
-        std::memcpy(values + rows[i] * width, v + i * v_step, width * sizeof(float));
+                                  const float* v, int64_t v_step, const int64_t* places, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++) {
+        std::memcpy(keys + places[r] * width, k + r * k_step, width * sizeof(float));
+        std::memcpy(values + places[r] * width, v + r * v_step, width * sizeof(float));
     }
 }

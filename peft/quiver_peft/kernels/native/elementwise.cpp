@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
 
@@ -16,6 +17,18 @@ void for_rows(int64_t rows, int64_t width, const Body& body) {
     parallel((rows + per_task - 1) / per_task, [&](int64_t task) {
         for (int64_t r = task * per_task; r < std::min(rows, (task + 1) * per_task); r++) body(r);
     });
+}
+
+// The sum of what `step` makes of each element, in an order that depends on the width alone.
+template <typename Step>
+inline float sum_over(const float* x, int64_t width, const Step& step) {
+    Lanes sums[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+        for (int j = 0; j < 4; j++) sums[j] = step(load(x + i + j * LANES), sums[j]);
+    for (; i < width; i += LANES)
+        sums[0] = step(load_first(x + i, std::min<int64_t>(LANES, width - i)), sums[0]);
+    return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
 }
 
 inline Lanes sigmoid(Lanes x) { return div(all(1.0f), add(all(1.0f), exponential(sub(zero(), x)))); }
@@ -53,28 +66,42 @@ void gate_rows(const float* x, int64_t ldx, float* out, int64_t rows, int64_t wi
 
 }  // namespace
 
-// out = x / sqrt(mean(x²) + eps) · weight. x: [rows, width] with a row step; out: packed.
+// out = x / sqrt(mean(x²) + eps) · weight for each head of `width` in a row. x: [rows, heads, width] with a row step;
+// out: packed.
 extern "C" void quiver_rms_norm(const float* x, int64_t ldx, const float* weight, float eps, float* out, int64_t rows,
-                                int64_t width) {
-    for_rows(rows, width, [&](int64_t r) {
-        const float* from = x + r * ldx;
-        Lanes squares[4] = {zero(), zero(), zero(), zero()};
-        int64_t i = 0;
-        for (; i + 4 * LANES <= width; i += 4 * LANES)
-            for (int j = 0; j < 4; j++) {
-                Lanes v = load(from + i + j * LANES);
-                squares[j] = fma(v, v, squares[j]);
+                                int64_t heads, int64_t width) {
+    for_rows(rows, heads * width, [&](int64_t r) {
+        for (int64_t h = 0; h < heads; h++) {
+            const float* from = x + r * ldx + h * width;
+            float* to = out + (r * heads + h) * width;
+            float mean = sum_over(from, width, [](Lanes v, Lanes so_far) { return fma(v, v, so_far); }) / width;
+            Lanes factor = all(1.0f / std::sqrt(mean + eps));
+            for (int64_t i = 0; i < width; i += LANES) {
+                int left = std::min<int64_t>(LANES, width - i);
+                store_first(to + i, mul(mul(load_first(from + i, left), factor), load_first(weight + i, left)), left);
             }
-        for (; i < width; i += LANES) {
-            Lanes v = load_first(from + i, std::min<int64_t>(LANES, width - i));
-            squares[0] = fma(v, v, squares[0]);
         }
-        float mean = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3]))) / width;
-        Lanes factor = all(1.0f / std::sqrt(mean + eps));
+    });
+}
+
+// out = (x - mean) / sqrt(variance + eps) · (weight + weight_offset) + bias. x, out: [rows, width]; bias may be null.
+extern "C" void quiver_layer_norm(const float* x, const float* weight, const float* bias, float weight_offset,
+                                  float eps, float* out, int64_t rows, int64_t width) {
+    for_rows(rows, width, [&](int64_t r) {
+        const float* from = x + r * width;
         float* to = out + r * width;
-        for (i = 0; i < width; i += LANES) {
+        float mean = sum_over(from, width, [](Lanes v, Lanes so_far) { return add(v, so_far); }) / width;
+        for (int64_t i = 0; i < width; i += LANES) {
             int left = std::min<int64_t>(LANES, width - i);
-            store_first(to + i, mul(mul(load_first(from + i, left), factor), load_first(weight + i, left)), left);
+            store_first(to + i, sub(load_first(from + i, left), all(mean)), left);
+        }
+        float variance = sum_over(to, width, [](Lanes v, Lanes so_far) { return fma(v, v, so_far); }) / width;
+        Lanes factor = all(1.0f / std::sqrt(variance + eps));
+        for (int64_t i = 0; i < width; i += LANES) {
+            int left = std::min<int64_t>(LANES, width - i);
+            Lanes scale = mul(factor, add(load_first(weight + i, left), all(weight_offset)));
+            Lanes shift = bias ? load_first(bias + i, left) : zero();
+            store_first(to + i, fma(load_first(to + i, left), scale, shift), left);
         }
     });
 }
@@ -88,24 +115,59 @@ extern "C" void quiver_activate(const float* x, int64_t ldx, float* out, int64_t
     if (kind == 3) gate_rows<3>(x, ldx, out, rows, width, gated);
 }
 
-// Rotate the first `dim` features of every head in place, the two halves being the pairs.
-// x: [rows, heads, head_dim] with a row step; cos, sin: [rows, dim].
-extern "C" void quiver_rotate(float* x, int64_t ldx, int64_t rows, int64_t heads, int64_t head_dim, const float* cos,
-                              const float* sin, int64_t dim) {
+// Rotate the first `dim` features of every head, the two halves being the pairs; the others stay as they are.
+// x: [rows, heads, head_dim] with a row step; out: packed; cos, sin: [rows, dim].
+extern "C" void quiver_rotate(const float* x, int64_t ldx, float* out, int64_t rows, int64_t heads, int64_t head_dim,
+                              const float* cos, const float* sin, int64_t dim) {
     for_rows(rows, heads * head_dim, [&](int64_t r) {
         const float *c = cos + r * dim, *s = sin + r * dim;
         int64_t half = dim / 2;
         for (int64_t h = 0; h < heads; h++) {
-            float* first = x + r * ldx + h * head_dim;
-            float* second = first + half;
+            const float* from = x + r * ldx + h * head_dim;
+            float* to = out + (r * heads + h) * head_dim;
             for (int64_t i = 0; i < half; i += LANES) {
                 int left = std::min<int64_t>(LANES, half - i);
-                Lanes a = load_first(first + i, left), b = load_first(second + i, left);
+                Lanes a = load_first(from + i, left), b = load_first(from + half + i, left);
                 Lanes turned_a = sub(mul(a, load_first(c + i, left)), mul(b, load_first(s + i, left)));
                 Lanes turned_b = add(mul(b, load_first(c + half + i, left)), mul(a, load_first(s + half + i, left)));
-                store_first(first + i, turned_a, left);
-                store_first(second + i, turned_b, left);
+                store_first(to + i, turned_a, left);
+                store_first(to + half + i, turned_b, left);
             }
+            std::copy(from + dim, from + head_dim, to + dim);
         }
+    });
+}
+
+// cos, sin: [rows, 2 half], of positions[r] · frequencies, twice, times `factor`.
+extern "C" void quiver_rotary(const int64_t* positions, const float* frequencies, float factor, float* cos, float* sin,
+                              int64_t rows, int64_t half) {
+    for_rows(rows, 32 * half, [&](int64_t r) {
+        for (int64_t i = 0; i < half; i++) {
+            float angle = static_cast<float>(positions[r]) * frequencies[i];
+            float *c = cos + r * 2 * half + i, *s = sin + r * 2 * half + i;
+            c[0] = c[half] = std::cos(angle) * factor;
+            s[0] = s[half] = std::sin(angle) * factor;
+        }
+    });
+}
+
+// out = x + y, all [rows, width].
+extern "C" void quiver_add(const float* x, const float* y, float* out, int64_t rows, int64_t width) {
+    for_rows(rows, width, [&](int64_t r) {
+        for (int64_t i = r * width; i < (r + 1) * width; i += LANES) {
+            int left = std::min<int64_t>(LANES, (r + 1) * width - i);
+            store_first(out + i, add(load_first(x + i, left), load_first(y + i, left)), left);
+        }
+    });
+}
+
+// out[r] = table[ids[r]], all of `width`; NaN where there is no such row of its `size`.
+extern "C" void quiver_gather(const float* table, int64_t size, const int64_t* ids, float* out, int64_t rows,
+                              int64_t width) {
+    for_rows(rows, width, [&](int64_t r) {
+        if (ids[r] < 0 || ids[r] >= size)
+            std::fill(out + r * width, out + (r + 1) * width, NAN);
+        else
+            std::copy(table + ids[r] * width, table + (ids[r] + 1) * width, out + r * width);
     });
 }

@@ -4,7 +4,9 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -15,11 +17,34 @@ from quiver_peft.kernels.native.build import BuildError, built_library
 log = logging.getLogger(__name__)
 
 SWITCH = "QUIVER_KERNELS"
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int64, "f": ctypes.c_float}
 
 
-class Library:
-    """The functions of `*.cpp`, whose comments say what they take. Pointers are addresses, 0 for none."""
+class Kernels:
+    """The kernels of a step (`kernels.h`; comments in `*.cpp` say what they take) and the memory for what they make.
+
+    function: makes one callable, of its name and its parameters: p an address, 0 for none; i a whole number; n one
+        that grows with the rows of the step; f a float.
+    empty: of a shape whose first number is that of the rows.
+    """
+
+    def __init__(self, function: Callable[[str, str], Callable[..., None]], empty: Callable[..., Tensor]) -> None:
+        self.empty = empty
+        self.linear = function("linear", "pipppinii")
+        self.add_lora = function("add_lora", "pipiipi")
+        self.paged_attention = function("paged_attention", "pippiippiiifiipi")
+        self.store_rows = function("store_rows", "ppipipipn")
+        self.rms_norm = function("rms_norm", "pipfpnii")
+        self.layer_norm = function("layer_norm", "pppffpni")
+        self.activate = function("activate", "pipniii")
+        self.rotate = function("rotate", "pipniippi")
+        self.rotary = function("rotary", "ppfppni")
+        self.add = function("add", "pppni")
+        self.gather = function("gather", "pippni")
+
+
+class Library(Kernels):
+    """The compiled kernels, and what is done with them outside of steps."""
 
     def __init__(self, path: Path) -> None:
         dll = ctypes.CDLL(str(path))
@@ -30,18 +55,19 @@ class Library:
             found.restype = None
             return found
 
+        super().__init__(function, torch.empty)
         self.set_num_threads = function("set_num_threads", "i")
         self.keep_freed_memory = function("keep_freed_memory", "")
         self.use_large_pages = function("use_large_pages", "pi")
         self.pack = function("pack", "piiip")
-        self.linear = function("linear", "pipppiiii")
-        self.add_lora = function("add_lora", "pipiipi")
-        self.paged_attention = function("paged_attention", "pippiippippiiiiifiipi")
-        self.store_rows = function("store_rows", "ppipipipi")
-        self.rms_norm = function("rms_norm", "pipfpii")
-        self.activate = function("activate", "pipiiii")
-        self.rotate = function("rotate", "piiiippi")
+        self.run = function("run", "piip")
+        self.invoker: Callable[[bytes], int | None] = dll.quiver_invoker
+        dll.quiver_invoker.argtypes = [ctypes.c_char_p]
+        dll.quiver_invoker.restype = ctypes.c_void_p
         self.set_num_threads(torch.get_num_threads())
+
+
+_standing_in: ContextVar[Kernels | None] = ContextVar("standing_in", default=None)
 
 
 @functools.cache
@@ -60,14 +86,24 @@ def library() -> Library | None:
         return None
 
 
-def library_for(*tensors: Tensor) -> Library | None:
+@contextmanager
+def standing_in(kernels: Kernels) -> Generator[None]:
+    """Let these be called in this thread in place of the library's."""
+    token = _standing_in.set(kernels)
+    try:
+        yield
+    finally:
+        _standing_in.reset(token)
+
+
+def library_for(*tensors: Tensor) -> Kernels | None:
     """The compiled kernels, if they can work on these tensors: fp32 on the CPU, no gradient wanted."""
     if torch.is_grad_enabled():
         return None
     for tensor in tensors:
         if not tensor.is_cpu or tensor.dtype != torch.float32:
             return None
-    return library()
+    return _standing_in.get() or library()
 
 
 def take_over() -> None:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
 
@@ -158,11 +159,11 @@ extern "C" void quiver_pack(const float* w, int64_t ldw, int64_t n, int64_t k, f
     });
 }
 
-// x: [m, k], y: [m, n], both with row steps; bias: [n] or null.
+// x: [rows, k], y: [rows, n], both with row steps; bias: [n] or null.
 extern "C" void quiver_linear(const float* x, int64_t ldx, const float* packed, const float* bias, float* y, int64_t ldy,
-                              int64_t m, int64_t n, int64_t k) {
-    Product p{x, ldx, packed, bias, y, ldy, m, n, k, (n + LANES - 1) / LANES};
-    if (m <= TILE_ROWS)
+                              int64_t rows, int64_t n, int64_t k) {
+    Product p{x, ldx, packed, bias, y, ldy, rows, n, k, (n + LANES - 1) / LANES};
+    if (rows <= TILE_ROWS)
         few_rows(p);
     else
         many_rows(p);

@@ -3,6 +3,8 @@
 // the ranks that goes on from y.
 #include <algorithm>
 
+#include "groups.h"
+#include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
 
@@ -17,11 +19,6 @@ struct Lora {
     const float* a;  // [num_ranks, k]
     int64_t num_ranks, num_expands;
     Expand expands[1];
-};
-
-struct Segment {
-    int64_t start, end;
-    const Lora* lora;
 };
 
 constexpr int64_t ROWS = 32;  // of a segment in one task
@@ -128,28 +125,30 @@ struct Item {
 
 }  // namespace
 
-// segments: [count] of Segment. Segments that share rows are for the caller to separate.
-extern "C" void quiver_add_lora(float* y, int64_t ldy, const float* x, int64_t ldx, int64_t k, const void* segments,
-                                int64_t count) {
-    const Segment* all_segments = static_cast<const Segment*>(segments);
+// What the adapters do at `site`, a number.
+extern "C" void quiver_add_lora(float* y, int64_t ldy, const float* x, int64_t ldx, int64_t k, const Groups* groups,
+                                int64_t site) {
     int64_t num_items = 0, num_low = 0;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t rows = all_segments[i].end - all_segments[i].start;
-        num_items += (rows + ROWS - 1) / ROWS;
-        num_low += rows * all_segments[i].lora->num_ranks;
-    }
+    for (const Group& group : *groups)
+        if (const Lora* lora = group.at<Lora>(site)) {
+            int64_t rows = group.end - group.start;
+            num_items += (rows + ROWS - 1) / ROWS;
+            num_low += rows * lora->num_ranks;
+        }
     if (!num_items) return;
     // One piece of memory for the list of items and for x Aᵀ.
     float* memory = scratch(0, num_low + num_items * (sizeof(Item) / sizeof(float)));
     Item* items = reinterpret_cast<Item*>(memory);
     float* low = memory + num_items * (sizeof(Item) / sizeof(float));
     int64_t n = 0;
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t row = all_segments[i].start; row < all_segments[i].end; row += ROWS) {
-            int64_t rows = std::min(ROWS, all_segments[i].end - row);
-            items[n++] = {row, rows, all_segments[i].lora, low};
-            low += rows * all_segments[i].lora->num_ranks;
+    for (const Group& group : *groups) {
+        const Lora* lora = group.at<Lora>(site);
+        for (int64_t row = group.start; lora && row < group.end; row += ROWS) {
+            int64_t rows = std::min(ROWS, group.end - row);
+            items[n++] = {row, rows, lora, low};
+            low += rows * lora->num_ranks;
         }
+    }
     auto shrink_item = [&](const Item& item, int64_t part, int64_t parts) {
         int64_t ranks = item.lora->num_ranks, share = (ranks / parts + 3) / 4 * 4;
         int64_t first = std::min(part * share, ranks), last = part + 1 == parts ? ranks : std::min(first + share, ranks);

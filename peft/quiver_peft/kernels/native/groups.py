@@ -1,0 +1,45 @@
+"""What the compiled kernels are told of the adapters in a step: whose rows are whose, and what each does where."""
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class SiteRecords(NamedTuple):
+    """Of one adapter. addresses: of its record at each site, by number, or 0. kept: the records."""
+
+    addresses: "array[int]"
+    kept: "Sequence[array[int]]"
+
+    @classmethod
+    def of(cls, records: "dict[int, array[int]]") -> "SiteRecords":
+        """From the records by the sites' numbers."""
+        size = 1 + max(records, default=-1)
+        addresses = array("q", [size] + [0] * size)
+        for site, record in records.items():
+            addresses[1 + site] = record.buffer_info()[0]
+        return cls(addresses, tuple(records.values()))
+
+
+class RowsOf(NamedTuple):
+    """Rows [start, end) of the batch are this adapter's."""
+
+    start: int
+    end: int
+    records: SiteRecords
+
+
+class Groups:
+    """Struct Groups of groups.h, at `address` as long as this object lives. Rows in order, shared by no two."""
+
+    def __init__(self, groups: Sequence[RowsOf]) -> None:
+        self._groups = groups
+        words = [len(groups)]
+        for start, end, records in groups:
+            words += (start, end, records.addresses.buffer_info()[0])
+        self._words = array("q", words)
+
+    @property
+    def address(self) -> int:
+        """Where the kernels find it."""
+        return self._words.buffer_info()[0]

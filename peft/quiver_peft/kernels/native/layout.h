@@ -1,0 +1,11 @@
+// Where the rows of a step and what they attend to lie in cache blocks: PagedLayout of paged_layout.py.
+#pragma once
+#include <cstdint>
+
+struct Layout {
+    const int32_t* tables;
+    int64_t table_width;
+    const int32_t* starts;
+    const int32_t* lengths;
+    int64_t num_sequences, block_size;
+};

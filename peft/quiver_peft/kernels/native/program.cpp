@@ -1,0 +1,70 @@
+// A step as a list of calls of the other kernels, made once from Python and run here without it.
+#include <cstring>
+#include <utility>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int MAX_WORDS = 21;
+
+using Invoke = void (*)(const uint64_t* words);
+
+// One call. A word is an argument as it is, or, by its bit: so many for each row of the step, or the number of an input
+// of the step, an address.
+struct Call {
+    Invoke invoke;
+    uint64_t per_row, inputs;
+    uint64_t words[MAX_WORDS];
+};
+
+template <typename Value>
+Value from_word(uint64_t word) {
+    Value value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+template <auto kernel>
+struct Unpack;
+template <typename... Values, void (*kernel)(Values...)>
+struct Unpack<kernel> {
+    static_assert(sizeof...(Values) <= MAX_WORDS);
+    template <std::size_t... i>
+    static void call(const uint64_t* words, std::index_sequence<i...>) {
+        kernel(from_word<Values>(words[i])...);
+    }
+    static void invoke(const uint64_t* words) { call(words, std::index_sequence_for<Values...>{}); }
+};
+
+struct Named {
+    const char* name;
+    Invoke invoke;
+};
+#define NAMED(kernel) {#kernel, Unpack<quiver_##kernel>::invoke}
+const Named kernels[] = {
+    NAMED(linear),     NAMED(add_lora), NAMED(paged_attention), NAMED(store_rows), NAMED(rms_norm), NAMED(layer_norm),
+    NAMED(activate),   NAMED(rotate),   NAMED(rotary),          NAMED(add),        NAMED(gather),
+};
+
+}  // namespace
+
+// What calls a kernel from a program; null for one that no program may call.
+extern "C" const void* quiver_invoker(const char* name) {
+    for (const Named& kernel : kernels)
+        if (!std::strcmp(kernel.name, name)) return reinterpret_cast<const void*>(kernel.invoke);
+    return nullptr;
+}
+
+extern "C" void quiver_run(const void* program, int64_t count, int64_t rows, const uint64_t* inputs) {
+    const Call* calls = static_cast<const Call*>(program);
+    for (int64_t c = 0; c < count; c++) {
+        const Call& call = calls[c];
+        uint64_t words[MAX_WORDS];
+        for (int i = 0; i < MAX_WORDS; i++) {
+            uint64_t word = call.words[i];
+            words[i] = call.per_row >> i & 1 ? word * rows : call.inputs >> i & 1 ? inputs[word] : word;
+        }
+        call.invoke(words);
+    }
+}

@@ -1,0 +1,81 @@
+"""The engine's steps from their programs: the bits that Python's steps give, whatever comes and goes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from server.driver import Driver
+from server.sequences import sequence
+from tiny import hf_lora, random_tokens, tiny_gpt2, tiny_llama, tiny_t5
+
+from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.base.load import load_base
+from quiver_peft.base.packing import pack
+from quiver_peft.kernels.native.library import library
+from quiver_server.request import Sequence
+
+RANKS = (1, 4, 9)
+
+
+@pytest.fixture(autouse=True)
+def needs_kernels() -> None:
+    if library() is None:
+        pytest.skip("there are no programs without the compiled kernels")
+
+
+class Answers:
+    """Runs the same requests through an engine and keeps every step's logits."""
+
+    def __init__(self, folder: Path, adapters: list[Path], *, with_programs: bool) -> None:
+        base = load_base(folder)
+        pack(base)
+        self.driver = Driver(base, num_blocks=200, max_step_tokens=24)
+        if not with_programs:
+            self.driver.runner._programs = None  # pyright: ignore[reportPrivateUsage]
+        self.slots = [0, *(self.driver.banks.insert(read_adapter(path, base)) or 0 for path in adapters)]
+        self.logits: list[torch.Tensor] = []
+        run = self.driver.runner.run
+
+        def keep(batch: object) -> torch.Tensor:
+            self.logits.append(run(batch))  # pyright: ignore[reportArgumentType]
+            return self.logits[-1]
+
+        self.driver.runner.run = keep  # pyright: ignore[reportAttributeAccessIssue]
+        self.is_t5 = hasattr(base, "encoder")
+
+    def ask(self, slots: list[int], seed: int) -> list[list[int]]:
+        """Prompts and answers of many lengths, so that every step differs from the last."""
+        items: list[Sequence] = []
+        for i, slot in enumerate(slots):
+            ids = random_tokens(3 + 7 * i, seed=seed + i).tolist()
+            item = sequence([0] if self.is_t5 else ids, self.slots[slot], params={"max_new_tokens": 3 + 2 * i})
+            if self.is_t5:
+                item.source = ids
+            items.append(item)
+        return self.driver.run(items)
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2, tiny_t5])
+def test_the_same_bits(make_model: Callable[[Path], object], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    make_model(folder)
+    adapters = [tmp_path / str(rank) for rank in RANKS]
+    for rank, path in zip(RANKS, adapters, strict=True):
+        hf_lora(folder, path, rank=rank, targets="all-linear", seed=rank)
+    fast, plain = (Answers(folder, adapters, with_programs=value) for value in (True, False))
+    for batch, slots in enumerate(([0, 1, 2, 3, 1], [0, 0], [3, 2, 2], [0, 1, 2, 3, 1])):
+        assert fast.ask(slots, seed=10 * batch) == plain.ask(slots, seed=10 * batch)
+    # An adapter goes, and another takes its memory.
+    for answers in (fast, plain):
+        answers.driver.banks.remove(answers.slots[2])
+        base = answers.driver.runner._base  # pyright: ignore[reportPrivateUsage]
+        answers.slots[2] = answers.driver.banks.insert(read_adapter(adapters[2], base)) or 0
+    assert fast.ask([2, 1, 3], seed=50) == plain.ask([2, 1, 3], seed=50)
+    assert len(fast.logits) == len(plain.logits)
+    for ours, theirs in zip(fast.logits, plain.logits, strict=True):
+        assert torch.equal(ours, theirs)
+    programs = fast.driver.runner._programs  # pyright: ignore[reportPrivateUsage]
+    assert programs is not None
+    made = programs._programs  # pyright: ignore[reportPrivateUsage]
+    assert made and all(program is not None for program in made.values())
