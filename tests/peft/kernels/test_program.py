@@ -40,6 +40,21 @@ def test_any_number_of_rows_from_one_program(native: Library) -> None:
     assert model.num_made == 1 + 4, "made by Python the first time only"
 
 
+def test_a_single_row_is_no_model_for_others(native: Library) -> None:
+    """Torch does not say how far it is from a row to the next where there is none: heads of a fused row, then two."""
+    table, weight = torch.randn(50, WIDTH), torch.randn(5)
+    programs = Programs(native, [table, weight], CAPACITY)
+    for num_rows in (1, 2, 1, 5):
+        ids = torch.randint(50, (num_rows,))
+
+        def make(ids: Tensor = ids) -> Tensor:
+            heads = look_up(table, ids).split([20, 20], -1)[1].unflatten(-1, (4, 5))
+            return rms_norm(heads, weight, 1e-5).flatten(-2)
+
+        found = programs.run("step", make, num_rows, [ids.data_ptr()])
+        assert found is not None and torch.equal(found, make())
+
+
 def test_more_rows_than_there_is_room_for_are_left_to_python(native: Library) -> None:
     model = Model(native)
     ids = torch.randint(50, (CAPACITY + 1,))

@@ -57,6 +57,9 @@ class Programs:
         """
         if num_rows > self._memory.capacity:
             return make()
+        if key not in self._programs and num_rows == 1:
+            # A single row does not tell what grows with the rows; and torch gives it any step to the next one.
+            return make()
         if key not in self._programs:
             if len(self._programs) == _MAX_PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
