@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from quiver_peft.base.base import Base
-from quiver_peft.kernels.packed_linear import can_pack, empty_panels, pack_weight, packed_size
+from quiver_peft.kernels.large_memory import empty_large
+from quiver_peft.kernels.packed_linear import can_pack, pack_weight, packed_size
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def pack(base: Base) -> None:
     if not all(can_pack(weight) for weight in (head, *(linear.weight for linear in linears))):
         return
     sizes = [packed_size(linear.weight) for linear in linears]
-    memory = empty_panels(sum(sizes) + packed_size(head))
+    memory = empty_large([sum(sizes) + packed_size(head)], head.dtype, head.device)
     *pieces, last = memory.split([*sizes, packed_size(head)])
     for linear, piece in zip(linears, pieces, strict=True):
         linear.packed = pack_weight(linear.weight, piece)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quiver_peft.base.config import BaseConfig
+from quiver_peft.kernels.large_memory import empty_large
 from quiver_peft.kernels.paged_attention import paged_attention, store_rows
 from quiver_peft.kernels.paged_layout import PagedLayout
 
@@ -23,8 +24,8 @@ class PagedKV:
         self.windows = config.windows
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = empty_large(shape, dtype, device).zero_()
+        self.values = empty_large(shape, dtype, device).zero_()
 
     @staticmethod
     def bytes_per_token(config: BaseConfig, dtype: torch.dtype) -> int:

@@ -27,15 +27,6 @@ def packed_size(weight: Tensor) -> int:
     return -(-weight.shape[0] // PANEL) * PANEL * weight.shape[1]
 
 
-def empty_panels(num_elements: int) -> Tensor:
-    """Memory for packed weights, in large pages where the system has them: fewer page walks while they stream by."""
-    memory = torch.empty(num_elements)
-    native = library()
-    if native is not None:
-        native.use_large_pages(memory.data_ptr(), memory.nbytes)
-    return memory
-
-
 def pack_weight(weight: Tensor, memory: Tensor) -> PackedWeight:
     """Rearrange a weight [N, K] into `memory` [packed_size(weight)]."""
     num_outputs, num_inputs = weight.shape

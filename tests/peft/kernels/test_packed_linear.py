@@ -7,7 +7,6 @@ from torch import Tensor
 from quiver_peft.kernels.native.library import Library
 from quiver_peft.kernels.packed_linear import (
     PackedWeight,
-    empty_panels,
     pack_weight,
     packed_linear,
     packed_linear_torch,
@@ -19,7 +18,7 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 63, 300]
 
 
 def packed(weight: Tensor) -> PackedWeight:
-    return pack_weight(weight, empty_panels(packed_size(weight)))
+    return pack_weight(weight, torch.empty(packed_size(weight)))
 
 
 def make(num_outputs: int, num_inputs: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,17 @@
+"""Memory that is read from one end to the other in each step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quiver_peft.kernels.native.library import library
+
+
+def empty_large(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty; on a CPU in large pages where the system has them: fewer page walks while it streams by."""
+    memory = torch.empty(*shape, dtype=dtype, device=device)
+    native = library()
+    if native is not None and memory.is_cpu:
+        native.use_large_pages(memory.data_ptr(), memory.nbytes)
+    return memory
