@@ -12,14 +12,16 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "quiver"
 PROFILES = {path.stem: path for path in sorted((CHART / "profiles").glob("*.yaml"))}
 EVERYTHING = Path(__file__).with_name("everything.yaml")
-# What is rendered and checked: each profile, the defaults, and all that can be switched on at once.
+GATEWAY = Path(__file__).with_name("gateway.yaml")
+# What is rendered and checked: each profile, the defaults, all that can be switched on at once, and what excludes that.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "defaults": (),
     **{name: ("--values", str(path)) for name, path in PROFILES.items()},
     "everything": ("--values", str(EVERYTHING)),
+    "gateway": ("--values", str(GATEWAY)),
 }
 KUBERNETES = ("1.30", "1.34", "1.37")
-CUSTOM_GROUPS = ("monitoring.coreos.com", "keda.sh")
+CUSTOM_GROUPS = ("monitoring.coreos.com", "keda.sh", "inference.networking.k8s.io")
 Object = dict[str, Any]
 
 

@@ -100,11 +100,11 @@ def test_scaling_targets_the_servers_and_owns_their_number(items: list[Object]) 
     assert ("replicas" in the(items, "Deployment", "rel-quiver")["spec"]) is not bool(scalers)
 
 
-def test_disruption_budgets_guard_what_has_replicas(items: list[Object]) -> None:
+def test_disruption_budgets_guard_what_has_replicas(items: list[Object], settings: str) -> None:
     for budget in of_kind(items, "PodDisruptionBudget"):
         assert len(selected(budget["spec"]["selector"]["matchLabels"], items)) == 1
-    expected = 2 if of_kind(items, "Deployment", "rel-quiver-router") else 0
-    assert len(of_kind(items, "PodDisruptionBudget")) == expected
+    several = len(of_kind(items, "Deployment")) if settings in ("multi-replica", "everything", "gateway") else 0
+    assert len(of_kind(items, "PodDisruptionBudget")) == several
 
 
 def test_prometheus_reads_each_server_once(items: list[Object]) -> None:
@@ -132,6 +132,22 @@ def test_the_router_looks_up_the_headless_service(items: list[Object]) -> None:
         "port_value": ports(pods(items)["Deployment/rel-quiver"])["grpc"],
     }
     assert the(items, "Service", "rel-quiver-replicas")["spec"]["clusterIP"] == "None"
+
+
+def test_an_inference_pool_holds_the_servers_by_a_port_of_theirs(items: list[Object]) -> None:
+    for pool in of_kind(items, "InferencePool"):
+        assert selected(pool["spec"]["selector"]["matchLabels"], items) == ["Deployment/rel-quiver"]
+        (port,) = pool["spec"]["targetPorts"]
+        assert port["number"] == ports(pods(items)["Deployment/rel-quiver"])["grpc"]
+
+
+def test_the_endpoint_picker_is_given_plugins_that_it_defines(items: list[Object]) -> None:
+    for config in of_kind(items, "ConfigMap", "rel-quiver-picker"):
+        picker = yaml.safe_load(config["data"]["plugins.yaml"])
+        defined = [plugin["type"] for plugin in picker["plugins"]]
+        (profile,) = picker["schedulingProfiles"]
+        used = [plugin["pluginRef"] for plugin in profile["plugins"]] + [picker["parser"]["pluginRef"]]
+        assert sorted(used) == sorted(defined)
 
 
 def test_threads_are_the_cpus_asked_for(items: list[Object]) -> None:

@@ -18,8 +18,20 @@ from helm.chart import (
     run_helm,
     the,
 )
+from helm.inference_pool import InferencePool
 
-CUSTOM_KINDS = {"ScaledObject": ScaledObject, "ServiceMonitor": ServiceMonitor, "PrometheusRule": PrometheusRule}
+CUSTOM_KINDS = {
+    "ScaledObject": ScaledObject,
+    "ServiceMonitor": ServiceMonitor,
+    "PrometheusRule": PrometheusRule,
+    "InferencePool": InferencePool,
+}
+# Which of them each entry of SETTINGS has.
+CUSTOM = {
+    "multi-replica": {"ServiceMonitor", "PrometheusRule", "ScaledObject"},
+    "everything": {"ServiceMonitor", "PrometheusRule"},
+    "gateway": {"InferencePool"},
+}
 
 
 def is_custom(item: Object) -> bool:
@@ -46,11 +58,10 @@ def fits(item: Object) -> bool:
     return read.model_dump(by_alias=True, exclude_unset=True, mode="json") == item
 
 
-@pytest.mark.parametrize("settings", ["multi-replica", "everything"])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_custom_resources_fit_the_operators_schemas(settings: str) -> None:
     items = [item for item in objects(rendered(settings)) if is_custom(item)]
-    expected = {"ServiceMonitor", "PrometheusRule"} | ({"ScaledObject"} if settings == "multi-replica" else set())
-    assert {item["kind"] for item in items} == expected
+    assert {item["kind"] for item in items} == CUSTOM.get(settings, set())
     for item in items:
         assert fits(item), item["kind"]
 

@@ -120,6 +120,14 @@ def test_behind_a_router_the_servers_answer_only_their_own_release() -> None:
     assert servers["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "server"
 
 
+def test_behind_an_inference_gateway_its_pods_and_the_picker_reach_the_servers() -> None:
+    for more in ((), ("--set", "router.enabled=true")):
+        spec = policy(objects(render_text(*SETTINGS["gateway"], *more)), "server")
+        gateways = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateways"}}}
+        assert sources(spec, "grpc") == [OWN, gateways]
+        assert sources(spec, "metrics") == [{"podSelector": {"matchLabels": {"app": "picker"}}}]
+
+
 def test_what_fetches_may_go_out_as_far_as_it_is_told() -> None:
     spec = policy(objects(rendered("everything")), "server")
     assert [{port["port"] for port in rule["ports"]} for rule in spec["egress"]] == [{53}, {443}]

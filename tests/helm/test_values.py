@@ -104,6 +104,8 @@ def test_what_the_schema_refuses(change: str, words: str) -> None:
 
 JOB = 'training.jobs=[{"name":"a","recipe":{"adapter":{"method":"lora"},"data":{"train":"/data/t.jsonl"}}}]'
 
+POOL = 'inferencePool={"enabled":true,"pickerName":"p"}'
+
 
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -118,6 +120,9 @@ JOB = 'training.jobs=[{"name":"a","recipe":{"adapter":{"method":"lora"},"data":{
         (['autoscaling={"enabled":true,"minReplicas":5,"maxReplicas":1}'], "minReplicas is greater than"),
         (["tls.clientCaKey=ca.crt"], "need the servers' TLS: set tls.existingSecret"),
         (["router.tlsSecret=front"], "need the servers' TLS: set tls.existingSecret"),
+        (["inferencePool.enabled=true"], "inferencePool.pickerName: name the endpoint picker's Service"),
+        ([POOL], "name it in networkPolicy.metrics"),
+        ([POOL, "networkPolicy.enabled=false", "tls.existingSecret=s"], "an InferencePool knows no TLS to its pods"),
         (["tokens.testKey=test"], "tokens.testKey is a key of tokens.existingSecret, which is not set"),
         (["metrics.serviceMonitor.enabled=true"], "name Prometheus in networkPolicy.metrics"),
         ([JOB], "training.jobs need rows: set one of"),

@@ -26,6 +26,17 @@
 {{- if and $v.metrics.serviceMonitor.enabled $v.networkPolicy.enabled (not $v.networkPolicy.metrics) -}}
   {{- fail "metrics.serviceMonitor is on and networkPolicy lets nobody read metrics: name Prometheus in networkPolicy.metrics" -}}
 {{- end -}}
+{{- if $v.inferencePool.enabled -}}
+  {{- if not $v.inferencePool.pickerName -}}
+    {{- fail "inferencePool.pickerName: name the endpoint picker's Service" -}}
+  {{- end -}}
+  {{- if $v.tls.existingSecret -}}
+    {{- fail "an InferencePool knows no TLS to its pods: inferencePool.enabled and tls.existingSecret exclude each other" -}}
+  {{- end -}}
+  {{- if and $v.networkPolicy.enabled (not $v.networkPolicy.metrics) -}}
+    {{- fail "inferencePool: the endpoint picker reads the servers' metrics: name it in networkPolicy.metrics" -}}
+  {{- end -}}
+{{- end -}}
 {{- if $v.training.jobs -}}
   {{- if not (or $v.adapters.volume.existingClaim $v.adapters.volume.size) -}}
     {{- fail "training.jobs put adapters into the served volume: adapters.volume needs a size or an existingClaim" -}}
