@@ -7,6 +7,7 @@ from typing import TypeVar
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import current_caller
+from quiver_server.call import name_call
 from quiver_server.errors import DrainingError, RequestError
 from quiver_server.generation import Generator, Piece, Session
 from quiver_server.limits import Limits, require
@@ -40,18 +41,20 @@ class Answering:
         """Admit a request to score. Raises RequestError."""
         return await self._open(message, lambda: read_score_request(message, self.tokenizer, self.limits))
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text that could be a prompt. Raises RequestError."""
         if self.generator.draining:
             raise DrainingError("the server is stopping")
         require(bool(text), "text", "empty", "at least one character")
         self.limits.check_text(text, "text")
-        return await _beside(len(text), lambda: self.tokenizer.encode(text))
+        return await _beside(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def _open(
         self, message: generation_pb2.GenerateRequest | generation_pb2.ScoreRequest, read: Callable[[], Asked]
     ) -> Session:
         try:
+            if message.request_id:
+                name_call(message.request_id)
             current_caller().check_adapter(message.adapter_id)
             return self.generator.open(await _beside(message.ByteSize(), read))
         except RequestError as error:

@@ -22,6 +22,7 @@ def _serve(
     adapters: Annotated[Path, typer.Option(help="Each of its subfolders is an adapter; its name is the adapter id.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="gRPC port; 0 lets the system choose.", min=0, max=65535)] = 50051,
+    http_port: Annotated[int, typer.Option(help="Port of OpenAI's API over HTTP; -1: none.", min=-1, max=65535)] = -1,
     metrics_port: Annotated[
         int, typer.Option(help="HTTP port of /metrics, /livez, /readyz; -1: none.", min=-1, max=65535)
     ] = 9464,
@@ -53,7 +54,7 @@ def _serve(
     tls_key: Annotated[Path | None, typer.Option(help="PEM key of --tls-cert.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="PEM; clients must show a certificate of it.")] = None,
 ) -> None:
-    """Serve one frozen base and any number of its adapters over gRPC."""
+    """Serve one frozen base and any number of its adapters over gRPC, and over OpenAI's API if wanted."""
     config = ServerConfig(**locals())  # the options are its fields
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
         raise typer.BadParameter("--tls-cert and --tls-key go together, and --tls-client-ca needs both")

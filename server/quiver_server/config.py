@@ -15,6 +15,7 @@ class ServerConfig:
     adapters: Path
     host: str
     port: int
+    http_port: int
     metrics_port: int
     device: str
     dtype: str

@@ -6,22 +6,11 @@ import signal
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-import grpc
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
-from grpc_reflection.v1alpha import reflection
 
-from quiver.v1 import (
-    adapters_pb2,
-    adapters_pb2_grpc,
-    generation_pb2,
-    generation_pb2_grpc,
-    model_pb2,
-    model_pb2_grpc,
-)
+from quiver.v1 import model_pb2
 from quiver_peft.adapters.artifact import read_adapter
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.configs import METHOD_ORDER
@@ -37,23 +26,22 @@ from quiver_peft.kernels.paged_attention import triton_agrees
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import Access
 from quiver_server.adapter_store import AdapterStore
-from quiver_server.admin_services import AdapterService, ModelService
 from quiver_server.admission import Admission
 from quiver_server.answering import Answering
 from quiver_server.blocks import BlockPool
 from quiver_server.config import ServerConfig
 from quiver_server.engine import Delivery, Engine
 from quiver_server.generation import Generator, dispatch
-from quiver_server.grpc_access import AccessInterceptor
-from quiver_server.grpc_faults import FaultInterceptor
+from quiver_server.grpc_front import GrpcFront
 from quiver_server.limits import Limits
 from quiver_server.metrics import Metrics
 from quiver_server.pages import serve_pages
 from quiver_server.runner import Runner
 from quiver_server.scheduler import Scheduler
-from quiver_server.service import GenerationService
-from quiver_server.tls import grpc_credentials, tls_files
 from quiver_server.weights_cache import WeightsCache
+
+if TYPE_CHECKING:
+    from quiver_server.http.front import HttpFront
 
 log = logging.getLogger(__name__)
 
@@ -61,22 +49,6 @@ BLOCK_TOKENS = 16
 # On a GPU, where each has a row in the kernels' tables.
 MAX_RESIDENT_ADAPTERS = 1024
 _MIB = 2**20
-_SERVICES = [
-    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
-    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
-    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
-]
-_OPTIONS = (
-    # Two servers on one port would share its calls at random.
-    ("grpc.so_reuseport", 0),
-    # Clients may ping every 20 s to keep quiet streams alive through proxies.
-    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-    # A client that connects anew looks its target's addresses up again: so it finds replicas that came later.
-    ("grpc.max_connection_age_ms", 600_000),
-    # A client whose machine is gone without a word is noticed, and its rows are freed.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-)
 
 
 @dataclass(frozen=True)
@@ -229,43 +201,29 @@ async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokeni
     ending = _Ending(asyncio.Event())
     parts = _build(config, base, tokenizer, ending)
     access = Access(config.token_file)
-    message_bytes = config.max_message_mib * _MIB
-    options = (
-        *_OPTIONS,
-        ("grpc.max_receive_message_length", message_bytes),
-        ("grpc.max_send_message_length", 4 * message_bytes),
-    )
-    server = grpc.aio.server(options=options, interceptors=[AccessInterceptor(access), FaultInterceptor()])
     answering = Answering(parts.generator, tokenizer, parts.limits, parts.metrics)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(answering), server)
-    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(parts.store), server)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(_describe(config, parts)), server)
-    healths = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
-    reflection.enable_server_reflection([*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME], server)
-    port = _bind(config, server)
+    over_grpc = GrpcFront(config, answering, parts.store, _describe(config, parts), access)
+    over_http = await _start_http(config, parts, answering, access) if config.http_port >= 0 else None
     if config.metrics_port >= 0:
         registry = parts.metrics.registry
         metrics_port = serve_pages(config.host, config.metrics_port, registry, lambda: not parts.generator.draining)
         log.info("metrics on http://%s:%d/metrics", config.host, metrics_port)
     parts.engine.start()
-    await server.start()
-    for name in ("", *_SERVICES):
-        await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
-    log.info("serving %s on %s:%d (%d adapters found)", config.base, config.host, port, len(parts.store.entries()))
+    await over_grpc.start()
+    log.info("serving %s on %s (%d adapters found)", config.base, over_grpc.address, len(parts.store.entries()))
     await _until_signal(ending)
-    await _drain(config, parts, server, healths)
+    await _drain(config, parts, over_grpc, over_http)
     return int(ending.failed)
 
 
-def _bind(config: ServerConfig, server: grpc.aio.Server) -> int:
-    """Take the gRPC port; returns its number."""
-    address = f"{config.host}:{config.port}"
-    if (files := tls_files(config)) is not None:
-        return server.add_secure_port(address, grpc_credentials(files))
-    if config.token_file is not None and config.host not in ("127.0.0.1", "::1", "localhost"):
-        log.warning("tokens travel in the clear: give --tls-cert, or keep TLS in front of this server")
-    return server.add_insecure_port(address)
+async def _start_http(config: ServerConfig, parts: Parts, answering: Answering, access: Access) -> "HttpFront":
+    try:
+        from quiver_server.http.start import start_front
+    except ModuleNotFoundError as error:
+        raise QuiverError(f"--http-port needs the package {error.name}: pip install 'quiver[http]'") from None
+    front, address = await start_front(config, answering, parts.store, access, parts.base.fingerprint)
+    log.info("OpenAI's API on %s/v1", address)
+    return front
 
 
 async def _until_signal(ending: _Ending) -> None:
@@ -275,12 +233,12 @@ async def _until_signal(ending: _Ending) -> None:
     await ending.event.wait()
 
 
-async def _drain(config: ServerConfig, parts: Parts, server: grpc.aio.Server, healths: HealthServicer) -> None:
+async def _drain(config: ServerConfig, parts: Parts, over_grpc: GrpcFront, over_http: "HttpFront | None") -> None:
     """Readiness off, running requests finish within the grace period, then everything stops."""
     log.info("draining: running requests have %g s to finish", config.grace_seconds)
     parts.generator.draining = True
-    await healths.enter_graceful_shutdown()
-    await server.stop(config.grace_seconds)
+    fronts = [front for front in (over_grpc, over_http) if front is not None]
+    await asyncio.gather(*(front.drain(config.grace_seconds) for front in fronts))
     await parts.generator.wait_closed()
     parts.engine.stop()
     parts.store.close()

@@ -9,6 +9,7 @@ import grpc
 from quiver.status import STATUS_DETAILS_KEY, shorten, status_details
 from quiver.v1 import generation_pb2, generation_pb2_grpc
 from quiver_server.answering import Answering
+from quiver_server.call import REQUEST_ID_KEY, current_call
 from quiver_server.errors import RequestError
 from quiver_server.generation import Piece, Session
 from quiver_server.wire import FINISH_REASONS, fill_score, logprob_message
@@ -27,7 +28,8 @@ async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: RequestEr
         retry_after_seconds=error.retry_after_seconds,
         reason=error.reason,
     )
-    await context.abort(error.code, shorten(str(error)), trailing_metadata=((STATUS_DETAILS_KEY, details),))
+    trailing = ((STATUS_DETAILS_KEY, details), (REQUEST_ID_KEY, current_call().request_id))
+    await context.abort(error.code, shorten(str(error)), trailing_metadata=trailing)
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -134,7 +136,7 @@ def _piece_message(piece: Piece) -> generation_pb2.GenerateStreamResponse:
 
 def _describe(message: _Answer, session: Session) -> None:
     """Who answers."""
-    message.request_id = session.asked.request_id
+    message.request_id = current_call().request_id
     if session.adapter is not None:
         message.adapter.id = session.adapter.id
         message.adapter.revision = session.adapter.revision

@@ -5,7 +5,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import grpc
 
@@ -14,6 +14,7 @@ from quiver_peft.file_state import FileState, file_state
 from quiver_server.config import ServerConfig
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,14 @@ def tls_files(config: ServerConfig) -> TlsFiles | None:
     return TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
-def grpc_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """Credentials that follow the files: each handshake uses what was last found good."""
+def following(files: TlsFiles, read: Callable[[], T]) -> Callable[[], T | None]:
+    """A function for each handshake to call: what `read` makes of files that were replaced, else None.
+
+    Files that do not belong together are logged, and what was last found good stays.
+    """
     seen = files.state()
-    files.context()  # checked by OpenSSL, whose errors have words
 
-    def read() -> grpc.ServerCertificateConfiguration:
-        roots = None if files.client_ca is None else files.client_ca.read_bytes()
-        return grpc.ssl_server_certificate_configuration([(files.key.read_bytes(), files.cert.read_bytes())], roots)
-
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        """A new configuration, or None for the one in use. Called by gRPC at each handshake."""
+    def fetch() -> T | None:
         nonlocal seen
         try:
             now = files.state()
@@ -79,6 +77,32 @@ def grpc_credentials(files: TlsFiles) -> grpc.ServerCredentials:
         log.info("read the certificate again from %s", files.cert)
         return fresh
 
+    return fetch
+
+
+def http_context(files: TlsFiles) -> ssl.SSLContext:
+    """A context for an HTTP server that follows the files: each handshake is given what was last found good."""
+    first = current = files.context()
+    fetch = following(files, files.context)
+
+    def choose(handshake: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
+        nonlocal current
+        current = fetch() or current
+        handshake.context = current
+
+    first.sni_callback = choose  # called whether or not the client names a server
+    return first
+
+
+def grpc_credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """Credentials that follow the files: each handshake uses what was last found good."""
+    files.context()  # checked by OpenSSL, whose errors have words
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        roots = None if files.client_ca is None else files.client_ca.read_bytes()
+        return grpc.ssl_server_certificate_configuration([(files.key.read_bytes(), files.cert.read_bytes())], roots)
+
+    fetch = following(files, read)
     # None is gRPC's word for "unchanged", though the stubs do not say so.
     follow = cast("Callable[[], grpc.ServerCertificateConfiguration]", fetch)
     return grpc.dynamic_ssl_server_credentials(read(), follow, files.client_ca is not None)

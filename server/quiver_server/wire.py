@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from quiver.status import shorten
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.errors import InvalidRequestError
@@ -13,7 +12,6 @@ from quiver_server.limits import (
     MAX_CANDIDATES,
     MAX_CONTINUATIONS,
     MAX_PRIORITY,
-    MAX_REQUEST_ID_CHARACTERS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
@@ -59,7 +57,6 @@ class Asked:
     num_candidates: int
     stop_strings: tuple[str, ...]
     include_stop_string: bool
-    request_id: str
     priority: int = 0
     continuations: tuple[list[int], ...] = ()
 
@@ -109,7 +106,6 @@ def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
         num_candidates,
         strings,
         message.stopping.include_stop_string,
-        _read_request_id(message.request_id),
         message.priority,
     )
 
@@ -131,7 +127,6 @@ def read_score_request(message: generation_pb2.ScoreRequest, tokenizer: Tokenize
         number,
         (),
         False,
-        _read_request_id(message.request_id),
         continuations=continuations,
     )
     if len(prompt) + asked.num_following > limits.context_length:
@@ -236,13 +231,6 @@ def _read_stop_strings(stopping: generation_pb2.Stopping) -> tuple[str, ...]:
     rule = f"at most {MAX_STOP_CHARACTERS} characters each"
     require(longest <= MAX_STOP_CHARACTERS, field, f"a string of {longest} characters", rule)
     return strings
-
-
-def _read_request_id(text: str) -> str:
-    ok = len(text) <= MAX_REQUEST_ID_CHARACTERS and text.isascii() and text.isprintable()
-    rule = f"at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters"
-    require(ok, "request_id", shorten(repr(text), MAX_REQUEST_ID_CHARACTERS), rule)
-    return text or secrets.token_hex(8)
 
 
 def _check_top_logprobs(number: int, field: str) -> None:

@@ -9,13 +9,25 @@ from server.bench import GPT2_ADAPTERS, LLAMA_ADAPTERS, Bench, make_base, runnin
 
 from quiver import Client
 
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.role not in ('system', 'user', 'assistant') %}
+        {{- raise_exception('no such role: ' + message.role) }}
+    {%- endif %}
+    {{- bos_token + message.role + ':\n' + message.content | trim + eos_token + '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}
+"""
+
 torch.set_num_threads(1)  # tiny products: threads cost more than they give
 
 
 @pytest.fixture(scope="session")
 def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer. Not to be changed."""
-    return make_base(tmp_path_factory.mktemp("llama"))
+    """A tiny Llama with a tokenizer and a chat template. Not to be changed."""
+    folder = make_base(tmp_path_factory.mktemp("llama"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -28,14 +40,15 @@ def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A server on the Llama with six adapters; short steps, so that long prompts are cut."""
     folder = tmp_path_factory.mktemp("llama-bench")
-    with running_bench(folder, llama_base, LLAMA_ADAPTERS, "--max-step-tokens", "48") as bench:
+    with running_bench(folder, llama_base, LLAMA_ADAPTERS, "--max-step-tokens", "48", "--http-port", "0") as bench:
         yield bench
 
 
 @pytest.fixture(scope="session")
 def gpt2(gpt2_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A server on the GPT-2 with two adapters."""
-    with running_bench(tmp_path_factory.mktemp("gpt2-bench"), gpt2_base, GPT2_ADAPTERS) as bench:
+    folder = tmp_path_factory.mktemp("gpt2-bench")
+    with running_bench(folder, gpt2_base, GPT2_ADAPTERS, "--http-port", "0") as bench:
         yield bench
 
 

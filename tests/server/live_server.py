@@ -10,14 +10,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from quiver import Client, FinishReason, Generation, Tls
 
 STARTUP_SECONDS = 60.0
 _SERVING = re.compile(r"serving .* on ([^ ]+:\d+) \(")
-_METRICS = re.compile(r"metrics on (http://\S+)")
+_METRICS = re.compile(r"metrics on (http://[^\s\"]+)")
+_HTTP = re.compile(r"OpenAI's API on (https?://[^\s\"]+)/v1")
 
 
 class LiveServer:
@@ -33,6 +36,15 @@ class LiveServer:
     def client(self, token: str = "", tls: Tls | None = None) -> Client:
         """A connection of its own; a call that hangs fails the test."""
         return Client(self.target, timeout_seconds=60, token=token, tls=tls)
+
+    @property
+    def http_url(self) -> str:
+        """Of the HTTP front, without a path; the server needs --http-port."""
+        return self._wait_for(_HTTP)
+
+    def openai(self, token: str = "anything", **options: Any) -> OpenAI:
+        """OpenAI's own client of it, which tries nothing twice."""
+        return OpenAI(base_url=f"{self.http_url}/v1", api_key=token, max_retries=0, timeout=60, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """One sample of the metrics page."""

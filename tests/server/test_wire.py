@@ -48,10 +48,9 @@ def test_defaults(tokenizer: Tokenizer) -> None:
     assert (asked.params.eos_ids, asked.params.num_top_logprobs) == (frozenset({EOS}), None)
 
 
-def test_seeds_and_request_ids_are_made_when_missing(tokenizer: Tokenizer) -> None:
+def test_a_seed_is_made_when_missing(tokenizer: Tokenizer) -> None:
     message = generation_pb2.GenerateRequest(text="hello")
     first, second = read(tokenizer, message), read(tokenizer, message)
-    assert first.request_id != second.request_id
     assert first.params.seed != second.params.seed
     message.sampling.seed = 0
     assert read(tokenizer, message).params.seed == 0, "zero is a seed"

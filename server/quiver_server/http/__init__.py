@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP front: another face of the same engine, limits, tokens and certificates."""

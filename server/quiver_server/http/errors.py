@@ -1,0 +1,75 @@
+"""Errors as OpenAI's API writes them: {"error": {message, type, param, code}}, each with its HTTP status."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+from grpc import StatusCode
+
+from quiver_server.errors import RequestError, UnknownAdapterError
+
+_STATUSES = {
+    StatusCode.INVALID_ARGUMENT: 400,
+    StatusCode.FAILED_PRECONDITION: 400,
+    StatusCode.UNAUTHENTICATED: 401,
+    StatusCode.PERMISSION_DENIED: 403,
+    StatusCode.NOT_FOUND: 404,
+    StatusCode.RESOURCE_EXHAUSTED: 429,
+    StatusCode.UNAVAILABLE: 503,
+}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+_DRAINING_RETRY_SECONDS = 1.0  # by then another replica has the client's connections
+
+
+def error_body(error: RequestError, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The error as JSON. names: of the wire's fields, as HTTP spells them, for its `param` and its words."""
+    message, param = str(error), (names or {}).get(error.field, error.field)
+    if error.field and param != error.field:
+        message = message.replace(error.field, param)
+    code = "model_not_found" if isinstance(error, UnknownAdapterError) else error.reason.lower()
+    return _body(message, status_of(error), param or None, code)
+
+
+def error_response(error: RequestError, names: Mapping[str, str] | None = None) -> web.Response:
+    """The whole answer to a request that failed before its answer began."""
+    headers: dict[str, str] = {}
+    status = status_of(error)
+    retry = error.retry_after_seconds
+    if status == 503 and retry is None:
+        retry = _DRAINING_RETRY_SECONDS
+    if retry is not None:
+        # Whole seconds are the standard's; OpenAI's own clients read the second one.
+        headers = {"Retry-After": str(math.ceil(retry)), "retry-after-ms": str(math.ceil(retry * 1000))}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return web.json_response(error_body(error, names), status=status, headers=headers, dumps=dumps)
+
+
+def plain_error(status: int, message: str, code: str) -> web.Response:
+    """An error that no rule of the engine's made: a path that is not there, a body that is too large."""
+    return web.json_response(_body(message, status, None, code), status=status, dumps=dumps)
+
+
+def status_of(error: RequestError) -> int:
+    """The HTTP status of an error."""
+    return _STATUSES.get(error.code, 500)
+
+
+def dumps(value: object) -> str:
+    """Compact JSON, with text as it is."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _body(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

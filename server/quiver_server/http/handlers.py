@@ -1,0 +1,177 @@
+"""The endpoints of the HTTP front. Each request becomes what gRPC's would be, and runs as gRPC's does."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any, cast
+
+from aiohttp import web
+
+from quiver_server.answering import Answering
+from quiver_server.call import current_call
+from quiver_server.errors import InvalidRequestError, RequestError
+from quiver_server.generation import Piece, Session
+from quiver_server.http.answers import Head, Json, Part, Writer
+from quiver_server.http.chat import read_messages
+from quiver_server.http.chat_template import ChatTemplate
+from quiver_server.http.errors import dumps, error_body, error_response
+from quiver_server.http.models import Models
+from quiver_server.http.parameters import (
+    CHAT_PARAMETERS,
+    COMPLETION_PARAMETERS,
+    Question,
+    UnsupportedError,
+    read_question,
+    token_ids,
+)
+
+_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+
+
+class NoChatTemplateError(InvalidRequestError):
+    """The base has no chat template: it was not made for chats, or its folder lacks a file."""
+
+    reason = "NO_CHAT_TEMPLATE"
+
+
+class Handlers:
+    """`/v1/*`. chat_template: the base's, if it has one."""
+
+    def __init__(self, answering: Answering, models: Models, chat_template: ChatTemplate | None) -> None:
+        self._answering = answering
+        self._models = models
+        self._chat_template = chat_template
+
+    async def list_models(self, request: web.Request) -> web.StreamResponse:
+        """`GET /v1/models`."""
+        return web.json_response({"object": "list", "data": self._models.listed()}, dumps=dumps)
+
+    async def get_model(self, request: web.Request) -> web.StreamResponse:
+        """`GET /v1/models/ID`."""
+        return web.json_response(self._models.described(request.match_info["model"]), dumps=dumps)
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/completions`."""
+        body = await _read_body(request)
+        question = read_question(body, "prompt", COMPLETION_PARAMETERS)
+        _set_prompt(question, body.get("prompt"))
+        return await self._answer(request, question, is_chat=False)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/chat/completions`."""
+        body = await _read_body(request)
+        question = read_question(body, "messages", CHAT_PARAMETERS)
+        messages = read_messages(body.get("messages"))
+        if self._chat_template is None:
+            raise NoChatTemplateError(
+                "the base has no chat template: its folder needs chat_template.jinja, or chat_template in "
+                "tokenizer_config.json; /v1/completions takes plain prompts",
+                "messages",
+            )
+        text = self._chat_template.render(messages)
+        try:
+            # The template writes the special tokens itself.
+            ids = await self._answering.tokenize(text, add_special_tokens=False)
+        except RequestError as error:
+            return error_response(error, question.names)
+        question.message.tokens.ids.extend(ids)
+        return await self._answer(request, question, is_chat=True)
+
+    async def _answer(self, request: web.Request, question: Question, *, is_chat: bool) -> web.StreamResponse:
+        writer = Writer(self._answering.tokenizer, is_chat=is_chat, with_token_ids=question.return_token_ids)
+        question.message.adapter_id = self._models.adapter_id(question.model)
+        try:
+            session = await self._answering.open(question.message)
+            async with aclosing(cast("Any", self._answering.pieces(session))) as pieces:
+                if question.stream:
+                    return await self._stream(request, question, writer, session, pieces)
+                parts = [Part(index) for index in range(session.asked.num_candidates)]
+                async for piece in pieces:
+                    parts[piece.index].add(piece)
+                answer = writer.whole(self._head(session, is_chat), parts, session)
+                return web.json_response(answer, dumps=dumps)
+        except RequestError as error:
+            return error_response(error, question.names)
+
+    def _head(self, session: Session, is_chat: bool) -> Head:
+        prefix = "chatcmpl" if is_chat else "cmpl"
+        return Head(f"{prefix}-{current_call().request_id}", *self._models.answered(session))
+
+    async def _stream(
+        self,
+        request: web.Request,
+        question: Question,
+        writer: Writer,
+        session: Session,
+        pieces: AsyncIterator[Piece],
+    ) -> web.StreamResponse:
+        """Server-sent events. What fails before the first token has a status of its own, later only an event."""
+        first = await anext(pieces)
+        response = web.StreamResponse(headers=_STREAM_HEADERS)
+        await response.prepare(request)
+        try:
+            async for chunk in self._chunks(question, writer, session, first, pieces):
+                await _send(response, dumps(chunk))
+            await _send(response, "[DONE]")
+        except RequestError as error:
+            await _send(response, dumps(error_body(error, question.names)))
+        await response.write_eof()
+        return response
+
+    async def _chunks(
+        self, question: Question, writer: Writer, session: Session, first: Piece, pieces: AsyncIterator[Piece]
+    ) -> AsyncIterator[Json]:
+        head = self._head(session, writer.is_chat)
+        without_usage = {"usage": None} if question.include_usage else {}
+        for chunk in writer.opening(head, session.asked.num_candidates):
+            yield {**chunk, **without_usage}
+        num_characters = [0] * session.asked.num_candidates
+        piece: Piece | None = first
+        while piece is not None:
+            part = Part(piece.index, num_characters=num_characters[piece.index])
+            part.add(piece)
+            if writer.says_something(part):
+                yield {**writer.chunk(head, part), **without_usage}
+            if part.logprobs:
+                num_characters[piece.index] += writer.num_characters(part)
+            piece = await anext(pieces, None)
+        if question.include_usage:
+            yield writer.closing(head, session)
+
+
+async def _send(response: web.StreamResponse, data: str) -> None:
+    await response.write(f"data: {data}\n\n".encode())
+
+
+async def _read_body(request: web.Request) -> Mapping[str, Any]:
+    """The request's JSON object. Raises InvalidRequestError, and aiohttp's error for a body that is too large."""
+    if request.content_type != "application/json":
+        # Nor can a web page of somebody else's then send one: browsers ask before they do.
+        raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
+    raw = await request.read()
+    try:
+        body = json.loads(raw)
+        if b"\\u" in raw:
+            json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    return cast(dict[str, Any], body)
+
+
+def _set_prompt(question: Question, prompt: Any) -> None:
+    """A text, or token ids; or a list of one of these. Raises InvalidRequestError."""
+    if isinstance(prompt, list) and len(cast(list[Any], prompt)) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        question.message.text = prompt
+        return
+    if isinstance(prompt, list) and any(isinstance(item, str | list) for item in cast(list[Any], prompt)):
+        raise UnsupportedError(
+            "prompt is a list of several; send a request for each: they run in the same batch", "prompt"
+        )
+    try:
+        question.message.tokens.ids.extend(token_ids(prompt))
+    except ValueError:
+        raise InvalidRequestError("prompt must be a text or a list of token ids", "prompt") from None

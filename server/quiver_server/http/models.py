@@ -1,0 +1,75 @@
+"""Models as HTTP clients name them: the base by its own name, each adapter by its id."""
+
+import time
+from typing import Any
+
+from quiver_server.access import current_caller
+from quiver_server.adapter_entry import Entry
+from quiver_server.adapter_store import AdapterStore
+from quiver_server.errors import InvalidRequestError, RequestError, UnknownAdapterError
+from quiver_server.generation import Session
+
+
+class Models:
+    """The base and the adapters of a server. fingerprint: of the base."""
+
+    def __init__(self, base_name: str, fingerprint: str, store: AdapterStore) -> None:
+        self._base_name = base_name
+        self._fingerprint = fingerprint
+        self._store = store
+        self._created_seconds = int(time.time())
+
+    def adapter_id(self, model: str) -> str:
+        """What the wire calls a model: "" is the base. Raises RequestError for a name that is nobody's."""
+        if model == self._base_name:
+            if self._has_adapter(model):
+                raise InvalidRequestError(f"model {model!r} is the base and an adapter: rename the adapter", "model")
+            return ""
+        current_caller().check_adapter(model)
+        try:
+            self._store.find(model.partition("@")[0])
+        except (InvalidRequestError, UnknownAdapterError):
+            raise UnknownAdapterError(f"no model has the id {model!r}; /v1/models names them all", "model") from None
+        return model
+
+    def answered(self, session: Session) -> tuple[str, str]:
+        """Which model answers a session, and its revision."""
+        adapter = session.adapter
+        return (self._base_name, self._fingerprint) if adapter is None else (adapter.id, adapter.revision)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Those that the caller may ask, as OpenAI describes a model."""
+        grant = current_caller().grant
+        base = [self._describe(self._base_name, None, self._fingerprint)] if grant.base else []
+        return base + [self._adapter(entry) for entry in self._store.entries() if grant.allows(entry.id)]
+
+    def described(self, model: str) -> dict[str, Any]:
+        """One of them. Raises RequestError."""
+        adapter_id = self.adapter_id(model)
+        current_caller().check_adapter(adapter_id)
+        if not adapter_id:
+            return self._describe(self._base_name, None, self._fingerprint)
+        return self._adapter(self._store.find(adapter_id.partition("@")[0]))
+
+    def _has_adapter(self, name: str) -> bool:
+        try:
+            self._store.find(name)
+        except RequestError:
+            return False
+        return True
+
+    def _adapter(self, entry: Entry) -> dict[str, Any]:
+        # Known once it is in memory.
+        revision = None if entry.resident is None else entry.resident.revision
+        return {**self._describe(entry.id, self._base_name, revision), "state": entry.state.value}
+
+    def _describe(self, name: str, parent: str | None, revision: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created_seconds,
+            "owned_by": "quiver",
+            "root": self._base_name,
+            "parent": parent,
+            "revision": revision,
+        }
