@@ -36,6 +36,10 @@ class Tokenizer:
         """The text of ids, special tokens left out."""
         return self._fast.decode(list(ids), skip_special_tokens=True)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, such as "<extra_id_0>"."""
+        return self._fast.token_to_id(token)
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each id's own text, for people to look at."""
         return [self._fast.decode([i], skip_special_tokens=False) for i in ids]

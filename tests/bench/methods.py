@@ -32,6 +32,7 @@ from quiver_trainer.data import read_dataset
 from quiver_trainer.demo.desk import DEFAULT_SIZES, write_dataset
 from quiver_trainer.demo.story import running_server
 from quiver_trainer.evaluate import exact_match
+from quiver_trainer.rows import Encoder
 
 RESULTS = Path("tests/bench/results")
 ROWS = 32
@@ -133,9 +134,9 @@ def train_one(name: str, task: str, base: Path, work: Path) -> Result:
     tokenizer = Tokenizer(base)
     eos = served.base.config.eos_token_ids[0]
     path = work / "data" / task / "held_out.jsonl"
-    held_out = read_dataset(path, tokenizer, eos=eos, max_length=None, skip_too_long=False)
+    held_out = read_dataset(path, Encoder(tokenizer, eos, served.base.config.vocab_size, None))
     size = sum((output / file).stat().st_size for file in ("adapter_config.json", "adapter_model.safetensors"))
-    accuracy = exact_match(served, tokenizer, held_out.samples, None)
+    accuracy = exact_match(served, tokenizer, held_out, None)
     num_parameters, seconds = record["num_trainable_parameters"], record["seconds"]
     return Result(name, num_parameters, size, seconds, accuracy, run.max_steps, run.learning_rate)
 

@@ -1,15 +1,22 @@
 """Rows are read strictly: every refusal names the file, the line, the value and the rule."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
-from tiny import EOS
+from tiny import EOS, VOCAB_SIZE
 
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.data import encode_row, read_dataset, read_rows, spread_evenly
+from quiver_trainer.data import Dataset, read_dataset, spread_evenly
 from quiver_trainer.errors import DataError
+from quiver_trainer.rows import Encoder, read_lines
 
 GOOD = '{"prompt": "a", "completion": "b"}'
+
+
+def encoder(base_folder: Path, max_length: int | None = 99) -> Encoder:
+    return Encoder(Tokenizer(base_folder), EOS, VOCAB_SIZE, max_length)
+
 
 REFUSED: list[tuple[bytes, str]] = [
     (b"", r"rows.jsonl: holds no rows; each line must be an object such as"),
@@ -29,16 +36,16 @@ REFUSED: list[tuple[bytes, str]] = [
 
 
 @pytest.mark.parametrize(("content", "message"), REFUSED)
-def test_bad_rows_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+def test_bad_rows_are_refused(content: bytes, message: str, base_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_rows(path)
+        read_dataset(path, encoder(base_folder))
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(base_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none.jsonl: cannot be read: No such file or directory"):
-        read_rows(tmp_path / "none.jsonl")
+        read_dataset(tmp_path / "none.jsonl", encoder(base_folder))
 
 
 def test_rows_know_their_lines(tmp_path: Path) -> None:
@@ -46,22 +53,16 @@ def test_rows_know_their_lines(tmp_path: Path) -> None:
     path.write_bytes(
         b"\xef\xbb\xbf" + f"{GOOD}\r\n\n{GOOD}".encode() + b'\n{"prompt": "\xc3\xa9 \xe2\x80\xa8", "completion": "x"}'
     )
-    rows = read_rows(path)
-    assert [row.line for row in rows] == [1, 3, 4]
-    assert rows[2].prompt == "é \u2028", "only line feeds end a row"
-
-
-def test_predictions_need_no_completion(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n' + GOOD)
-    assert [row.completion for row in read_rows(path, need_completion=False)] == [None, "b"]
+    rows = list(read_lines(path))
+    assert [row.number for row in rows] == [1, 3, 4]
+    assert rows[2].text("prompt") == "é \u2028", "only line feeds end a row"
 
 
 def test_a_sample_is_prompt_completion_and_end(base_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "Where is it?", "completion": " Here."}')
     tokenizer = Tokenizer(base_folder)
-    sample = encode_row(read_rows(path)[0], tokenizer, EOS, path)
+    (sample,) = read_dataset(path, encoder(base_folder))
     assert sample.tokens[-1] == EOS
     assert tokenizer.decode(sample.tokens[: sample.num_prompt_tokens]) == "Where is it?"
     assert tokenizer.decode(sample.tokens[sample.num_prompt_tokens : -1]) == " Here."
@@ -70,19 +71,82 @@ def test_a_sample_is_prompt_completion_and_end(base_folder: Path, tmp_path: Path
 def test_only_long_rows_are_refused_or_left_out(base_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{GOOD}\n{{"prompt": "aaaaaaaa", "completion": "b"}}\n{GOOD}')
-    tokenizer = Tokenizer(base_folder)
     with pytest.raises(DataError, match=r"rows.jsonl:2: prompt \(8 tokens\) and completion \(2 with the end token\)"):
-        read_dataset(path, tokenizer, eos=EOS, max_length=9, skip_too_long=False)
-    assert len(read_dataset(path, tokenizer, eos=EOS, max_length=10, skip_too_long=False).samples) == 3
-    data = read_dataset(path, tokenizer, eos=EOS, max_length=9, skip_too_long=True)
-    assert (len(data.samples), data.num_skipped, data.first_skipped) == (2, 1, 2)
+        read_dataset(path, encoder(base_folder, 9))
+    assert len(read_dataset(path, encoder(base_folder, 10))) == 3
+    data = read_dataset(path, encoder(base_folder, 9), skip_too_long=True)
+    assert (len(data), data.files[0].num_skipped, data.files[0].first_skipped) == (2, 1, 2)
     with pytest.raises(DataError, match="all 3 rows are longer than max_length 2 tokens"):
-        read_dataset(path, tokenizer, eos=EOS, max_length=2, skip_too_long=True)
+        read_dataset(path, encoder(base_folder, 2), skip_too_long=True)
 
 
 def test_spreading_keeps_the_order_and_the_ends_apart(base_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(f'{{"prompt": "a{i}", "completion": "b"}}' for i in range(10)))
-    samples = read_dataset(path, Tokenizer(base_folder), eos=EOS, max_length=99, skip_too_long=False).samples
-    assert [sample.row.line for sample in spread_evenly(samples, 3)] == [1, 4, 7]
-    assert spread_evenly(samples, None) == spread_evenly(samples, 99) == samples
+    samples = read_dataset(path, encoder(base_folder))
+    tokenizer = Tokenizer(base_folder)
+    assert [tokenizer.decode(sample.tokens[:2]) for sample in spread_evenly(samples, 3)] == ["a0", "a3", "a6"]
+    assert spread_evenly(samples, None) == spread_evenly(samples, 99) == list(samples)
+
+
+def test_token_ids_are_taken_as_they_are(base_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt_tokens": [9, 4, 7], "completion_tokens": [5, 2]}')
+    (sample,) = read_dataset(path, encoder(base_folder))
+    assert (sample.tokens, sample.num_prompt_tokens) == ([9, 4, 7, 5, 2], 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("[]", r"rows.jsonl:1: 'prompt_tokens' must be a list of token ids, not \[\]"),
+        ('"a"', r"must be a list of token ids, not \"a\""),
+        (f"[1, {VOCAB_SIZE}]", rf"must be ids from 0 to {VOCAB_SIZE - 1}, not {VOCAB_SIZE}"),
+        ("[1, -1]", "must be ids from 0 to"),
+        ("[1, true]", "must be ids from 0 to .*, not True"),
+        ("[1.0]", "must be ids from 0 to .*, not 1.0"),
+    ],
+)
+def test_bad_token_ids_are_refused(tokens: str, message: str, base_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"prompt_tokens": {tokens}, "completion_tokens": [5]}}')
+    with pytest.raises(DataError, match=message):
+        read_dataset(path, encoder(base_folder))
+
+
+def test_a_text_is_learnt_whole_in_pieces_of_the_longest_length(base_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    text = "one two three four five six seven eight nine ten"
+    path.write_text(f'{{"text": "{text}"}}')
+    pieces = read_dataset(path, encoder(base_folder, 10))
+    tokens = [*Tokenizer(base_folder).encode(text), EOS]
+    assert [token for piece in pieces for token in piece.tokens] == tokens[: len(tokens) - (len(tokens) % 10 == 1)]
+    assert {piece.num_prompt_tokens for piece in pieces} == {1} and max(len(piece.tokens) for piece in pieces) == 10
+
+
+def test_an_epoch_takes_of_each_file_as_much_as_it_weighs(base_folder: Path, tmp_path: Path) -> None:
+    data = Dataset()
+    for name, count, weight in (("a", 4, 2.0), ("b", 10, 0.3), ("c", 2, 1.0)):
+        path = tmp_path / name
+        path.write_text(f"{GOOD}\n" * count)
+        data.add_file(path, weight, encoder(base_folder), skip_too_long=False, on_row=lambda: None)
+    assert len(data) == 16
+    first, again, second = data.epoch(1, 0), data.epoch(1, 0), data.epoch(1, 1)
+    assert first == again != second
+    for chosen in (first, second):
+        assert [sum(i in file.samples for i in chosen) for file in data.files] == [8, 3, 2]
+        assert len(set(chosen) & set(range(4, 14))) == 3, "a fraction takes no sample twice"
+
+
+def test_rows_need_no_memory(base_folder: Path, tmp_path: Path) -> None:
+    """What stays is a few numbers for each row: a hundred long rows cost no more than a hundred short ones."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt_tokens": [' + ", ".join(["7"] * 20_000) + '], "completion_tokens": [5]}\n')
+    tracemalloc.start()
+    data = Dataset()
+    for _ in range(100):
+        data.add_file(path, 1.0, encoder(base_folder, None), skip_too_long=False, on_row=lambda: None)
+    size, _ = tracemalloc.get_traced_memory()
+    assert data[57].tokens[-2:] == [7, 5] and len(data[57].tokens) == 20_001
+    tracemalloc.stop()
+    assert size < 200_000 < 4 * sum(data.lengths)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny import EOS, PAD, assert_close, hf_lora, hf_model, hf_peft
+from tiny import EOS, PAD, VOCAB_SIZE, assert_close, hf_lora, hf_model, hf_peft
 from torch import Tensor
-from trainer.conftest import ROWS
+from trainer.conftest import ROWS, write_rows
 from transformers.modeling_utils import PreTrainedModel
 
 from quiver_peft import GPT
@@ -19,6 +19,7 @@ from quiver_trainer import OptimiserSection, ScheduleSection, TrainConfig, Train
 from quiver_trainer.batches import collate
 from quiver_trainer.data import read_dataset
 from quiver_trainer.evaluate import completion_loss
+from quiver_trainer.rows import Encoder
 
 RATE = 3e-3
 DECAY = 0.1
@@ -82,17 +83,15 @@ def trainable_hf(base_folder: Path, hf_folder: Path) -> PeftModel:
     return model
 
 
-def test_loss_and_gradients_are_theirs(
-    base_folder: Path, hf_folder: Path, make_config: Callable[..., TrainConfig]
-) -> None:
+def test_loss_and_gradients_are_theirs(base_folder: Path, hf_folder: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(base_folder)
     theirs = trainable_hf(base_folder, hf_folder)
     loss = theirs(**hf_batch(tokenizer)).loss
     loss.backward()
     model = GPT.from_pretrained(base_folder)
     model.load_adapters(hf_folder)
-    data = read_dataset(make_config().data.train, tokenizer, eos=EOS, max_length=256, skip_too_long=False)
-    ours = completion_loss(model, collate(data.samples, model))
+    data = read_dataset(write_rows(tmp_path / "rows.jsonl"), Encoder(tokenizer, EOS, VOCAB_SIZE, 256))
+    ours = completion_loss(model, collate(data, model))
     ours.backward()
     assert ours.item() == pytest.approx(loss.item(), abs=1e-5)
     assert model.adapter is not None and model.adapter.lora is not None

@@ -86,7 +86,7 @@ def test_changed_data_do_not_go_on(make_config: MakeConfig) -> None:
     config = long_config(make_config, "out")
     with pytest.raises(TrainingInterrupted):
         Trainer(config, should_stop=stop_after(5)).fit(new_model(config))
-    with config.data.train.open("a") as file:
+    with config.data.train_files[0].path.open("a") as file:
         file.write(json.dumps({"prompt": "one more", "completion": " row"}) + "\n")
     with pytest.raises(ConfigError, match=r"the checkpoint of another run: data.train was"):
         Trainer(config).fit(new_model(config))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from quiver_peft import GPT, LoraPEFTConfig, PrefixPEFTConfig, PromptTuningPEFTConfig, PtuningPEFTConfig
+from quiver_peft import GPT, IA3PEFTConfig, LoraPEFTConfig, PrefixPEFTConfig, PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.adapters.configs import PEFTConfig
 from quiver_trainer import OptimiserSection, ScheduleSection
 from quiver_trainer.method_config import METHOD_SECTIONS
-from quiver_trainer.optimiser import learning_rate, make_optimiser, peak_rate, set_learning_rate
+from quiver_trainer.optimiser import make_optimiser, peak_rate, peak_rates, rate_factor, set_learning_rate
 from quiver_trainer.progress import Progress, ValidationRecord, record_interval
 from quiver_trainer.report import Reporter
 from quiver_trainer.run import trainable
@@ -19,7 +19,7 @@ from quiver_trainer.run import trainable
 
 def test_the_rate_rises_then_follows_half_a_cosine() -> None:
     schedule = ScheduleSection(kind="cosine", warmup_fraction=0.1)
-    rates = [learning_rate(step, 100, 2.0, schedule) for step in range(100)]
+    rates = [2.0 * rate_factor(step, 100, schedule) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.002
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
@@ -27,13 +27,18 @@ def test_the_rate_rises_then_follows_half_a_cosine() -> None:
 
 def test_a_constant_rate_is_constant() -> None:
     schedule = ScheduleSection(kind="constant", warmup_fraction=0.0)
-    assert {learning_rate(step, 9, 3.0, schedule) for step in range(9)} == {3.0}
+    assert {rate_factor(step, 9, schedule) for step in range(9)} == {1.0}
+
+
+def test_a_line_ends_where_it_is_told_to() -> None:
+    schedule = ScheduleSection(kind="linear", warmup_fraction=0.0, final_fraction=0.2)
+    assert [rate_factor(step, 4, schedule) for step in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
 def test_only_matrices_decay() -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimiser = make_optimiser({"a": matrix, "b": vector}, OptimiserSection(weight_decay=0.5), 1.0)
-    set_learning_rate(optimiser, 0.1)
+    optimiser = make_optimiser({"a": matrix, "b": vector}, OptimiserSection(weight_decay=0.5), {"a": 1.0, "b": 1.0})
+    assert set_learning_rate(optimiser, 0.1) == 0.1
     for parameter in (matrix, vector):
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
@@ -45,38 +50,55 @@ def test_only_matrices_decay() -> None:
 def test_virtual_tokens_do_not_decay(config: PEFTConfig, base_folder: Path) -> None:
     model = GPT.from_pretrained(base_folder)
     model.add_adapter([config, LoraPEFTConfig(adapter_dim=2)])
-    optimiser = make_optimiser(trainable(model), OptimiserSection(weight_decay=0.5), 1.0)
+    parameters = trainable(model)
+    optimiser = make_optimiser(parameters, OptimiserSection(weight_decay=0.5), dict.fromkeys(parameters, 1.0))
     decayed, kept = ([id(p) for p in group["params"]] for group in optimiser.param_groups)
     assert [group["weight_decay"] for group in optimiser.param_groups] == [0.5, 0.0]
     (rows,) = (id(p) for name, p in model.named_parameters() if name.endswith("encoder.embedding"))
     assert rows in kept and rows not in decayed and len(decayed) > 2
 
 
-def test_a_rate_that_is_not_set_suits_the_most_delicate_method() -> None:
+def test_a_rate_that_is_not_set_suits_the_method() -> None:
     unset = OptimiserSection()
-    rates = {method: peak_rate(unset, [method]) for method in METHOD_SECTIONS}
+    rates = {method: peak_rate(unset, method) for method in METHOD_SECTIONS}
     assert rates == {
         "lora": 2e-4, "canonical": 2e-4, "ptuning": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt_tuning": 3e-2
     }  # fmt: skip
-    assert peak_rate(unset, ["prefix", "ia3"]) == 5e-3 and peak_rate(unset, ["prompt_tuning", "lora"]) == 2e-4
-    assert peak_rate(unset, []) == 2e-4
-    assert peak_rate(OptimiserSection(learning_rate=0.5), ["lora"]) == 0.5
+    assert peak_rate(unset, "") == 2e-4
+    assert peak_rate(OptimiserSection(learning_rate=0.5), "lora") == 0.5
+    own = OptimiserSection(learning_rate={"ia3": 0.25})
+    assert (peak_rate(own, "ia3"), peak_rate(own, "lora")) == (0.25, 2e-4)
+
+
+def test_each_method_of_an_adapter_has_its_own_rate_and_scales_do_not_decay(base_folder: Path) -> None:
+    model = GPT.from_pretrained(base_folder)
+    model.add_adapter([IA3PEFTConfig(), LoraPEFTConfig(adapter_dim=2)])
+    assert model.adapter is not None
+    parameters = trainable(model)
+    names = [method.name for method in model.adapter.ordered_methods]
+    settings = OptimiserSection(weight_decay=0.5)
+    optimiser = make_optimiser(parameters, settings, peak_rates(parameters, settings, names))
+    set_learning_rate(optimiser, 0.5)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimiser.param_groups for p in group["params"]}
+    ia3, lora = (next(m for m in model.adapter.ordered_methods if m.name == name) for name in ("ia3", "lora"))
+    assert {found[id(p)] for p in ia3.parameters()} == {(2.5e-3, 0.0)}
+    assert {found[id(p)] for p in lora.parameters()} == {(1e-4, 0.5)}
 
 
 def test_progress_comes_back_from_json_bit_for_bit() -> None:
     progress = Progress()
     for i in range(7):
-        progress.add_step(0.1 * i + 1 / 3, 5, 40, 0.01)
+        progress.add_step(0.1 * i + 1 / 3, 5, 40, 1, 0.01)
     progress.close_window(0.7, 1e-3, 2.0)
-    progress.add_step(1 / 7, 3, 20, 0.02)
+    progress.add_step(1 / 7, 3, 20, 2, 0.02)
     progress.validation_records.append(ValidationRecord(7, 280, 1.0, 1 / 9, None))
     assert Progress.from_json(progress.to_json()) == progress
 
 
 def test_a_window_averages_over_completion_tokens() -> None:
     progress = Progress()
-    progress.add_step(1.0, 10, 50, 0.5)
-    progress.add_step(4.0, 30, 70, 0.5)
+    progress.add_step(1.0, 10, 50, 1, 0.5)
+    progress.add_step(4.0, 30, 70, 1, 0.5)
     record = progress.close_window(0.5, 1e-3, 1.0)
     assert record.train_loss == pytest.approx(130 / 40)
     assert record.tokens_per_second == pytest.approx(120)

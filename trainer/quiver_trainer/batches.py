@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from quiver_peft import T5
 from quiver_peft.joint_forward import ModelInput
 from quiver_peft.model import AnyModel
-from quiver_trainer.data import Sample
+from quiver_trainer.rows import Sample
 
 # Rows are sorted by length within so many batches: little padding in attention, and still another order in each epoch.
 _BATCHES_SORTED_TOGETHER = 16
@@ -46,14 +46,16 @@ class BatchLimits:
         )
 
 
-def plan_epoch(lengths: Sequence[int], limits: BatchLimits, *, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of an epoch as positions of samples: shuffled, each of rows of like length.
+def plan_epoch(
+    places: Iterable[int], lengths: Sequence[int], limits: BatchLimits, *, seed: int, epoch: int
+) -> list[list[int]]:
+    """The batches of an epoch: the places of its samples shuffled, each batch of rows of like length.
 
-    The same arguments give the same plan, on every machine.
+    lengths: of all samples, by place. The same arguments give the same plan, on every machine.
     """
     # Text seeds are hashed whole, so that neighbouring seeds and epochs are unrelated.
     generator = random.Random(f"seed {seed}, epoch {epoch}")
-    order = list(range(len(lengths)))
+    order = list(places)
     generator.shuffle(order)
     pool_size = _BATCHES_SORTED_TOGETHER * _typical_rows(lengths, limits)
     plan: list[list[int]] = []

@@ -6,16 +6,26 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from quiver_trainer.method_config import AnyMethodSection, Section
+from quiver_trainer.method_config import METHOD_SECTIONS, AnyMethodSection, Section
 
 DEFAULT_BATCH_TOKENS = 4096
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+class WeightedFile(Section):
+    """One of several files of rows."""
+
+    path: Path = Field(description="JSONL file")
+    weight: float = Field(default=1.0, gt=0, description="how often an epoch passes over it; fractions draw anew")
+
+
 class DataSection(Section):
     """The rows to learn from and to measure on."""
 
-    train: Path = Field(description='JSONL file of {"prompt": ..., "completion": ...} rows to learn from')
+    train: Path | tuple[WeightedFile, ...] = Field(
+        description='JSONL file of rows to learn from, {"prompt": ..., "completion": ...}, {"prompt_tokens": [...], '
+        '"completion_tokens": [...]} or {"text": ...}; or a list of {path: ..., weight: ...}'
+    )
     validation: Path | None = Field(default=None, description="JSONL file of rows to measure on; null: no validation")
     max_length: int | None = Field(
         default=None,
@@ -26,18 +36,29 @@ class DataSection(Section):
         default="error", description="longer rows: stop (error) or leave them out and say how many (skip); none is cut"
     )
 
+    @property
+    def train_files(self) -> tuple[WeightedFile, ...]:
+        """One or several."""
+        return (WeightedFile(path=self.train),) if isinstance(self.train, Path) else self.train
+
+    @field_validator("train")
+    @classmethod
+    def _at_least_one_file(cls, value: Path | tuple[WeightedFile, ...]) -> Path | tuple[WeightedFile, ...]:
+        if value == ():
+            raise ValueError("an empty list holds nothing to learn from")
+        return value
+
 
 class OptimiserSection(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    learning_rate: float | None = Field(
+    learning_rate: float | dict[str, float] | None = Field(
         default=None,
-        gt=0,
-        description="the peak of the schedule; null: 2e-4, but 1e-3 for ptuning, 5e-3 for ia3, 1e-2 for prefix, 3e-2 "
-        "for prompt_tuning; of several methods the lowest",
+        description="the peak of the schedule, or {method: its own}; null: 2e-4, but 1e-3 for ptuning, 5e-3 for ia3, "
+        "1e-2 for prefix, 3e-2 for prompt_tuning",
     )
     weight_decay: float = Field(
-        default=0.01, ge=0, description="for matrices; norms, biases and virtual tokens are not decayed"
+        default=0.01, ge=0, description="for matrices; norms, biases, scales and virtual tokens are not decayed"
     )
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999), description="decay of the two running moments, each in [0, 1)"
@@ -46,6 +67,16 @@ class OptimiserSection(Section):
     max_gradient_norm: float | None = Field(
         default=1.0, gt=0, description="longer gradients are scaled to it; null: never"
     )
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _are_rates(cls, value: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        rates = value if isinstance(value, dict) else {} if value is None else {"lora": value}
+        if unknown := set(rates) - set(METHOD_SECTIONS):
+            raise ValueError(f"{', '.join(unknown)}: should be among {', '.join(METHOD_SECTIONS)}")
+        if not all(rate > 0 for rate in rates.values()):
+            raise ValueError("should be greater than 0")
+        return value
 
     @field_validator("betas")
     @classmethod
@@ -58,9 +89,10 @@ class OptimiserSection(Section):
 class ScheduleSection(Section):
     """How the learning rate goes from step to step."""
 
-    kind: Literal["cosine", "constant"] = Field(
-        default="cosine", description="after warm-up: down to zero, or as it is"
+    kind: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="after warm-up: down along half a cosine or a line, or as it is"
     )
+    final_fraction: float = Field(default=0.0, ge=0, le=1, description="share of the peak at the end of a way down")
     warmup_fraction: float = Field(
         default=0.05, ge=0, le=1, description="share of all steps in which the rate rises linearly"
     )
@@ -72,12 +104,21 @@ class EvaluationSection(Section):
     interval_steps: int | None = Field(
         default=None, ge=1, description="steps from one to the next; null: a fifth of the run"
     )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop when so many measurements in a row brought no lower validation loss; null: never",
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last", description="write the weights of the last step, or those of the lowest validation loss"
+    )
     loss_samples: int | None = Field(
         default=256, ge=1, description="validation rows for the loss, spread evenly over the file; null: all"
     )
     exact_match_samples: int = Field(
         default=64, ge=0, description="validation rows whose completion is generated greedily and compared; 0: none"
     )
+    overlap: bool = Field(default=False, description="of the generated rows also ROUGE-L and BLEU")
     max_new_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -103,6 +144,17 @@ class TrainConfig(Section):
         description="most tokens of a batch, padding included; null: 4096 unless batch_size is given",
     )
     batch_size: int | None = Field(default=None, ge=1, description="most rows of a batch; null: no such limit")
+    accumulation: int = Field(
+        default=1, ge=1, description="batches of one step: larger steps in the memory of one batch"
+    )
+    checkpoint_activations: bool = Field(
+        default=False, description="compute what is inside of layers twice instead of keeping it: less memory, slower"
+    )
+    max_loss_rise: float | None = Field(
+        default=3.0,
+        gt=0,
+        description="stop when the smoothed training loss is so many nats above its lowest; null: never",
+    )
     optimiser: OptimiserSection = Field(default=OptimiserSection(), description="AdamW")
     schedule: ScheduleSection = Field(default=ScheduleSection(), description="the learning rate from step to step")
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="measuring on the validation rows")
@@ -113,7 +165,7 @@ class TrainConfig(Section):
     device: str = Field(
         default="auto", pattern=r"auto|cpu|cuda(:\d+)?", description="auto (CUDA if there), cpu, cuda, cuda:1"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="type of the frozen base; an adapter is always trained in float32"
     )
 
@@ -135,6 +187,8 @@ class TrainConfig(Section):
     def _holds_together(self) -> Self:
         if self.adapter is None and self.dtype != "float32":
             raise ValueError(f"dtype {self.dtype} would lose small updates of the whole base; use float32")
+        if self.data.validation is None and (self.evaluation.patience or self.evaluation.keep == "best"):
+            raise ValueError("evaluation.patience and evaluation.keep: best need data.validation to measure on")
         return self
 
     @property

@@ -1,103 +1,137 @@
-"""JSONL rows of a prompt and a completion, read strictly, and the token ids that a model learns from."""
+"""The samples of one or several JSONL files: token ids in a mapped temporary file, so that they need no memory.
+
+What stays in memory is three numbers for each sample: where its tokens begin, how many they are, how many are given.
+"""
 
 import hashlib
-import json
-from collections.abc import Sequence
+import random
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from quiver_peft.tokenizer import Tokenizer
+import numpy as np
+
 from quiver_trainer.errors import DataError
-
-_EXAMPLE = '{"prompt": "...", "completion": "..."}'
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a JSONL file. completion: None where the file gives none. line: from 1."""
-
-    prompt: str
-    completion: str | None
-    line: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One row as token ids: the prompt with its special tokens, the completion, the end-of-sequence token."""
-
-    tokens: list[int]
-    num_prompt_tokens: int
-    row: Row
+from quiver_trainer.rows import EXAMPLE, Encoder, Sample, read_lines
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """The samples of a file. sha256: of the file. num_skipped: rows left out as too long, `first_skipped` their first
-    line."""
+class DataFile:
+    """One file of a dataset. weight: how often an epoch passes over it. samples: the places of its samples.
+
+    num_skipped: rows left out as too long, `first_skipped` the line of the first.
+    """
 
     path: Path
-    samples: list[Sample]
+    weight: float
+    samples: range
     sha256: str
     num_skipped: int = 0
     first_skipped: int = 0
 
 
+class Dataset(Sequence[Sample]):
+    """files: in their order. lengths: tokens of each sample."""
+
+    def __init__(self) -> None:
+        self.files: list[DataFile] = []
+        self.lengths = array("i")
+        self._given = array("i")
+        self._starts = array("q")
+        # Unnamed: it is gone when the process is.
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._tokens: np.ndarray[Any, np.dtype[np.int32]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if self._tokens is None:
+            self._file.flush()
+            self._tokens = np.memmap(self._file, dtype=np.int32, mode="r")
+        start = self._starts[index]
+        return Sample(self._tokens[start : start + self.lengths[index]].tolist(), self._given[index])
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether any sample is a text that an encoder-decoder is to mend."""
+        return any(given == 0 for given in self._given)
+
+    def add_file(
+        self, path: Path, weight: float, encoder: Encoder, *, skip_too_long: bool, on_row: Callable[[], object]
+    ) -> None:
+        """All rows of a file.
+
+        Rows of more tokens than the encoder's limit are never cut: they are left out and counted, or an error.
+        on_row: called after each. Raises DataError.
+        """
+        assert self._tokens is None, "samples were read already"
+        first, skipped, num_rows = len(self), array("q"), 0
+        for line in read_lines(path):
+            num_rows += 1
+            for sample in encoder.samples(line):
+                if encoder.max_length is None or len(sample.tokens) <= encoder.max_length:
+                    self._add(sample)
+                elif skip_too_long:
+                    skipped.append(line.number)
+                else:
+                    raise _too_long(sample, line.where, encoder.max_length)
+            on_row()
+        if not num_rows:
+            raise DataError(f"{path}: holds no rows; each line must be an object such as {EXAMPLE}")
+        if len(self) == first:
+            raise DataError(f"{path}: all {num_rows} rows are longer than max_length {encoder.max_length} tokens")
+        samples = range(first, len(self))
+        self.files.append(
+            DataFile(path, weight, samples, file_sha256(path), len(skipped), skipped[0] if skipped else 0)
+        )
+
+    def _add(self, sample: Sample) -> None:
+        self._starts.append(self._starts[-1] + self.lengths[-1] if self._starts else 0)
+        self.lengths.append(len(sample.tokens))
+        self._given.append(sample.num_prompt_tokens)
+        self._file.write(np.array(sample.tokens, dtype=np.int32).tobytes())
+
+    def epoch(self, seed: int, epoch: int) -> list[int]:
+        """The places of the samples of an epoch, in the order of the files: each as often as its file's weight says.
+
+        Of a weight's fraction another part of the file comes in each epoch, the same for the same seed.
+        """
+        chosen: list[int] = []
+        for number, file in enumerate(self.files):
+            whole = int(file.weight)
+            chosen += list(file.samples) * whole
+            if part := round((file.weight - whole) * len(file.samples)):
+                generator = random.Random(f"seed {seed}, epoch {epoch}, file {number}")
+                chosen += sorted(generator.sample(file.samples, part))
+        return chosen
+
+
+def read_dataset(path: Path, encoder: Encoder, *, skip_too_long: bool = False) -> Dataset:
+    """One file. Raises DataError."""
+    data = Dataset()
+    data.add_file(path, 1.0, encoder, skip_too_long=skip_too_long, on_row=lambda: None)
+    return data
+
+
 def file_sha256(path: Path) -> str:
     """What identifies a file's content. Raises DataError."""
-    return hashlib.sha256(_read_bytes(path)).hexdigest()
-
-
-def read_rows(path: Path, *, need_completion: bool = True) -> list[Row]:
-    """Every row of a file; blank lines are passed over, other keys than the two are not looked at.
-
-    Raises DataError with file and line.
-    """
-    rows: list[Row] = []
-    for number, line in enumerate(_read_bytes(path).removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if line.strip():
-            value = _parse_line(line, f"{path}:{number}")
-            prompt = _text_field(value, "prompt", f"{path}:{number}")
-            wanted = need_completion or "completion" in value
-            rows.append(Row(prompt, _text_field(value, "completion", f"{path}:{number}") if wanted else None, number))
-    if not rows:
-        raise DataError(f"{path}: holds no rows; each line must be an object such as {_EXAMPLE}")
-    return rows
-
-
-def read_dataset(path: Path, tokenizer: Tokenizer, *, eos: int, max_length: int | None, skip_too_long: bool) -> Dataset:
-    """The rows of a file as samples.
-
-    Rows of more than `max_length` tokens (None: no limit) are never cut: they are left out and counted, or an error.
-    Raises DataError.
-    """
-    samples: list[Sample] = []
-    skipped: list[int] = []
-    for row in read_rows(path):
-        sample = encode_row(row, tokenizer, eos, path)
-        if max_length is None or len(sample.tokens) <= max_length:
-            samples.append(sample)
-        elif skip_too_long:
-            skipped.append(row.line)
-        else:
-            raise DataError(
-                f"{path}:{row.line}: prompt ({sample.num_prompt_tokens} tokens) and completion "
-                f"({len(sample.tokens) - sample.num_prompt_tokens} with the end token) are longer than max_length "
-                f"{max_length}; shorten the row, or set data.too_long=skip to leave such rows out"
-            )
-    if not samples:
-        raise DataError(f"{path}: all {len(skipped)} rows are longer than max_length {max_length} tokens")
-    return Dataset(path, samples, file_sha256(path), len(skipped), skipped[0] if skipped else 0)
-
-
-def encode_row(row: Row, tokenizer: Tokenizer, eos: int, path: Path) -> Sample:
-    """The token ids of a row that has a completion. Raises DataError when its prompt has no tokens."""
-    assert row.completion is not None
-    prompt = tokenizer.encode(row.prompt)
-    if not prompt:
-        raise DataError(f"{path}:{row.line}: the tokenizer finds no tokens in the prompt {_shorten(row.prompt)}")
-    completion = tokenizer.encode(row.completion, add_special_tokens=False)
-    return Sample([*prompt, *completion, eos], len(prompt), row)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def spread_evenly(samples: Sequence[Sample], count: int | None) -> list[Sample]:
@@ -107,41 +141,9 @@ def spread_evenly(samples: Sequence[Sample], count: int | None) -> list[Sample]:
     return [samples[i * len(samples) // count] for i in range(count)]
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start} of the line") from None
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}; each line must be an object such as {_EXAMPLE}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: must be an object such as {_EXAMPLE}, not {_shorten(value)}")
-    return value  # pyright: ignore[reportUnknownVariableType]
-
-
-def _text_field(value: dict[str, Any], key: str, where: str) -> str:
-    if key not in value:
-        known = ", ".join(sorted(value)) or "none"
-        raise DataError(f"{where}: the key {key!r} is missing; keys here: {known}")
-    text = value[key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} must be text, not {_shorten(text)}")
-    if not text.strip():
-        raise DataError(f"{where}: {key!r} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: {key!r} holds half of a surrogate pair, which is no character") from None
-    return text
-
-
-def _shorten(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _too_long(sample: Sample, where: str, max_length: int) -> DataError:
+    return DataError(
+        f"{where}: prompt ({sample.num_prompt_tokens} tokens) and completion "
+        f"({len(sample.tokens) - sample.num_prompt_tokens} with the end token) are longer than max_length "
+        f"{max_length}; shorten the row, or set data.too_long=skip to leave such rows out"
+    )

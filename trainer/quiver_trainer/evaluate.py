@@ -1,6 +1,7 @@
 """How good a model is on validation rows: its loss on the completions, and how many it generates exactly."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from quiver_peft.joint_forward import joint_hidden
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import Batch, BatchLimits, by_length, collate
-from quiver_trainer.data import Sample
 from quiver_trainer.predict import is_exact_match, predict_tokens
+from quiver_trainer.rows import Sample
 
 
 def completion_losses(
@@ -21,7 +22,18 @@ def completion_losses(
     """Mean cross-entropy of each batch's completion tokens, in nats, all from one forward pass; scalars.
 
     models: on one base, one for each batch. drawing: see `JointSeam`.
-    Logits are computed for completion tokens alone: most rows of a batch are prompt, and the vocabulary is wide.
+    """
+    logits, targets = _completion_logits(models, batches, drawing)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return [own.mean() for own in losses.split([len(batch.targets) for batch in batches])]
+
+
+def _completion_logits(
+    models: Sequence[AnyModel], batches: Sequence[Batch], drawing: Sequence[Drawing] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits of completion tokens [R, V] and these tokens [R], those of the first batch first.
+
+    Of these alone: most rows of a batch are prompt, and the vocabulary is wide.
     """
     hidden = joint_hidden(models, [batch.inputs for batch in batches], drawing)
     positions: list[int] = []
@@ -31,8 +43,7 @@ def completion_losses(
         num_rows += batch.num_written
     logits = models[0].base.logits(hidden.index_select(0, torch.tensor(positions, device=hidden.device)))
     targets = torch.tensor([token for batch in batches for token in batch.targets], device=hidden.device)
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return [own.mean() for own in losses.split([len(batch.targets) for batch in batches])]
+    return logits.float(), targets
 
 
 def completion_loss(model: AnyModel, batch: Batch) -> Tensor:
@@ -40,31 +51,78 @@ def completion_loss(model: AnyModel, batch: Batch) -> Tensor:
     return completion_losses([model], [batch])[0]
 
 
+@dataclass(frozen=True)
+class ValidationMetrics:
+    """loss: mean cross-entropy of all completion tokens, in nats. token_accuracy: share of them foretold greedily from
+    the right tokens before."""
+
+    loss: float
+    token_accuracy: float
+
+
 @torch.inference_mode()
-def validation_loss(model: AnyModel, samples: Sequence[Sample], limits: BatchLimits) -> float:
-    """Mean cross-entropy over all completion tokens of the samples, in nats, without dropout."""
-    total, count = 0.0, 0
+def validation_metrics(model: AnyModel, samples: Sequence[Sample], limits: BatchLimits) -> ValidationMetrics:
+    """Of all completion tokens of the samples, without dropout."""
+    total, right, count = 0.0, 0, 0
     was_training = model.training
     model.eval()
     for rows in by_length(samples, limits):
         batch = collate(rows, model)
-        total += completion_loss(model, batch).item() * len(batch.targets)
+        logits, targets = _completion_logits([model], [batch])
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        right += int((logits.argmax(-1) == targets).sum())
         count += len(batch.targets)
     model.train(was_training)
-    return total / count
+    return ValidationMetrics(total / count, right / count)
 
 
-def exact_match(model: AnyModel, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int | None) -> float:
-    """The share of samples whose completion the model generates greedily, white space around it aside.
+def validation_loss(model: AnyModel, samples: Sequence[Sample], limits: BatchLimits) -> float:
+    """The loss alone."""
+    return validation_metrics(model, samples, limits).loss
 
-    max_new_tokens: None generates just enough for the longest completion and the end token.
-    """
+
+@dataclass(frozen=True)
+class GeneratedMetrics:
+    """Of greedy answers. exact_match: share of those equal to the completion, white space around it aside.
+    rouge_l (its F1, mean over answers) and bleu (of all answers, as SacreBLEU counts): in [0, 1], where asked for."""
+
+    exact_match: float
+    rouge_l: float | None
+    bleu: float | None
+
+
+def generated_metrics(
+    model: AnyModel,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    max_new_tokens: int | None,
+    *,
+    overlap: bool = False,
+) -> GeneratedMetrics:
+    """max_new_tokens: None generates enough for the longest completion and its end. overlap: ROUGE and BLEU too."""
     if max_new_tokens is None:
         max_new_tokens = max(len(sample.tokens) - sample.num_prompt_tokens for sample in samples)
     prompts = [sample.tokens[: sample.num_prompt_tokens] for sample in samples]
     answers = predict_tokens(model, prompts, max_new_tokens=max_new_tokens)
-    right = [
-        is_exact_match(tokenizer.decode(answer), sample.row.completion or "")
-        for answer, sample in zip(answers, samples, strict=True)
-    ]
-    return sum(right) / len(right)
+    predicted = [tokenizer.decode(answer) for answer in answers]
+    wanted = [tokenizer.decode(sample.tokens[sample.num_prompt_tokens :]) for sample in samples]
+    return compare_texts(predicted, wanted, overlap=overlap)
+
+
+def compare_texts(predicted: Sequence[str], wanted: Sequence[str], *, overlap: bool) -> GeneratedMetrics:
+    """One text to compare with for each prediction. overlap: ROUGE and BLEU too."""
+    right = [is_exact_match(ours, theirs) for ours, theirs in zip(predicted, wanted, strict=True)]
+    share = sum(right) / len(right)
+    if not overlap:
+        return GeneratedMetrics(share, None, None)
+    # Here and not above: it takes seconds to import.
+    from torchmetrics.functional.text import rouge_score, sacre_bleu_score
+
+    rouge = rouge_score(list(predicted), list(wanted), rouge_keys=("rougeL",))
+    bleu = sacre_bleu_score(list(predicted), [[text] for text in wanted])
+    return GeneratedMetrics(share, rouge["rougeL_fmeasure"].item(), bleu.item())
+
+
+def exact_match(model: AnyModel, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int | None) -> float:
+    """The share of samples whose completion the model generates greedily."""
+    return generated_metrics(model, tokenizer, samples, max_new_tokens).exact_match

@@ -5,6 +5,7 @@ A run's result does not depend on the others: rows meet nowhere, and each run ha
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -13,6 +14,8 @@ from quiver_trainer.errors import TrainingInterrupted
 from quiver_trainer.evaluate import completion_losses
 from quiver_trainer.report import Reporter
 from quiver_trainer.run import Run
+
+_Work = tuple[Run, Sequence[Batch]]
 
 
 def train(
@@ -42,35 +45,54 @@ def train(
                 return
             if should_stop():
                 raise _stopped(running)
-            for together in _passes([(run, run.next_batch()) for run in running], pass_tokens):
+            for together in _passes([(run, run.next_batches()) for run in running], pass_tokens):
                 _step(together)
             over = [run for run in running if run.is_over]
             running = [run for run in running if not run.is_over]
 
 
-def _passes(work: Sequence[tuple[Run, Batch]], pass_tokens: int) -> Iterator[list[tuple[Run, Batch]]]:
-    """The batches in portions of at most so many tokens, or of one batch."""
-    portion: list[tuple[Run, Batch]] = []
-    for run, batch in work:
-        if portion and sum(b.num_tokens for _, b in portion) + batch.num_tokens > pass_tokens:
+def _passes(work: Sequence[_Work], pass_tokens: int) -> Iterator[list[_Work]]:
+    """The runs in portions whose largest batches have at most so many tokens together; or one run."""
+    portion: list[_Work] = []
+    size = 0
+    for run, batches in work:
+        largest = max(batch.num_tokens for batch in batches)
+        if portion and size + largest > pass_tokens:
             yield portion
-            portion = []
-        portion.append((run, batch))
+            portion, size = [], 0
+        portion.append((run, batches))
+        size += largest
     yield portion
 
 
-def _step(together: Sequence[tuple[Run, Batch]]) -> None:
-    """One step of each run."""
+def _step(together: Sequence[_Work]) -> None:
+    """One step of each run: a pass for the first batch of all, one for the second, ..."""
     started = time.perf_counter()
-    models, batches = [run.model for run, _ in together], [batch for _, batch in together]
-    losses = completion_losses(models, batches, [run.stream.drawing for run, _ in together])
-    # Each adapter's gradient is that of its own loss: the others do not depend on it.
-    torch.stack(losses).sum().backward()
-    values = torch.stack(losses).tolist()
+    num_targets = {run: sum(len(batch.targets) for batch in batches) for run, batches in together}
+    losses = {run: 0.0 for run, _ in together}
+    for i in range(max(len(batches) for _, batches in together)):
+        part = [(run, batches[i]) for run, batches in together if i < len(batches)]
+        shares = [len(batch.targets) / num_targets[run] for run, batch in part]
+        for (run, _), share, loss in zip(part, shares, _backward(part, shares), strict=True):
+            losses[run] += share * loss
     seconds = time.perf_counter() - started
-    num_tokens = sum(batch.num_tokens for batch in batches)
-    for (run, batch), loss in zip(together, values, strict=True):
-        run.take_step(batch, loss, seconds * batch.num_tokens / num_tokens)
+    num_tokens = {run: sum(batch.num_tokens for batch in batches) for run, batches in together}
+    for run, batches in together:
+        run.take_step(batches, losses[run], seconds * num_tokens[run] / sum(num_tokens.values()))
+
+
+def _backward(part: Sequence[tuple[Run, Batch]], shares: Sequence[float]) -> list[float]:
+    """Adds to the gradients of each run; returns the losses. shares: of the batches in the losses of their steps."""
+    models, batches = [run.model for run, _ in part], [batch for _, batch in part]
+    streams = [run.stream for run, _ in part]
+    alone = len(part) == 1
+    # One run draws as a whole, so that layers which are computed twice can draw the same again.
+    with streams[0].drawing() if alone else nullcontext():
+        losses = torch.stack(completion_losses(models, batches, None if alone else [s.drawing for s in streams]))
+        scales = [share * run.loss_scale for (run, _), share in zip(part, shares, strict=True)]
+        # Each adapter's gradient is that of its own loss: the others do not depend on it.
+        (losses * torch.tensor(scales, device=losses.device)).sum().backward()
+    return losses.tolist()
 
 
 def _stopped(running: Sequence[Run]) -> TrainingInterrupted:

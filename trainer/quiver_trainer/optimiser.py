@@ -1,7 +1,8 @@
 """AdamW over the trainable parameters, and the learning rate of each step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
@@ -14,43 +15,57 @@ DEFAULT_RATES: Mapping[str, float] = {"ptuning": 1e-3, "ia3": 5e-3, "prefix": 1e
 DEFAULT_RATE = 2e-4
 
 
-def peak_rate(settings: OptimiserSection, methods: Sequence[str]) -> float:
-    """As set; otherwise what suits the most delicate of the methods (none: the whole base is trained)."""
-    if settings.learning_rate is not None:
-        return settings.learning_rate
-    return min((DEFAULT_RATES.get(method, DEFAULT_RATE) for method in methods), default=DEFAULT_RATE)
+def peak_rate(settings: OptimiserSection, method: str) -> float:
+    """As set, for all or for this method; otherwise what suits it ("": the whole base is trained)."""
+    given = settings.learning_rate
+    if isinstance(given, dict):
+        given = given.get(method)
+    return DEFAULT_RATES.get(method, DEFAULT_RATE) if given is None else given
 
 
-def make_optimiser(parameters: Mapping[str, nn.Parameter], settings: OptimiserSection, peak: float) -> AdamW:
-    """AdamW with weight decay on matrices only: norms and biases have no business near zero, nor virtual tokens, which
-    are embeddings in all but name. parameters: by name."""
-    decayed = {name for name, p in parameters.items() if p.ndim >= 2 and not name.endswith(".encoder.embedding")}
-    groups = [
-        {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": settings.weight_decay},
-        {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
-    ]
+def peak_rates(
+    parameters: Iterable[str], settings: OptimiserSection, methods: Sequence[str] | None
+) -> dict[str, float]:
+    """The rate of each parameter of a model, by name. methods: of its adapter, in the order in which they act; None:
+    the whole base is trained."""
+    if methods is None:
+        return {name: peak_rate(settings, "") for name in parameters}
+    return {name: peak_rate(settings, methods[int(name.split(".")[2])]) for name in parameters}  # adapter.methods.0...
+
+
+def make_optimiser(
+    parameters: Mapping[str, nn.Parameter], settings: OptimiserSection, peaks: Mapping[str, float]
+) -> AdamW:
+    """AdamW with weight decay on matrices only: norms, biases and IA3's scales have no business near zero, nor have
+    virtual tokens, which are embeddings in all but name. parameters and their peak rates: by name."""
+    groups: list[dict[str, Any]] = []
+    for peak in sorted(set(peaks.values())):
+        own = {name: parameter for name, parameter in parameters.items() if peaks[name] == peak}
+        decayed = {name for name, p in own.items() if p.ndim >= 2 and not name.endswith(".encoder.embedding")}
+        for names, decay in ((decayed, settings.weight_decay), (own.keys() - decayed, 0.0)):
+            group = [parameter for name, parameter in own.items() if name in names]
+            groups.append({"params": group, "weight_decay": decay, "lr": peak, "peak": peak})
     # Fused: one call for all parameters instead of a dozen for each.
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=peak,
-        betas=settings.betas,
-        eps=settings.epsilon,
-        fused=True,
-    )
+    return AdamW([g for g in groups if g["params"]], betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
-def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleSection) -> float:
-    """The rate of step `step` (from 0) of `num_steps`: a linear rise, then constant or half a cosine down to zero."""
+def rate_factor(step: int, num_steps: int, schedule: ScheduleSection) -> float:
+    """The share of its peak that the rate of step `step` (from 0) of `num_steps` has.
+
+    A linear rise, then constant, or half a cosine or a line down to `final_fraction`.
+    """
     warmup_steps = math.ceil(schedule.warmup_fraction * num_steps)
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return (step + 1) / warmup_steps
     if schedule.kind == "constant":
-        return peak
+        return 1.0
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    left = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1.0 - progress
+    return schedule.final_fraction + (1.0 - schedule.final_fraction) * left
 
 
-def set_learning_rate(optimiser: AdamW, rate: float) -> None:
-    """For the next step, in every group."""
+def set_learning_rate(optimiser: AdamW, factor: float) -> float:
+    """For the next step, in every group, as a share of its peak; returns the highest."""
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = group["peak"] * factor
+    return max(group["lr"] for group in optimiser.param_groups)

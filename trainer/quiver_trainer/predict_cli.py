@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.data import Row, read_rows
 from quiver_trainer.device import choose_device
 from quiver_trainer.errors import DataError
 from quiver_trainer.files import write_atomically
 from quiver_trainer.predict import is_exact_match, predict_tokens
+from quiver_trainer.rows import EXAMPLE, Line, read_lines
 
 _DESCRIPTION = """\
 Write a model's greedy answers for the prompts of a JSONL file, and how many are right where completions are given.
@@ -28,6 +29,19 @@ Each line of the input is an object with a "prompt" and, if you like, the right 
 has the "prompt", the "prediction" and, where a completion was given, that and whether it is "correct" (equal but for
 white space around it).
 """
+
+
+@dataclass(frozen=True)
+class _Row:
+    """completion: None where the file gives none. number: of its line."""
+
+    prompt: str
+    completion: str | None
+    number: int
+
+    @classmethod
+    def of(cls, line: Line) -> "_Row":
+        return cls(line.text("prompt"), line.text("completion") if "completion" in line.value else None, line.number)
 
 
 def main(argv: list[str]) -> int:
@@ -70,7 +84,9 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    rows = read_rows(options.input, need_completion=False)
+    rows = [_Row.of(line) for line in read_lines(options.input)]
+    if not rows:
+        raise DataError(f"{options.input}: holds no rows; each line must be an object such as {EXAMPLE}")
     tokenizer = Tokenizer(options.base)
     model = load_model(options.base, device=choose_device(options.device))
     if options.adapter is not None:
@@ -87,13 +103,13 @@ def _run(options: argparse.Namespace) -> None:
         print(f"exact match: {sum(correct) / len(correct):.1%} ({sum(correct)} of {len(correct)})")
 
 
-def _check_lengths(prompts: Sequence[Sequence[int]], rows: Sequence[Row], path: Path, max_tokens: int | None) -> None:
+def _check_lengths(prompts: Sequence[Sequence[int]], rows: Sequence[_Row], path: Path, max_tokens: int | None) -> None:
     for prompt, row in zip(prompts, rows, strict=True):
         if not prompt:
-            raise DataError(f"{path}:{row.line}: the prompt has 0 tokens; there must be at least one")
+            raise DataError(f"{path}:{row.number}: the prompt has 0 tokens; there must be at least one")
         if max_tokens is not None and len(prompt) >= max_tokens:
             raise DataError(
-                f"{path}:{row.line}: the prompt has {len(prompt)} tokens; there must be fewer than the {max_tokens} "
+                f"{path}:{row.number}: the prompt has {len(prompt)} tokens; there must be fewer than the {max_tokens} "
                 "that the base takes, answer included"
             )
 
@@ -108,7 +124,7 @@ def _predict(model: AnyModel, prompts: Sequence[Sequence[int]], max_new_tokens: 
         )
 
 
-def _result(row: Row, prediction: str) -> dict[str, Any]:
+def _result(row: _Row, prediction: str) -> dict[str, Any]:
     result: dict[str, Any] = {"prompt": row.prompt, "prediction": prediction}
     if row.completion is not None:
         result |= {"completion": row.completion, "correct": is_exact_match(prediction, row.completion)}

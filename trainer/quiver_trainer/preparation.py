@@ -1,11 +1,15 @@
 """What a run reads before it can begin: its rows, as samples that fit the model."""
 
+from collections.abc import Sequence
+
+from quiver_peft import T5
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.config import TrainConfig
-from quiver_trainer.data import Dataset, read_dataset
+from quiver_trainer.config import TrainConfig, WeightedFile
+from quiver_trainer.data import Dataset
 from quiver_trainer.errors import ConfigError
 from quiver_trainer.report import Reporter
+from quiver_trainer.rows import Encoder
 
 
 def read_datasets(config: TrainConfig, model: AnyModel, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, Dataset]:
@@ -15,24 +19,30 @@ def read_datasets(config: TrainConfig, model: AnyModel, tokenizer: Tokenizer, re
     """
     if not model.base.config.eos_token_ids:
         raise ConfigError(f"{config.base}: config.json names no eos_token_id, so no answer could learn to end")
-    max_length = _max_length(config, model)
-    datasets: dict[str, Dataset] = {}
-    for name, path in (("train", config.data.train), ("validation", config.data.validation)):
-        if path is None:
-            continue
-        datasets[name] = data = read_dataset(
-            path,
-            tokenizer,
-            eos=model.base.config.eos_token_ids[0],
-            max_length=max_length,
-            skip_too_long=config.data.too_long == "skip",
-        )
-        if data.num_skipped:
-            reporter.warn(
-                f"{path}: left out {data.num_skipped} of {data.num_skipped + len(data.samples)} rows that are "
-                f"longer than {max_length} tokens, the first in line {data.first_skipped}"
-            )
+    room = _max_length(config, model)
+    encoder = Encoder(
+        tokenizer, model.base.config.eos_token_ids[0], model.base.config.vocab_size, room, isinstance(model, T5)
+    )
+    datasets = {"train": _read(config.data.train_files, encoder, config, reporter)}
+    if config.data.validation is not None:
+        files = [WeightedFile(path=config.data.validation)]
+        datasets["validation"] = _read(files, encoder, config, reporter)
     return datasets
+
+
+def _read(files: Sequence[WeightedFile], encoder: Encoder, config: TrainConfig, reporter: Reporter) -> Dataset:
+    skip = config.data.too_long == "skip"
+    data = Dataset()
+    for file in files:
+        with reporter.reading(file.path) as on_row:
+            data.add_file(file.path, file.weight, encoder, skip_too_long=skip, on_row=on_row)
+        read = data.files[-1]
+        if read.num_skipped:
+            reporter.warn(
+                f"{file.path}: left out {read.num_skipped} of {read.num_skipped + len(read.samples)} rows that are "
+                f"longer than {encoder.max_length} tokens, the first in line {read.first_skipped}"
+            )
+    return data
 
 
 def _max_length(config: TrainConfig, model: AnyModel) -> int | None:

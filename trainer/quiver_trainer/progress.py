@@ -1,12 +1,15 @@
 """How far a run is and what it has measured: everything of its state that is not a tensor."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # About how many training records a run leaves, however long it is.
 _TRAIN_RECORDS = 200
+# Of the moving average of the loss, what stays from one step to the next.
+_KEPT_LOSS = 0.95
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,17 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """Measured after `step` steps. exact_match: share of rows, None where no row was generated."""
+    """Measured after `step` steps. exact_match: share of rows; rouge_l, bleu: in [0, 1]; None where no row was
+    generated. token_accuracy: share of completion tokens foretold from those before."""
 
     step: int
     tokens: int
     seconds: float
     validation_loss: float
     exact_match: float | None
+    token_accuracy: float | None = None
+    rouge_l: float | None = None
+    bleu: float | None = None
 
 
 @dataclass
@@ -41,6 +48,8 @@ class Progress:
     step: steps done. epoch, batch: where the next batch lies. tokens: seen so far, without padding.
     seconds: spent training, evaluation and earlier parts of a resumed run included.
     loss_sum, loss_tokens, window_tokens, window_seconds: since the last training record.
+    smoothed_loss, lowest_loss: the moving average of the training loss, and its lowest since it is warm.
+    loss_scale, steps_at_scale: see `Run`, float16. best_step: of the lowest validation loss.
     """
 
     step: int = 0
@@ -52,19 +61,52 @@ class Progress:
     loss_tokens: int = 0
     window_tokens: int = 0
     window_seconds: float = 0.0
+    smoothed_loss: float = 0.0
+    lowest_loss: float = math.inf
+    loss_scale: float = 2.0**12
+    steps_at_scale: int = 0
+    best_step: int = 0
+    stopped_early: bool = False
     train_records: list[TrainRecord] = field(default_factory=list[TrainRecord])
     validation_records: list[ValidationRecord] = field(default_factory=list[ValidationRecord])
 
-    def add_step(self, loss: float, num_targets: int, num_tokens: int, seconds: float) -> None:
+    def add_step(self, loss: float, num_targets: int, num_tokens: int, num_batches: int, seconds: float) -> None:
         """One more step is done."""
         self.step += 1
-        self.batch += 1
+        self.batch += num_batches
         self.tokens += num_tokens
         self.window_tokens += num_tokens
         self.window_seconds += seconds
         self.seconds += seconds
         self.loss_sum += loss * num_targets
         self.loss_tokens += num_targets
+        keep = min(1 - 1 / self.step, _KEPT_LOSS)
+        self.smoothed_loss = keep * self.smoothed_loss + (1 - keep) * loss
+        if self.step >= 1 / (1 - _KEPT_LOSS):
+            self.lowest_loss = min(self.lowest_loss, self.smoothed_loss)
+
+    @property
+    def loss_rise(self) -> float:
+        """How far the smoothed loss is above its lowest; 0 while the average is young."""
+        return max(0.0, self.smoothed_loss - self.lowest_loss)
+
+    @property
+    def kept_validation(self) -> ValidationRecord | None:
+        """Of the weights with the lowest validation loss."""
+        return next((record for record in self.validation_records if record.step == self.best_step), None)
+
+    def add_validation(self, record: ValidationRecord) -> bool:
+        """One more measurement; whether its loss is the lowest so far."""
+        best = min((r.validation_loss for r in self.validation_records), default=math.inf)
+        self.validation_records.append(record)
+        if record.validation_loss < best:
+            self.best_step = record.step
+        return record.validation_loss < best
+
+    @property
+    def measured_since_best(self) -> int:
+        """Measurements since the lowest validation loss."""
+        return sum(record.step > self.best_step for record in self.validation_records)
 
     def close_window(self, epoch: float, learning_rate: float, gradient_norm: float) -> TrainRecord:
         """Append and return the record of the steps since the last one."""

@@ -72,6 +72,11 @@ def anchor_paths(data: dict[str, Any], folder: Path) -> None:
     """Makes the paths of a recipe absolute, in place."""
     for key in _PATH_KEYS:
         _anchor(data, key, folder)
+    section = data.get("data")
+    files = cast(dict[str, Any], section).get("train") if isinstance(section, dict) else None
+    for file in cast(list[Any], files) if isinstance(files, list) else []:
+        if isinstance(file, dict):
+            _anchor(cast(dict[str, Any], file), ("path",), folder)
 
 
 def _read_text(path: Path) -> str:

@@ -1,8 +1,9 @@
 """What people see of a run: a progress bar and a table in a terminal, plain lines anywhere else."""
 
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -38,6 +39,15 @@ class Reporter:
     def warn(self, text: str) -> None:
         """One line that must not be overlooked."""
         self._errors.print(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def reading(self, path: Path) -> Generator[Callable[[], None]]:
+        """Counts the rows of a file while it is read: what it gives is to be called after each."""
+        columns = (TextColumn("reading {task.description}"), TextColumn("{task.completed:,.0f} rows"))
+        quiet = not self._console.is_terminal or self._console.quiet
+        with Progress(*columns, console=self._console, disable=quiet, transient=True) as progress:
+            task = progress.add_task(path.name, total=None)
+            yield lambda: progress.advance(task)
 
     @contextmanager
     def training(self, first_step: int, num_steps: int, *, several: bool) -> Generator[None]:
@@ -89,8 +99,14 @@ class Reporter:
 
     def validation(self, name: str, record: ValidationRecord) -> None:
         """One line for each measurement of a run."""
-        match = "" if record.exact_match is None else f"  exact match {record.exact_match:.1%}"
-        self.note(f"{self._of(name)}step {record.step}  validation loss {record.validation_loss:.3f}{match}")
+        shares = (
+            ("token accuracy", record.token_accuracy),
+            ("exact match", record.exact_match),
+            ("ROUGE-L", record.rouge_l),
+            ("BLEU", record.bleu),
+        )
+        told = "".join(f"  {what} {share:.1%}" for what, share in shares if share is not None)
+        self.note(f"{self._of(name)}step {record.step}  validation loss {record.validation_loss:.3f}{told}")
 
     def show(self, table: Table) -> None:
         """A table of someone else's."""

@@ -58,6 +58,8 @@ def training_record(
     """What the artefact says about how it came to be; JSON-ready, free of paths."""
     first = progress.validation_records[0] if progress.validation_records else None
     last = progress.validation_records[-1] if progress.validation_records else None
+    if settings["evaluation.keep"] == "best":
+        last = progress.kept_validation
     return {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -66,17 +68,14 @@ def training_record(
         "validation_loss": last.validation_loss if last else None,
         "validation_loss_at_start": first.validation_loss if first else None,
         "exact_match": last.exact_match if last else None,
+        "token_accuracy": last.token_accuracy if last else None,
+        "rouge_l": last.rouge_l if last else None,
+        "bleu": last.bleu if last else None,
+        "kept_step": last.step if last else progress.step,
+        "stopped_early": progress.stopped_early,
         "exact_match_at_start": first.exact_match if first else None,
         "num_trainable_parameters": num_parameters,
-        "data": {
-            name: {
-                "file": data.path.name,
-                "rows": len(data.samples),
-                "rows_skipped": data.num_skipped,
-                "sha256": data.sha256,
-            }
-            for name, data in datasets.items()
-        },
+        "data": {name: _described(data) for name, data in datasets.items()},
         "settings": dict(settings),
         "versions": {
             "quiver": version("quiver"),
@@ -84,6 +83,21 @@ def training_record(
             "python": platform.python_version(),
         },
     }
+
+
+def _described(data: Dataset) -> dict[str, Any] | list[dict[str, Any]]:
+    """The file of a dataset, or several with their weights."""
+    files = [
+        {
+            "file": file.path.name,
+            "rows": len(file.samples),
+            "rows_skipped": file.num_skipped,
+            "sha256": file.sha256,
+            "weight": file.weight,
+        }
+        for file in data.files
+    ]
+    return files if len(files) > 1 else files[0]
 
 
 def write_base(

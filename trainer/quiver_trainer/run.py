@@ -2,34 +2,30 @@
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from quiver_peft import T5
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import Batch, BatchLimits, collate, plan_epoch
 from quiver_trainer.checkpoint import read_checkpoint, restore, write_checkpoint
 from quiver_trainer.config import TrainConfig
-from quiver_trainer.data import Dataset, Sample, spread_evenly
+from quiver_trainer.data import Dataset
 from quiver_trainer.errors import TrainingError
-from quiver_trainer.evaluate import exact_match, validation_loss
-from quiver_trainer.optimiser import learning_rate, make_optimiser, peak_rate, set_learning_rate
-from quiver_trainer.progress import Progress, ValidationRecord, record_interval
+from quiver_trainer.measuring import BestWeights, Measuring
+from quiver_trainer.optimiser import make_optimiser, peak_rates, rate_factor, set_learning_rate
+from quiver_trainer.progress import Progress, record_interval
 from quiver_trainer.random_stream import RandomStream
 from quiver_trainer.report import Reporter
+from quiver_trainer.rows import Sample
+from quiver_trainer.span_corruption import Mender
 from quiver_trainer.workplace import Workplace
 
-
-@dataclass(frozen=True)
-class Measuring:
-    """Validation samples. every: steps from one measurement to the next."""
-
-    loss_samples: list[Sample]
-    match_samples: list[Sample]
-    every: int
+# Good steps after which a loss scale is doubled again.
+_STEPS_AT_SCALE = 200
 
 
 class Run:
@@ -54,17 +50,22 @@ class Run:
         self.stream = RandomStream(config.seed)
         self.workplace = Workplace(config.output)
         self._tokenizer = tokenizer
-        self._samples = datasets["train"].samples
-        self._lengths = [len(sample.tokens) for sample in self._samples]
+        self._samples = datasets["train"]
         self._limits = BatchLimits(config.token_budget, config.batch_size)
         self._reporter = reporter
         self.parameters = trainable(model)
-        methods = () if model.adapter is None else model.adapter.configs
-        self._peak_rate = peak_rate(config.optimiser, [method.to_dict()["method"] for method in methods])
-        self._optimiser = make_optimiser(self.parameters, config.optimiser, self._peak_rate)
+        methods = None if model.adapter is None else [method.name for method in model.adapter.ordered_methods]
+        peaks = peak_rates(self.parameters, config.optimiser, methods)
+        self._optimiser = make_optimiser(self.parameters, config.optimiser, peaks)
         self._plan: list[list[int]] = []
         self.num_steps = self._count_steps()
-        self.measuring = _what_to_measure(config, datasets.get("validation"), self.num_steps)
+        mends = isinstance(model, T5) and any(data.has_texts for data in datasets.values())
+        self._mender = Mender(tokenizer, model.base.config.eos_token_ids[0], config.seed) if mends else None
+        validation = datasets.get("validation")
+        self.measuring = None
+        if validation is not None:
+            self.measuring = Measuring(config.evaluation, validation, self._mender, self._limits, self.num_steps)
+        self.best = BestWeights(self.workplace.folder / "best.safetensors")
         self.progress = Progress()
 
     def _count_steps(self) -> int:
@@ -74,16 +75,23 @@ class Run:
         for epoch in range(self.config.epochs):
             if limit is not None and total >= limit:
                 break
-            total += len(self._plan_epoch(epoch))
+            total += -(-len(self._plan_epoch(epoch)) // self.config.accumulation)
         return total if limit is None else min(total, limit)
 
     def _plan_epoch(self, epoch: int) -> list[list[int]]:
-        return plan_epoch(self._lengths, self._limits, seed=self.config.seed, epoch=epoch)
+        seed = self.config.seed
+        places = self._samples.epoch(seed, epoch)
+        return plan_epoch(places, self._samples.lengths, self._limits, seed=seed, epoch=epoch)
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to do: all steps are done, or it failed."""
-        return self.failure is not None or self.progress.step >= self.num_steps
+        """Whether there is nothing left to do: all steps are done, it stopped early, or it failed."""
+        return self.failure is not None or self.progress.stopped_early or self.progress.step >= self.num_steps
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied with, so that its gradients can be told in float16."""
+        return self.progress.loss_scale if self.config.dtype == "float16" else 1.0
 
     def resume(self) -> None:
         """Go on from the checkpoint, whose settings have been compared."""
@@ -100,48 +108,83 @@ class Run:
         if self.progress.step == 0:
             self._measure()
 
-    def next_batch(self) -> Batch:
-        """What the next step learns from."""
+    def next_batches(self) -> list[Batch]:
+        """What the next step learns from: `accumulation` batches, fewer at the end of an epoch."""
         progress = self.progress
         if progress.batch == len(self._plan):
             progress.epoch, progress.batch = progress.epoch + 1, 0
             self._plan = self._plan_epoch(progress.epoch)
-        return collate([self._samples[i] for i in self._plan[progress.batch]], self.model)
+        batches = self._plan[progress.batch : progress.batch + self.config.accumulation]
+        return [collate([self._sample(place) for place in batch], self.model) for batch in batches]
 
-    def take_step(self, batch: Batch, loss: float, seconds: float) -> None:
-        """Use the gradients of a batch. Sets `failure`, and keeps nothing of the step, when they are no numbers.
+    def _sample(self, place: int) -> Sample:
+        sample = self._samples[place]
+        return sample if self._mender is None else self._mender(sample, place, self.progress.epoch)
+
+    def take_step(self, batches: Sequence[Batch], loss: float, seconds: float) -> None:
+        """Use the gradients of some batches. Sets `failure`, and keeps nothing of the step, when they are no numbers.
 
         seconds: that the loss and its gradients took.
         """
         started = time.perf_counter()
-        progress = self.progress
-        rate = learning_rate(progress.step, self.num_steps, self._peak_rate, self.config.schedule)
-        set_learning_rate(self._optimiser, rate)
-        limit = self.config.optimiser.max_gradient_norm
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), math.inf if limit is None else limit).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.failure = TrainingError(
-                f"{self.name}: step {progress.step + 1}: the loss is {loss} and its gradient {norm}; nothing of "
-                f"this step was kept. Lower optimiser.learning_rate ({self._peak_rate:g}), or set "
-                "optimiser.max_gradient_norm"
+        factor = rate_factor(self.progress.step, self.num_steps, self.config.schedule)
+        rate = set_learning_rate(self._optimiser, factor)
+        norm = self._clip_gradients()
+        overflowed = self.config.dtype == "float16" and math.isfinite(loss) and not math.isfinite(norm)
+        if not overflowed and not (math.isfinite(loss) and math.isfinite(norm)):
+            self._fail(f"the loss is {loss} and its gradient {norm}; nothing of this step was kept", rate)
+            return
+        if not overflowed:
+            self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._adapt_scale(overflowed)
+        seconds += time.perf_counter() - started
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        self.progress.add_step(loss, sum(len(b.targets) for b in batches), num_tokens, len(batches), seconds)
+        self._reporter.step(self.name, loss, num_tokens, seconds)
+        limit = self.config.max_loss_rise
+        if limit is not None and self.progress.loss_rise > limit:
+            lowest = self.progress.lowest_loss
+            self._fail(
+                f"the smoothed loss was {lowest:.3f} and is {self.progress.smoothed_loss:.3f}: it diverges", rate
             )
             return
-        self._optimiser.step()
-        self._optimiser.zero_grad()
-        seconds += time.perf_counter() - started
-        progress.add_step(loss, len(batch.targets), batch.num_tokens, seconds)
-        self._reporter.step(self.name, loss, batch.num_tokens, seconds)
         self._after_step(rate, norm)
+
+    def _clip_gradients(self) -> float:
+        """Takes the loss scale out and clips; the length before."""
+        parameters = list(self.parameters.values())
+        if self.loss_scale != 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self.loss_scale
+        limit = self.config.optimiser.max_gradient_norm
+        return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit).item()
+
+    def _adapt_scale(self, overflowed: bool) -> None:
+        progress = self.progress
+        progress.steps_at_scale = 0 if overflowed else progress.steps_at_scale + 1
+        if overflowed:
+            progress.loss_scale /= 2
+        elif progress.steps_at_scale % _STEPS_AT_SCALE == 0:
+            progress.loss_scale *= 2
+
+    def _fail(self, what: str, rate: float) -> None:
+        self.failure = TrainingError(
+            f"{self.name}: step {self.progress.step + 1}: {what}. The last checkpoint stays. Lower "
+            f"optimiser.learning_rate ({rate:g} here), or set optimiser.max_gradient_norm"
+        )
 
     def _after_step(self, rate: float, gradient_norm: float) -> None:
         """Records, measurements and checkpoints that are due."""
         progress, step = self.progress, self.progress.step
         last = step == self.num_steps
+        if last or (self.measuring is not None and step % self.measuring.every == 0):
+            self._measure()
+        last = last or progress.stopped_early
         if last or step % record_interval(self.num_steps) == 0:
             epoch = progress.epoch + progress.batch / len(self._plan)
             self.workplace.append_metrics(progress.close_window(epoch, rate, gradient_norm))
-        if last or (self.measuring is not None and step % self.measuring.every == 0):
-            self._measure()
         if last or step % self.config.checkpoint_interval_steps == 0:
             self.save()
 
@@ -151,21 +194,22 @@ class Run:
             self.workplace.checkpoint, self.parameters, self._optimiser, self.stream, self.progress, self.settings
         )
 
+    def finish(self) -> None:
+        """All steps are done: the model becomes what is to be kept."""
+        if self.config.evaluation.keep == "best":
+            self.best.restore(self.parameters)
+
     def _measure(self) -> None:
         """Append a validation record, where there is anything to measure on."""
-        measuring, progress = self.measuring, self.progress
-        if measuring is None:
+        if self.measuring is None:
             return
-        started = time.perf_counter()
         with self._reporter.validating():
-            loss = validation_loss(self.model, measuring.loss_samples, self._limits)
-            match = None
-            if measuring.match_samples:
-                limit = self.config.evaluation.max_new_tokens
-                match = exact_match(self.model, self._tokenizer, measuring.match_samples, limit)
-        progress.seconds += time.perf_counter() - started
-        record = ValidationRecord(progress.step, progress.tokens, round(progress.seconds, 3), loss, match)
-        progress.validation_records.append(record)
+            record = self.measuring.measure(self.model, self._tokenizer, self.progress)
+        if self.progress.add_validation(record) and self.config.evaluation.keep == "best":
+            self.best.keep(self.parameters)
+        patience = self.config.evaluation.patience
+        if patience is not None and self.progress.measured_since_best >= patience:
+            self.progress.stopped_early = True
         self.workplace.append_metrics(record)
         self._reporter.validation(self.name, record)
 
@@ -176,14 +220,3 @@ def trainable(model: AnyModel) -> dict[str, nn.Parameter]:
     if not found:
         raise TrainingError("nothing of this model is trainable: it was frozen; load it again, then add_adapter")
     return found
-
-
-def _what_to_measure(config: TrainConfig, validation: Dataset | None, num_steps: int) -> Measuring | None:
-    if validation is None:
-        return None
-    match_count = config.evaluation.exact_match_samples
-    return Measuring(
-        loss_samples=spread_evenly(validation.samples, config.evaluation.loss_samples),
-        match_samples=spread_evenly(validation.samples, match_count) if match_count else [],
-        every=config.evaluation.interval_steps or max(1, -(-num_steps // 5)),
-    )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from quiver_trainer.config import TrainConfig
@@ -18,7 +19,8 @@ def run_settings(config: TrainConfig, base_fingerprint: str, methods: Sequence[M
     """
     flat = _flatten(config.model_dump(mode="json", exclude={"adapter", *_IRRELEVANT}))
     flat["base"] = base_fingerprint
-    flat["data.train"] = file_sha256(config.data.train)
+    files = [[file_sha256(file.path), file.weight] for file in config.data.train_files]
+    flat["data.train"] = files[0][0] if isinstance(config.data.train, Path) else files
     flat["data.validation"] = None if config.data.validation is None else file_sha256(config.data.validation)
     for i, method in enumerate(methods):
         flat.update({f"adapter.{i}.{key}": value for key, value in method.items()})

@@ -107,6 +107,7 @@ def fit_together(
             if run.failure is not None:
                 results[run.name] = run.failure
                 return
+            run.finish()
             results[run.name] = TrainingResult(*write_result(run, tokenizer))
             run.workplace.remove()
 
@@ -119,6 +120,7 @@ def _prepare(
 ) -> Run | TrainingResult:
     """A run, where there is anything left to do."""
     methods = () if model.adapter is None else model.adapter.configs
+    model.base.recomputes = config.checkpoint_activations
     settings = run_settings(config, model.base.fingerprint, [method.to_dict() for method in methods])
     workplace = Workplace(config.output)
     start = workplace.decide_start(settings, restart=restart)
@@ -139,5 +141,8 @@ def _check_together(jobs: Sequence[tuple[TrainConfig, AnyModel]]) -> None:
         raise ConfigError(f"adapters that are trained together need names of their own, not {', '.join(names)}")
     if len(jobs) > 1 and any(model.adapter is None for _, model in jobs):
         raise ConfigError("full fine-tuning changes the base, so it cannot run beside other trainings of it")
+    draws = any(model.adapter is not None and model.adapter.train().draws for _, model in jobs)
+    if len(jobs) > 1 and draws and any(config.checkpoint_activations for config, _ in jobs):
+        raise ConfigError("checkpoint_activations: not for several adapters at once when any of them has dropout")
     if any(model.base is not jobs[0][1].base for _, model in jobs):
         raise ConfigError("adapters that are trained together must be on one and the same base")

@@ -1,11 +1,12 @@
 """What every base is to those outside: frozen weights with named sites, read from a Hugging Face folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from quiver_peft.base.checkpoint import Cut, fingerprint, load_checkpoint, read_config
 from quiver_peft.base.config import BaseConfig
@@ -25,6 +26,7 @@ class Base(nn.Module):
     fingerprint: identifies the checkpoint it was read from ("" when freshly initialised).
     sublayers: the sites of its attention and feed-forward sub-layers, in order.
     head: None when the embedding is the head too.
+    recomputes: whether what is inside of its layers is computed again for gradients instead of kept.
     spread: how it lies over devices; on one, unless `quiver_peft.parallel` has made it.
     """
 
@@ -39,6 +41,7 @@ class Base(nn.Module):
         self.fingerprint = ""
         self.packed_head: PackedWeight | None = None
         self.spread: Spread = ONE_DEVICE
+        self.recomputes = False
 
     @property
     def config(self) -> BaseConfig:
@@ -49,6 +52,13 @@ class Base(nn.Module):
     def depth(self) -> int:
         """Layers of the deepest stack."""
         return 1 + max(site.layer for site in self.sublayers)
+
+    def layer(self, layer: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+        """What a layer makes of h. [*, D] -> [*, D]."""
+        if self.recomputes and torch.is_grad_enabled():
+            output: Tensor = checkpoint(layer, h, use_reentrant=False)
+            return output
+        return layer(h)
 
     @property
     def head_weight(self) -> Tensor:

@@ -1,6 +1,7 @@
 """The decoder-only base, whole: embedding, layers, head. Llama-style and GPT-2 are choices of its configuration."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -97,5 +98,5 @@ class GPTBase(Base):
         rotary = None if self.rotary is None else self.rotary(positions, h.dtype)
         h = self.spread.split(h)
         for block in self.layers:
-            h = block(h, rotary, attend, seam)
+            h = self.layer(partial(block, rotary=rotary, attend=attend, seam=seam), h)
         return self.spread.join(self.norm(h))

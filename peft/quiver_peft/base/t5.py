@@ -1,6 +1,7 @@
 """The encoder-decoder base, whole: T5 1.0, 1.1 and Flan. The encoder reads a source, the decoder writes from it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -54,6 +55,10 @@ class EncoderBlock(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, layer, stack)
 
+    def forward(self, h: Tensor, attend: Attend, seam: Seam) -> Tensor:
+        """h: [*, D] -> [*, D]."""
+        return self.feed_forward(self.attend(h, attend, seam), seam)
+
     def attend(self, h: Tensor, attend: Attend, seam: Seam) -> Tensor:
         """h: [*, D] -> [*, D]."""
         out = self.attention(self.attention_norm(h), None, attend, seam)
@@ -76,6 +81,10 @@ class DecoderBlock(EncoderBlock):
         super().__init__(config, layer, "decoder")
         self.cross_attention_norm = make_norm(config)
         self.cross_attention = CrossAttention(config, layer)
+
+    def forward(self, h: Tensor, attend: Attend, sources: Sources, seam: Seam) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """h: [*, D] -> [*, D]."""
+        return self.feed_forward(self.attend_to_source(self.attend(h, attend, seam), sources, seam), seam)
 
     def attend_to_source(self, h: Tensor, sources: Sources, seam: Seam) -> Tensor:
         """h: [*, D] -> [*, D]."""
@@ -136,7 +145,7 @@ class T5Base(Base):
         """What the encoder makes of sources. tokens: [*] int64 -> [*, D]."""
         h = self.spread.split(seam.embed(Site.embedding("encoder"), tokens, self.embedding))
         for block in self._encoder_blocks:
-            h = block.feed_forward(block.attend(h, attend, seam), seam)
+            h = self.layer(partial(block, attend=attend, seam=seam), h)
         return self.encoder.norm(h)
 
     def read(self, encoded: Tensor, sources: Sources, seam: Seam = NO_ADAPTERS) -> None:
@@ -148,9 +157,7 @@ class T5Base(Base):
         """Final hidden states of the decoder. tokens: [*] int64, the start token first -> [*, D]."""
         h = self.spread.split(seam.embed(Site.embedding("decoder"), tokens, self.embedding))
         for block in self._decoder_blocks:
-            h = block.attend(h, attend, seam)
-            h = block.attend_to_source(h, sources, seam)
-            h = block.feed_forward(h, seam)
+            h = self.layer(partial(block, attend=attend, sources=sources, seam=seam), h)
         return self.spread.join(self.decoder.norm(h))
 
     def before_head(self, hidden: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from quiver_trainer.data import read_dataset
 from quiver_trainer.demo.desk import write_dataset
 from quiver_trainer.evaluate import exact_match
 from quiver_trainer.recipe import load_recipe
+from quiver_trainer.rows import Encoder
 
 BASE = Path("trainer/demo/base").resolve()
 RECIPE = f"""
@@ -32,7 +33,7 @@ def test_a_soft_prompt_learns_a_task_that_the_base_does_not_know(tmp_path: Path)
     config = load_recipe(tmp_path / "recipe.yaml")
     tokenizer = Tokenizer(BASE)
     path = tmp_path / "data" / "extract" / "held_out.jsonl"
-    held_out = read_dataset(path, tokenizer, eos=0, max_length=None, skip_too_long=False).samples
+    held_out = read_dataset(path, Encoder(tokenizer, 0, 4096, None))
 
     def accuracy(model: AnyModel) -> float:
         model.freeze()

@@ -20,12 +20,12 @@ from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import collate
-from quiver_trainer.data import Row, encode_row
 from quiver_trainer.demo.corpus import corpus_documents
 from quiver_trainer.demo.instructions import instructed_tickets
 from quiver_trainer.demo.muon import Muon
 from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID, write_tokenizer
 from quiver_trainer.evaluate import completion_loss, exact_match
+from quiver_trainer.rows import Encoder, Line
 
 ModelT = TypeVar("ModelT", bound=AnyModel)
 
@@ -147,8 +147,9 @@ def teach_instructions(model: ModelT, tokenizer: Tokenizer, recipe: Recipe, text
 
     Returns the share of the tickets set aside that the model then answers exactly.
     """
-    rows = (Row(prompt, answer, 1) for prompt, answer in instructed_tickets(recipe.seed))
-    samples = (encode_row(row, tokenizer, END_OF_TEXT_ID, Path("instructions")) for row in rows)
+    encoder = Encoder(tokenizer, END_OF_TEXT_ID, model.base.config.vocab_size, None)
+    rows = ({"prompt": prompt, "completion": answer} for prompt, answer in instructed_tickets(recipe.seed))
+    samples = (encoder.samples(Line(row, Path("instructions"), 1))[0] for row in rows)
     set_aside = list(islice(samples, recipe.num_set_aside))
     text_loss_at = text_loss(
         model, token_stream(tokenizer, corpus_documents(recipe.seed, recipe.instructed_characters)), recipe

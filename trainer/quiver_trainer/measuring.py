@@ -1,0 +1,80 @@
+"""What a run is measured on while it trains, and its best weights so far."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from quiver_peft.model import AnyModel
+from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.batches import BatchLimits
+from quiver_trainer.config import EvaluationSection
+from quiver_trainer.data import Dataset, spread_evenly
+from quiver_trainer.evaluate import generated_metrics, validation_metrics
+from quiver_trainer.files import write_atomically
+from quiver_trainer.progress import Progress, ValidationRecord
+from quiver_trainer.span_corruption import Mender
+
+
+class Measuring:
+    """Validation samples. every: steps from one measurement to the next."""
+
+    def __init__(
+        self,
+        settings: EvaluationSection,
+        data: Dataset,
+        mender: Mender | None,
+        limits: BatchLimits,
+        num_steps: int,
+    ) -> None:
+        mended = [sample if mender is None else mender(sample, i, 0) for i, sample in enumerate(data)]
+        self.loss_samples = spread_evenly(mended, settings.loss_samples)
+        count = settings.exact_match_samples
+        self.match_samples = spread_evenly(mended, count) if count else []
+        self.every = settings.interval_steps or max(1, -(-num_steps // 5))
+        self._max_new_tokens = settings.max_new_tokens
+        self._overlap = settings.overlap
+        self._limits = limits
+
+    def measure(self, model: AnyModel, tokenizer: Tokenizer, progress: Progress) -> ValidationRecord:
+        """How good the model is now."""
+        started = time.perf_counter()
+        metrics = validation_metrics(model, self.loss_samples, self._limits)
+        generated = None
+        if self.match_samples:
+            generated = generated_metrics(
+                model, tokenizer, self.match_samples, self._max_new_tokens, overlap=self._overlap
+            )
+        progress.seconds += time.perf_counter() - started
+        return ValidationRecord(
+            progress.step,
+            progress.tokens,
+            round(progress.seconds, 3),
+            metrics.loss,
+            None if generated is None else generated.exact_match,
+            metrics.token_accuracy,
+            None if generated is None else generated.rouge_l,
+            None if generated is None else generated.bleu,
+        )
+
+
+class BestWeights:
+    """The trained parameters at the lowest validation loss, in a file: an interrupted run still knows them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def keep(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """These are the best so far."""
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+        write_atomically(self._path, save_tensors(tensors))
+
+    @torch.no_grad()
+    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Make the model what it was then."""
+        for name, tensor in load_file(self._path).items():
+            parameters[name].copy_(tensor)

@@ -1,0 +1,137 @@
+"""JSONL rows, read strictly: what each kind of row says, and the token ids that a model learns from it.
+
+{"prompt": "...", "completion": "..."}                     the completion is learnt
+{"prompt_tokens": [1, 2], "completion_tokens": [3]}        the same as token ids, taken as they are
+{"text": "..."}                                            all of it is learnt: continued pre-training
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.errors import DataError
+
+EXAMPLE = '{"prompt": "...", "completion": "..."}'
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a model learns from: token ids, of which the first `num_prompt_tokens` are given and the rest learnt.
+
+    num_prompt_tokens: 0 for a text that an encoder-decoder is to mend.
+    """
+
+    tokens: list[int]
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row as it stands in its file. number: from 1."""
+
+    value: dict[str, Any]
+    path: Path
+    number: int
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.path}:{self.number}"
+
+    def text(self, key: str) -> str:
+        """A text that is there and not empty. Raises DataError."""
+        if key not in self.value:
+            known = ", ".join(sorted(self.value)) or "none"
+            raise DataError(f"{self.where}: the key {key!r} is missing; keys here: {known}")
+        text = self.value[key]
+        if not isinstance(text, str):
+            raise DataError(f"{self.where}: {key!r} must be text, not {_shorten(text)}")
+        if not text.strip():
+            raise DataError(f"{self.where}: {key!r} is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{self.where}: {key!r} holds half of a surrogate pair, which is no character") from None
+        return text
+
+    def token_ids(self, key: str, vocab_size: int) -> list[int]:
+        """A list of ids of the vocabulary, at least one. Raises DataError."""
+        ids = self.value.get(key)
+        if not isinstance(ids, list) or not ids:
+            raise DataError(f"{self.where}: {key!r} must be a list of token ids, not {_shorten(ids)}")
+        for token in cast(list[Any], ids):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise DataError(f"{self.where}: {key!r}: must be ids from 0 to {vocab_size - 1}, not {token!r}")
+        return cast(list[int], ids)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Every row of a file, one at a time; blank lines are passed over. Raises DataError with file and line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                if line.strip():
+                    yield Line(_parse(line, f"{path}:{number}"), path, number)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Rows as samples. eos: ends what is learnt. max_length: most tokens of a sample, None: no limit.
+
+    mends_texts: whether a text is one that an encoder-decoder mends, not one that a decoder continues.
+    """
+
+    tokenizer: Tokenizer
+    eos: int
+    vocab_size: int
+    max_length: int | None
+    mends_texts: bool = False
+
+    def samples(self, line: Line) -> list[Sample]:
+        """Of one row; a text longer than `max_length` gives several. Raises DataError."""
+        if "text" in line.value:
+            return self._pieces(line)
+        if "prompt_tokens" in line.value or "completion_tokens" in line.value:
+            prompt = line.token_ids("prompt_tokens", self.vocab_size)
+            completion = line.token_ids("completion_tokens", self.vocab_size)
+            return [Sample([*prompt, *completion], len(prompt))]
+        text = line.text("prompt")
+        prompt = self.tokenizer.encode(text)
+        if not prompt:
+            raise DataError(f"{line.where}: the tokenizer finds no tokens in the prompt {_shorten(text)}")
+        completion = self.tokenizer.encode(line.text("completion"), add_special_tokens=False)
+        return [Sample([*prompt, *completion, self.eos], len(prompt))]
+
+    def _pieces(self, line: Line) -> list[Sample]:
+        tokens = self.tokenizer.encode(line.text("text"), add_special_tokens=not self.mends_texts)
+        if not self.mends_texts:
+            tokens.append(self.eos)
+        size = self.max_length or len(tokens)
+        pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        # One token alone teaches nothing.
+        return [Sample(piece, 0 if self.mends_texts else 1) for piece in pieces if len(piece) > 1]
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start} of the line") from None
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}; each line must be an object such as {EXAMPLE}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: must be an object such as {EXAMPLE}, not {_shorten(value)}")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _shorten(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
