@@ -9,9 +9,14 @@ from server.driver import Driver
 from server.sequences import sequence
 from tiny import hf_lora, random_tokens, tiny_gpt2, tiny_llama, tiny_t5
 
+from quiver_peft import CanonicalAdaptersPEFTConfig, IA3PEFTConfig, PtuningPEFTConfig
+from quiver_peft.adapters.adapter import Adapter
 from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.configs import PEFTConfig
+from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
+from quiver_peft.base.t5 import T5Base
 from quiver_peft.kernels.native.library import library
 from quiver_server.request import Sequence
 
@@ -27,13 +32,14 @@ def needs_kernels() -> None:
 class Answers:
     """Runs the same requests through an engine and keeps every step's logits."""
 
-    def __init__(self, folder: Path, adapters: list[Path], *, with_programs: bool) -> None:
+    def __init__(self, folder: Path, adapters: list[AdapterWeights], *, with_programs: bool) -> None:
         base = load_base(folder)
         pack(base)
         self.driver = Driver(base, num_blocks=200, max_step_tokens=24)
         if not with_programs:
             self.driver.runner._programs = None  # pyright: ignore[reportPrivateUsage]
-        self.slots = [0, *(self.driver.banks.insert(read_adapter(path, base)) or 0 for path in adapters)]
+        self.slots = [0, *(self.driver.banks.insert(weights) or 0 for weights in adapters)]
+        self.num_virtual = [0, *(weights.num_virtual_tokens for weights in adapters)]
         self.logits: list[torch.Tensor] = []
         run = self.driver.runner.run
 
@@ -50,27 +56,44 @@ class Answers:
         for i, slot in enumerate(slots):
             ids = random_tokens(1 + 7 * i, seed=seed + i).tolist()
             item = sequence([0] if self.is_t5 else ids, self.slots[slot], params={"max_new_tokens": 3 + 2 * i})
+            item.num_virtual_tokens = self.num_virtual[slot]
             if self.is_t5:
                 item.source = ids
             items.append(item)
         return self.driver.run(items)
 
 
+def all_methods(folder: Path) -> list[AdapterWeights]:
+    """LoRA of several ranks, IA3, canonical adapters, and virtual tokens where they stand in the decoder's rows."""
+    base = load_base(folder)
+    loras: list[AdapterWeights] = []
+    for rank in RANKS:
+        path = folder.parent / str(rank)
+        hf_lora(folder, path, rank=rank, targets="all-linear", seed=rank)
+        loras.append(read_adapter(path, base))
+    configs: list[PEFTConfig] = [IA3PEFTConfig(), CanonicalAdaptersPEFTConfig(adapter_dim=6, norm_position="post")]
+    if not isinstance(base, T5Base):
+        configs.append(PtuningPEFTConfig(virtual_tokens=3))
+    made = [Adapter.create(base, [config]) for config in configs]
+    for adapter in made:
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return [*loras, *(adapter.eval().weights(base) for adapter in made)]
+
+
 @pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2, tiny_t5])
 def test_the_same_bits(make_model: Callable[[Path], object], tmp_path: Path) -> None:
     folder = tmp_path / "base"
     make_model(folder)
-    adapters = [tmp_path / str(rank) for rank in RANKS]
-    for rank, path in zip(RANKS, adapters, strict=True):
-        hf_lora(folder, path, rank=rank, targets="all-linear", seed=rank)
+    adapters = all_methods(folder)
     fast, plain = (Answers(folder, adapters, with_programs=value) for value in (True, False))
-    for batch, slots in enumerate(([0], [1], [0, 1, 2, 3, 1], [0, 0], [3, 2, 2], [0, 1, 2, 3, 1])):
+    everyone = list(range(len(adapters) + 1))
+    for batch, slots in enumerate(([0], [1], [0, 1, 2, 3, 1], [0, 0], [3, 2, 2], [4, 4, 5], everyone, everyone)):
         assert fast.ask(slots, seed=10 * batch) == plain.ask(slots, seed=10 * batch)
     # An adapter goes, and another takes its memory.
     for answers in (fast, plain):
         answers.driver.banks.remove(answers.slots[2])
-        base = answers.driver.runner._base  # pyright: ignore[reportPrivateUsage]
-        answers.slots[2] = answers.driver.banks.insert(read_adapter(adapters[2], base)) or 0
+        answers.slots[2] = answers.driver.banks.insert(adapters[2]) or 0
     assert fast.ask([2, 1, 3], seed=50) == plain.ask([2, 1, 3], seed=50)
     assert len(fast.logits) == len(plain.logits)
     for ours, theirs in zip(fast.logits, plain.logits, strict=True):

@@ -148,7 +148,7 @@ class AdapterBanks:
         self, used: Sequence[tuple[RowGroup, _Resident]], rows: Sequence[tuple[VirtualRows, Placed]]
     ) -> Seam:
         native = [(group.start, group.end, it.record) for group, it in used if it.record is not None]
-        if len(native) < len(used) or torch.is_grad_enabled():
+        if len(native) < len(used):
             return BankSeam([(group, it.placed) for group, it in used], rows)
         return NativeSeam(native, self._sites, BankSeam((), rows) if rows else None)
 

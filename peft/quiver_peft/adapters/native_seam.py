@@ -1,7 +1,8 @@
 """The seam of one mixed batch for the compiled kernels: a call or two at a site, however many adapters act there."""
 
+import operator
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -9,36 +10,58 @@ from torch import Tensor, nn
 from quiver_peft.adapters.bank_seam import BankSeam
 from quiver_peft.adapters.placing import Placed
 from quiver_peft.base.sites import NO_ADAPTERS, Linear, Site
+from quiver_peft.kernels.grouped_bottleneck import add_bottleneck_of_groups_, bottleneck_descriptor
 from quiver_peft.kernels.grouped_lora import add_lora_of_groups_
+from quiver_peft.kernels.grouped_scale import scale_descriptor, scale_inputs_of_groups, scale_outputs_of_groups_
 from quiver_peft.kernels.native.groups import Groups, RowsOf, SiteRecords
 
-
-class NativeRecord(NamedTuple):
-    """What the kernels are told of one adapter, and at which sites it acts: bit i of a number is site i."""
-
-    sites: SiteRecords
-    lora: int
+# Kinds of records, of which a site has one each.
+_LORA, _SCALE, _BOTTLENECK, _KINDS = range(4)
 
 
 class Acts(NamedTuple):
-    """At which sites any adapter of a batch acts, as in `NativeRecord`."""
+    """At which sites something is done, by method: bit i of a number is site i."""
 
-    lora: int
+    lora: int = 0
+    in_scales: int = 0
+    out_scales: int = 0
+    bottlenecks: int = 0
+
+
+class NativeRecord(NamedTuple):
+    """What the kernels are told of one adapter, and where it acts."""
+
+    sites: SiteRecords
+    acts: Acts
 
 
 def native_record(placed: Placed, numbers: dict[str, int]) -> NativeRecord | None:
     """numbers: of the sites; new ones are added. None for an adapter that the kernels cannot take."""
-    if placed.scales or placed.bottlenecks:
+    found: dict[int, array[int] | None] = {}
+
+    def add(site: str, kind: int, record: "array[int] | None") -> None:
+        found[numbers.setdefault(site, len(numbers)) * _KINDS + kind] = record
+
+    for site, lora in placed.lora.items():
+        add(site, _LORA, lora.descriptor)
+    for site, scale in placed.scales.items():
+        add(site, _SCALE, scale_descriptor(scale))
+    for site, bottleneck in placed.bottlenecks.items():
+        add(site, _BOTTLENECK, bottleneck_descriptor(bottleneck))
+    records = {number: record for number, record in found.items() if record is not None}
+    if len(records) < len(found):
         return None
-    records: dict[int, array[int]] = {}
-    lora = 0
-    for site, at_site in placed.lora.items():
-        number = numbers.setdefault(site, len(numbers))
-        if at_site.descriptor is None:
-            return None
-        records[number] = at_site.descriptor
-        lora |= 1 << number
-    return NativeRecord(SiteRecords.of(records), lora)
+    acts = Acts(
+        _bits(numbers[site] for site in placed.lora),
+        _bits(numbers[site] for site, scale in placed.scales.items() if scale.in_scale is not None),
+        _bits(numbers[site] for site, scale in placed.scales.items() if scale.out),
+        _bits(numbers[site] for site in placed.bottlenecks),
+    )
+    return NativeRecord(SiteRecords.of(records), acts)
+
+
+def _bits(numbers: Iterable[int]) -> int:
+    return sum(1 << number for number in numbers)
 
 
 class NativeSeam:
@@ -54,10 +77,9 @@ class NativeSeam:
         self._groups = Groups([RowsOf(start, end, record.sites) for start, end, record in used])
         self._numbers = numbers
         self._virtual = virtual
-        lora = 0
+        self.acts = Acts()
         for _, _, record in used:
-            lora |= record.lora
-        self.acts = Acts(lora)
+            self.acts = Acts(*map(operator.or_, self.acts, record.acts))
 
     @property
     def address(self) -> int:
@@ -81,12 +103,21 @@ class NativeSeam:
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
         """x: [T, K] -> [T, N]."""
-        number = self._numbers.get(linear.site.name, -1)
+        number, acts, groups = self._numbers.get(linear.site.name), self.acts, self._groups
+        if number is None:
+            return linear(x)
+        if acts.in_scales >> number & 1:
+            x = scale_inputs_of_groups(x, groups, number * _KINDS + _SCALE)
         y = linear(x)
-        if number >= 0 and self.acts.lora >> number & 1:
-            add_lora_of_groups_(y, x, self._groups, number)
+        if acts.lora >> number & 1:
+            add_lora_of_groups_(y, x, groups, number * _KINDS + _LORA)
+        if acts.out_scales >> number & 1:
+            scale_outputs_of_groups_(y, groups, number * _KINDS + _SCALE)
         return y
 
     def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
         """out, residual: [T, D] -> [T, D]."""
+        number = self._numbers.get(site.name)
+        if number is not None and self.acts.bottlenecks >> number & 1:
+            add_bottleneck_of_groups_(out, residual, self._groups, number * _KINDS + _BOTTLENECK)
         return out

@@ -1,11 +1,16 @@
 """Bottleneck adapters of many owners on one packed batch: rows are grouped by adapter, weights read where they lie."""
 
+import struct
+from array import array
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from quiver_peft.kernels.native.groups import Groups
+from quiver_peft.kernels.native.library import library_for
 
 NORM_EPS = 1e-5
 
@@ -33,6 +38,32 @@ class BottleneckAtSite(NamedTuple):
     scale: float
     source: Source
     out_bias: Tensor | None = None
+
+
+# As the compiled kernel numbers them.
+_NATIVE_NORMS: dict[NormPosition | None, int] = {None: 0, "pre": 1, "post": 2}
+_NATIVE_ACTIVATIONS: dict[Activation, int] = {"swish": 0, "relu": 1, "gelu_tanh": 3}
+_NATIVE_SOURCES: dict[Source, int] = {"output": 0, "output_before_bias": 1, "sum": 2, "residual": 3}
+
+
+def bottleneck_descriptor(bottleneck: BottleneckAtSite) -> "array[int] | None":
+    """The same for the compiled kernel, struct Bottleneck of bottleneck.cpp; None for what it cannot take."""
+    tensors = (
+        bottleneck.down,
+        bottleneck.up,
+        bottleneck.down_bias,
+        bottleneck.up_bias,
+        bottleneck.norm_weight,
+        bottleneck.norm_bias,
+        bottleneck.out_bias,
+    )
+    activation = _NATIVE_ACTIVATIONS.get(bottleneck.activation)
+    if activation is None or not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        return None
+    numbers = (_NATIVE_NORMS[bottleneck.norm_position], activation, _NATIVE_SOURCES[bottleneck.source])
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    (floats,) = struct.unpack("q", struct.pack("ff", bottleneck.scale, NORM_EPS))
+    return array("q", (len(bottleneck.down), *addresses, *numbers, floats))
 
 
 class BottleneckSegment(NamedTuple):
@@ -64,6 +95,13 @@ def add_grouped_bottleneck_(out: Tensor, residual: Tensor, segments: Sequence[Bo
     for segment in segments:
         rows = slice(segment.start, segment.end)
         out[rows] += bottleneck_delta(segment.bottleneck, out[rows], residual[rows])
+
+
+def add_bottleneck_of_groups_(out: Tensor, residual: Tensor, groups: Groups, site: int) -> None:
+    """The same by the compiled kernel, for the adapters of `groups` after a sub-layer, by its number."""
+    native = library_for(out, residual)
+    assert native is not None and out.is_contiguous() and residual.is_contiguous()
+    native.add_bottleneck(out.data_ptr(), residual.data_ptr(), out.shape[1], groups.address, site)
 
 
 def _activate(kind: Activation, x: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """Learned scales of many adapters on one packed batch: IA3's vectors and DoRA's gates, rows grouped by adapter."""
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from quiver_peft.kernels.native.groups import Groups
+from quiver_peft.kernels.native.library import library_for
 
 
 class OutputScale(NamedTuple):
@@ -20,6 +24,19 @@ class ScaleAtSite(NamedTuple):
 
     in_scale: Tensor | None
     out: tuple[OutputScale, ...]
+
+
+def scale_descriptor(scale: ScaleAtSite) -> "array[int] | None":
+    """The same for the compiled kernel, struct Scale of scale.cpp; None when a vector has gaps."""
+    vectors = [scale.in_scale, *(vector for out in scale.out for vector in (out.scale, out.shift))]
+    words = [_address(scale.in_scale), len(scale.out)]
+    for out in scale.out:
+        words += [out.start, out.end, _address(out.scale), _address(out.shift)]
+    return array("q", words) if all(vector is None or vector.is_contiguous() for vector in vectors) else None
+
+
+def _address(vector: Tensor | None) -> int:
+    return 0 if vector is None else vector.data_ptr()
 
 
 class ScaleSegment(NamedTuple):
@@ -49,3 +66,19 @@ def scale_outputs_(y: Tensor, segments: Sequence[ScaleSegment]) -> None:
             outputs = rows[:, out.start : out.end].mul_(out.scale)
             if out.shift is not None:
                 outputs += out.shift
+
+
+def scale_inputs_of_groups(x: Tensor, groups: Groups, site: int) -> Tensor:
+    """As `scale_inputs` by the compiled kernel, for the adapters of `groups` at a site, by its number."""
+    native = library_for(x)
+    assert native is not None and x.stride(1) == 1
+    out = native.empty(x.shape)
+    native.scale_inputs(x.data_ptr(), x.stride(0), out.data_ptr(), len(x), x.shape[1], groups.address, site)
+    return out
+
+
+def scale_outputs_of_groups_(y: Tensor, groups: Groups, site: int) -> None:
+    """As `scale_outputs_`, likewise."""
+    native = library_for(y)
+    assert native is not None and y.stride(1) == 1
+    native.scale_outputs(y.data_ptr(), y.stride(0), groups.address, site)

@@ -21,6 +21,7 @@ from quiver_peft import (
 from quiver_peft.adapters.bank_seam import BankSeam, RowGroup, VirtualRows
 from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
 from quiver_peft.adapters.device_seam import DeviceSeam
+from quiver_peft.adapters.native_seam import NativeSeam
 from quiver_peft.adapters.slot_tables import SlotTables
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
@@ -113,7 +114,7 @@ def test_every_method_in_one_batch(family: str, model_folders: dict[str, Path], 
     bench = Bench(model_folders[family], device)
     groups, virtual = bench.groups()
     fast, plain = bench.fast.seam(groups, virtual), bench.plain.seam(groups, virtual)
-    assert isinstance(fast, DeviceSeam) and isinstance(plain, BankSeam)
+    assert isinstance(fast, DeviceSeam) and isinstance(plain, BankSeam | NativeSeam)
     bare = bench.run(bench.plain.seam([RowGroup(BASE_SLOT, 0, len(bench.tokens))]))
     found, expected = bench.run(fast), bench.run(plain)
     for start, end in ((group.start, group.end) for group in groups[1:]):

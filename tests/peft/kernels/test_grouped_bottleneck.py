@@ -9,9 +9,13 @@ from torch import Tensor
 from quiver_peft.kernels.grouped_bottleneck import (
     BottleneckAtSite,
     BottleneckSegment,
+    add_bottleneck_of_groups_,
     add_grouped_bottleneck_,
     bottleneck_delta,
+    bottleneck_descriptor,
 )
+from quiver_peft.kernels.native.groups import Groups, RowsOf, SiteRecords
+from quiver_peft.kernels.native.library import Library
 
 HIDDEN = 8
 
@@ -103,3 +107,35 @@ def test_each_row_meets_its_own() -> None:
             assert torch.equal(out[row], before[row])
         else:
             torch.testing.assert_close(out[row], before[row] + by_hand(owner, before[row], residual[row]))
+
+
+@pytest.mark.parametrize("norm_position", [None, "pre", "post"])
+@pytest.mark.parametrize("source", ["output", "output_before_bias", "sum", "residual"])
+@pytest.mark.parametrize("activation", ["swish", "relu", "gelu_tanh"])
+def test_the_compiled_kernel_and_the_plain_form(
+    norm_position: str | None, source: str, activation: str, native: Library
+) -> None:
+    """Widths that fill no register, with biases and without; more rows than one task takes; the same bits alone."""
+    choices: dict[str, Any] = {"norm_position": norm_position, "source": source, "activation": activation, "scale": 0.7}
+    if source == "output_before_bias":
+        choices["out_bias"] = torch.randn(HIDDEN)
+    pair = make(5, bias=True, **choices), make(33, **choices)
+    records = [bottleneck_descriptor(item) for item in pair]
+    assert records[0] is not None and records[1] is not None
+    rows = [(1, 2, 0), (3, 40, 1), (40, 44, 0)]
+    groups = [RowsOf(start, end, SiteRecords.of({1: records[i] or records[0]})) for start, end, i in rows]
+    out, residual = torch.randn(45, HIDDEN), torch.randn(45, HIDDEN)
+    expected, found = out.clone(), out.clone()
+    add_grouped_bottleneck_(expected, residual, [BottleneckSegment(start, end, pair[i]) for start, end, i in rows])
+    add_bottleneck_of_groups_(found, residual, Groups(groups), 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[[0, 2, 44]], out[[0, 2, 44]]), "the base's rows"
+    alone = out.clone()
+    add_bottleneck_of_groups_(alone, residual, Groups([groups[1]._replace(start=39)]), 1)
+    assert torch.equal(alone[39], found[39])
+
+
+def test_what_the_compiled_kernel_cannot_take() -> None:
+    assert bottleneck_descriptor(make(4, activation="gelu")) is None
+    plain = make(4)
+    assert bottleneck_descriptor(plain._replace(down=torch.randn(HIDDEN, 4).T)) is None

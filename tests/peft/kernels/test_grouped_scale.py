@@ -1,8 +1,20 @@
 """Grouped scales against one row at a time."""
 
+import pytest
 import torch
 
-from quiver_peft.kernels.grouped_scale import OutputScale, ScaleAtSite, ScaleSegment, scale_inputs, scale_outputs_
+from quiver_peft.kernels.grouped_scale import (
+    OutputScale,
+    ScaleAtSite,
+    ScaleSegment,
+    scale_descriptor,
+    scale_inputs,
+    scale_inputs_of_groups,
+    scale_outputs_,
+    scale_outputs_of_groups_,
+)
+from quiver_peft.kernels.native.groups import Groups, RowsOf, SiteRecords
+from quiver_peft.kernels.native.library import Library
 
 
 def make_segments() -> list[ScaleSegment]:
@@ -46,3 +58,32 @@ def test_outputs_in_order_and_nothing_else() -> None:
     scale_outputs_(y, segments)
     torch.testing.assert_close(y, expected)
     assert torch.equal(y[untouched], kept)
+
+
+@pytest.mark.parametrize("width", [6, 16, 100])
+def test_the_compiled_kernels_and_the_plain_forms(width: int, native: Library) -> None:
+    """Whole batches of one adapter's rows, rows of the base between, one adapter without a scale on its input."""
+    outs = (OutputScale(0, width, torch.randn(width), torch.randn(width)), OutputScale(4, 6, torch.randn(2), None))
+    both, only_outs = ScaleAtSite(torch.randn(width), outs), ScaleAtSite(None, outs[:1])
+    only_ins = ScaleAtSite(torch.randn(width), ())
+    segments = [ScaleSegment(1, 3, both), ScaleSegment(4, 5, only_outs), ScaleSegment(5, 70, only_ins)]
+    groups: list[RowsOf] = []
+    for start, end, scale in segments:
+        record = scale_descriptor(scale)
+        assert record is not None
+        groups.append(RowsOf(start, end, SiteRecords.of({3: record})))
+    groups.append(RowsOf(70, 71, SiteRecords.of({})))
+    fused = torch.randn(72, 2 * width)
+    x, y = fused[:, :width], fused[:, width:].clone()
+    assert torch.equal(scale_inputs_of_groups(x, Groups(groups), 3), scale_inputs(x, segments))
+    assert torch.equal(scale_inputs_of_groups(x, Groups(groups), 4), x), "nobody acts there"
+    expected = y.clone()
+    scale_outputs_(expected, segments)
+    scale_outputs_of_groups_(y, Groups(groups), 3)
+    torch.testing.assert_close(y, expected)  # the compiler fuses the product and the sum
+    assert torch.equal(y[[0, 3, 70, 71]], expected[[0, 3, 70, 71]])
+
+
+def test_vectors_with_gaps_are_not_for_the_compiled_kernels() -> None:
+    assert scale_descriptor(ScaleAtSite(torch.randn(12)[::2], ())) is None
+    assert scale_descriptor(ScaleAtSite(None, (OutputScale(0, 3, torch.randn(3), torch.randn(6)[::2]),))) is None

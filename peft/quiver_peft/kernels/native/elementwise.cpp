@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "kernels.h"
-#include "lanes.h"
 #include "pool.h"
+#include "rows.h"
 
 namespace {
 
@@ -17,36 +17,6 @@ void for_rows(int64_t rows, int64_t width, const Body& body) {
     parallel((rows + per_task - 1) / per_task, [&](int64_t task) {
         for (int64_t r = task * per_task; r < std::min(rows, (task + 1) * per_task); r++) body(r);
     });
-}
-
-// The sum of what `step` makes of each element, in an order that depends on the width alone.
-template <typename Step>
-inline float sum_over(const float* x, int64_t width, const Step& step) {
-    Lanes sums[4] = {zero(), zero(), zero(), zero()};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= width; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) sums[j] = step(load(x + i + j * LANES), sums[j]);
-    for (; i < width; i += LANES)
-        sums[0] = step(load_first(x + i, std::min<int64_t>(LANES, width - i)), sums[0]);
-    return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-}
-
-inline Lanes sigmoid(Lanes x) { return div(all(1.0f), add(all(1.0f), exponential(sub(zero(), x)))); }
-
-template <int kind>
-inline Lanes activate(Lanes x) {
-    if constexpr (kind == 0) return mul(x, sigmoid(x));
-    if constexpr (kind == 1) return max(x, zero());
-    if constexpr (kind == 2) {
-        Lanes positive = max(x, zero());
-        return mul(positive, positive);
-    }
-    if constexpr (kind == 3) {
-        // x (1 + tanh u) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        Lanes cubic = fma(mul(mul(x, x), x), all(0.044715f), x);
-        return mul(x, sigmoid(mul(all(1.5957691216f), cubic)));
-    }
-    return x;
 }
 
 template <int kind>
@@ -88,21 +58,7 @@ extern "C" void quiver_rms_norm(const float* x, int64_t ldx, const float* weight
 extern "C" void quiver_layer_norm(const float* x, const float* weight, const float* bias, float weight_offset,
                                   float eps, float* out, int64_t rows, int64_t width) {
     for_rows(rows, width, [&](int64_t r) {
-        const float* from = x + r * width;
-        float* to = out + r * width;
-        float mean = sum_over(from, width, [](Lanes v, Lanes so_far) { return add(v, so_far); }) / width;
-        for (int64_t i = 0; i < width; i += LANES) {
-            int left = std::min<int64_t>(LANES, width - i);
-            store_first(to + i, sub(load_first(from + i, left), all(mean)), left);
-        }
-        float variance = sum_over(to, width, [](Lanes v, Lanes so_far) { return fma(v, v, so_far); }) / width;
-        Lanes factor = all(1.0f / std::sqrt(variance + eps));
-        for (int64_t i = 0; i < width; i += LANES) {
-            int left = std::min<int64_t>(LANES, width - i);
-            Lanes scale = mul(factor, add(load_first(weight + i, left), all(weight_offset)));
-            Lanes shift = bias ? load_first(bias + i, left) : zero();
-            store_first(to + i, fma(load_first(to + i, left), scale, shift), left);
-        }
+        layer_norm_row(x + r * width, weight, bias, weight_offset, eps, out + r * width, width);
     });
 }
 

@@ -26,4 +26,8 @@ void quiver_rotary(const int64_t* positions, const float* frequencies, float fac
                    int64_t rows, int64_t half);
 void quiver_add(const float* x, const float* y, float* out, int64_t rows, int64_t width);
 void quiver_gather(const float* table, int64_t size, const int64_t* ids, float* out, int64_t rows, int64_t width);
+void quiver_scale_inputs(const float* x, int64_t ldx, float* out, int64_t rows, int64_t k, const Groups* groups,
+                         int64_t site);
+void quiver_scale_outputs(float* y, int64_t ldy, const Groups* groups, int64_t site);
+void quiver_add_bottleneck(float* out, const float* residual, int64_t width, const Groups* groups, int64_t site);
 }

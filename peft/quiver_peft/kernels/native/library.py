@@ -41,6 +41,9 @@ class Kernels:
         self.rotary = function("rotary", "ppfppni")
         self.add = function("add", "pppni")
         self.gather = function("gather", "pippni")
+        self.scale_inputs = function("scale_inputs", "pipnipi")
+        self.scale_outputs = function("scale_outputs", "pipi")
+        self.add_bottleneck = function("add_bottleneck", "ppipi")
 
 
 class Library(Kernels):

@@ -44,7 +44,8 @@ struct Named {
 #define NAMED(kernel) {#kernel, Unpack<quiver_##kernel>::invoke}
 const Named kernels[] = {
     NAMED(linear),     NAMED(add_lora), NAMED(paged_attention), NAMED(store_rows), NAMED(rms_norm), NAMED(layer_norm),
-    NAMED(activate),   NAMED(rotate),   NAMED(rotary),          NAMED(add),        NAMED(gather),
+    NAMED(activate),   NAMED(rotate),   NAMED(rotary),          NAMED(add),        NAMED(gather),   NAMED(scale_inputs),
+    NAMED(scale_outputs), NAMED(add_bottleneck),
 };
 
 }  // namespace
