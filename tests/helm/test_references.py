@@ -37,6 +37,8 @@ def test_a_workload_selects_its_own_pods_alone(items: list[Object]) -> None:
 def test_services_reach_pods_that_have_their_ports(items: list[Object]) -> None:
     routed = bool(of_kind(items, "Deployment", "rel-quiver-router"))
     expected = {"rel-quiver": "rel-quiver-router" if routed else "rel-quiver", "rel-quiver-replicas": "rel-quiver"}
+    if "http" in ports(pods(items)["Deployment/rel-quiver"]):
+        expected["rel-quiver-http"] = "rel-quiver"
     services = of_kind(items, "Service")
     assert {service["metadata"]["name"] for service in services} == set(expected)
     for service in services:
@@ -134,20 +136,24 @@ def test_the_router_looks_up_the_headless_service(items: list[Object]) -> None:
     assert the(items, "Service", "rel-quiver-replicas")["spec"]["clusterIP"] == "None"
 
 
-def test_an_inference_pool_holds_the_servers_by_a_port_of_theirs(items: list[Object]) -> None:
-    for pool in of_kind(items, "InferencePool"):
-        assert selected(pool["spec"]["selector"]["matchLabels"], items) == ["Deployment/rel-quiver"]
-        (port,) = pool["spec"]["targetPorts"]
-        assert port["number"] == ports(pods(items)["Deployment/rel-quiver"])["grpc"]
-
-
-def test_the_endpoint_picker_is_given_plugins_that_it_defines(items: list[Object]) -> None:
-    for config in of_kind(items, "ConfigMap", "rel-quiver-picker"):
-        picker = yaml.safe_load(config["data"]["plugins.yaml"])
-        defined = [plugin["type"] for plugin in picker["plugins"]]
-        (profile,) = picker["schedulingProfiles"]
-        used = [plugin["pluginRef"] for plugin in profile["plugins"]] + [picker["parser"]["pluginRef"]]
-        assert sorted(used) == sorted(defined)
+@pytest.mark.parametrize(
+    ("protocol", "app", "parser"), [("grpc", "kubernetes.io/h2c", "passthrough"), ("http", "http", "openai")]
+)
+def test_an_inference_pool_and_its_picker_speak_to_a_port_of_the_servers(
+    settings: str, protocol: str, app: str, parser: str
+) -> None:
+    if settings != "gateway":
+        return
+    items = objects(render_text(*SETTINGS[settings], "--set", f"inferencePool.protocol={protocol}"))
+    pool = the(items, "InferencePool")["spec"]
+    assert selected(pool["selector"]["matchLabels"], items) == ["Deployment/rel-quiver"]
+    assert pool["targetPorts"] == [{"number": ports(pods(items)["Deployment/rel-quiver"])[protocol]}]
+    assert pool["appProtocol"] == app
+    picker = yaml.safe_load(the(items, "ConfigMap", "rel-quiver-picker")["data"]["plugins.yaml"])
+    assert picker["parser"] == {"pluginRef": f"{parser}-parser"}
+    (profile,) = picker["schedulingProfiles"]
+    used = [plugin["pluginRef"] for plugin in profile["plugins"]] + [picker["parser"]["pluginRef"]]
+    assert sorted(used) == sorted(plugin["type"] for plugin in picker["plugins"])
 
 
 def test_threads_are_the_cpus_asked_for(items: list[Object]) -> None:

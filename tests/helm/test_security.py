@@ -121,10 +121,10 @@ def test_behind_a_router_the_servers_answer_only_their_own_release() -> None:
 
 
 def test_behind_an_inference_gateway_its_pods_and_the_picker_reach_the_servers() -> None:
-    for more in ((), ("--set", "router.enabled=true")):
-        spec = policy(objects(render_text(*SETTINGS["gateway"], *more)), "server")
+    for more, port in (("", "http"), ("inferencePool.protocol=grpc", "grpc"), ("router.enabled=true", "http")):
+        spec = policy(objects(render_text(*SETTINGS["gateway"], "--set", more)), "server")
         gateways = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateways"}}}
-        assert sources(spec, "grpc") == [OWN, gateways]
+        assert sources(spec, port) == [OWN, gateways]
         assert sources(spec, "metrics") == [{"podSelector": {"matchLabels": {"app": "picker"}}}]
 
 

@@ -122,6 +122,7 @@ POOL = 'inferencePool={"enabled":true,"pickerName":"p"}'
         (["router.tlsSecret=front"], "need the servers' TLS: set tls.existingSecret"),
         (["inferencePool.enabled=true"], "inferencePool.pickerName: name the endpoint picker's Service"),
         ([POOL], "name it in networkPolicy.metrics"),
+        ([POOL.replace("{", '{"protocol":"http",')], "forwards to ports.http, which is 0"),
         ([POOL, "networkPolicy.enabled=false", "tls.existingSecret=s"], "an InferencePool knows no TLS to its pods"),
         (["tokens.testKey=test"], "tokens.testKey is a key of tokens.existingSecret, which is not set"),
         (["metrics.serviceMonitor.enabled=true"], "name Prometheus in networkPolicy.metrics"),

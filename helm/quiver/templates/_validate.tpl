@@ -30,6 +30,9 @@
   {{- if not $v.inferencePool.pickerName -}}
     {{- fail "inferencePool.pickerName: name the endpoint picker's Service" -}}
   {{- end -}}
+  {{- if and (eq $v.inferencePool.protocol "http") (not $v.ports.http) -}}
+    {{- fail "inferencePool.protocol http forwards to ports.http, which is 0" -}}
+  {{- end -}}
   {{- if $v.tls.existingSecret -}}
     {{- fail "an InferencePool knows no TLS to its pods: inferencePool.enabled and tls.existingSecret exclude each other" -}}
   {{- end -}}
