@@ -41,6 +41,16 @@ class AdapterMemory:
         self._changed = asyncio.Condition()
         self.num_changes = 0  # so that nobody who looks, then waits, misses one
 
+    @property
+    def capacity_bytes(self) -> int:
+        """Of the whole adapter memory."""
+        return self._banks.capacity_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Not in use. Callable from any thread."""
+        return self._banks.free_bytes
+
     def check_size(self, entry: Entry, weights: AdapterWeights) -> None:
         """Refuse for good, and evict nobody for, what could never be placed. Raises AdapterTooLargeError."""
         needed, capacity = self._banks.num_bytes(weights), self._banks.capacity_bytes
@@ -152,7 +162,6 @@ class AdapterMemory:
         if previous is not None:
             self.retire(previous)
         self._entries[slot] = entry
-        self._observe()
         return resident
 
     def _evict(self, entry: Entry) -> None:
@@ -203,8 +212,3 @@ class AdapterMemory:
         assert resident.slot != BASE_SLOT
         self._banks.remove(resident.slot)
         resident.gone.set()
-        self._observe()
-
-    def _observe(self) -> None:
-        self._metrics.resident_adapters.set(len(self._entries))
-        self._metrics.adapter_free_bytes.set(self._banks.free_bytes)

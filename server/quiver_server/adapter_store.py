@@ -35,7 +35,7 @@ class AdapterStore:
 
     def __init__(self, root: Path, banks: AdapterBanks, weights: WeightsCache, metrics: Metrics) -> None:
         self.root = root.resolve()
-        self._weights = weights
+        self.weights = weights
         self._metrics = metrics
         self._entries: dict[str, Entry] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
@@ -44,6 +44,11 @@ class AdapterStore:
     def close(self) -> None:
         """Wait for a load under way and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def known(self) -> tuple[Entry, ...]:
+        """Every adapter that was found so far. Callable from any thread."""
+        return tuple(self._entries.values())
 
     def entries(self) -> list[Entry]:
         """Every adapter known now, in order of ids; new folders are found here."""
@@ -75,7 +80,7 @@ class AdapterStore:
 
     def host_bytes(self, entry: Entry) -> int:
         """Main memory that keeps an adapter's weights for the next time that it is loaded."""
-        return self._weights.bytes_of(entry.folder)
+        return self.weights.bytes_of(entry.folder)
 
     async def acquire(self, name: str) -> Resident:
         """A lease on the adapter of "id" or "id@revision", loading it if need be. Give it back with `release`."""
@@ -176,12 +181,12 @@ class AdapterStore:
     async def _read_and_place(self, entry: Entry) -> Resident:
         started = time.monotonic()
         try:
-            read = asyncio.get_running_loop().run_in_executor(self._thread, self._weights.read, entry.folder)
+            read = asyncio.get_running_loop().run_in_executor(self._thread, self.weights.read, entry.folder)
             weights = await read
         except BaseMismatchError as error:
             raise OtherBaseError(f"adapter {entry.id!r}: {error}", "adapter_id") from None
         except AdapterError as error:
             raise MalformedAdapterError(f"adapter {entry.id!r}: {error}", "adapter_id") from None
         self.memory.check_size(entry, weights)
-        is_kept = self._weights.bytes_of(entry.folder) > 0
+        is_kept = self.weights.bytes_of(entry.folder) > 0
         return await self.memory.place(entry, weights, 0.0 if is_kept else time.monotonic() - started)

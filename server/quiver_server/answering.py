@@ -7,7 +7,7 @@ from typing import TypeVar
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import current_caller
-from quiver_server.call import name_call
+from quiver_server.call import Call, current_call, name_call
 from quiver_server.errors import DrainingError, RequestError
 from quiver_server.generation import Generator, Piece, Session
 from quiver_server.limits import Limits, require
@@ -75,9 +75,35 @@ class Answering:
             raise
         finally:
             await pieces.aclose()  # type: ignore[attr-defined] - an async generator
-            adapter = session.adapter.id if session.adapter is not None else ""
+            _tell(current_call(), session)
             metrics = self._metrics
+            adapter = metrics.adapter_label("" if session.adapter is None else session.adapter.id)
             metrics.requests.labels(adapter, code).inc()
             metrics.prompt_tokens.labels(adapter).inc(session.asked.num_prompt_tokens)
             metrics.cached_prompt_tokens.labels(adapter).inc(session.num_reused_tokens)
             metrics.generated_tokens.labels(adapter).inc(session.num_generated_tokens)
+
+
+def _tell(call: Call, session: Session) -> None:
+    """What a request came to, in the record of its call: counts and names, nothing that was said."""
+    if session.adapter is not None:
+        call.details |= {"adapter": session.adapter.id, "revision": session.adapter.revision}
+    call.details |= {
+        "candidates": session.asked.num_candidates,
+        "prompt_tokens": session.asked.num_prompt_tokens,
+        "cached_tokens": session.num_reused_tokens,
+        "generated_tokens": session.num_generated_tokens,
+    }
+    arrival = session.arrival_seconds
+    call.moments["queued"] = arrival
+    for name, began in (
+        ("adapter_ready", session.leased_seconds),
+        ("prefill", session.started_seconds),
+        ("decode", session.first_token_seconds),
+    ):
+        if began is not None:
+            call.moments[name] = began
+    if session.started_seconds is not None:
+        call.details["queue_seconds"] = round(session.started_seconds - arrival, 6)
+    if session.first_token_seconds is not None:
+        call.details["time_to_first_token_seconds"] = round(session.first_token_seconds - arrival, 6)

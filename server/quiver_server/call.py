@@ -1,38 +1,60 @@
-"""What a call says of itself beside its message: its name in logs and answers, and the trace that it belongs to."""
+"""One call from its first byte to its end: its name, whose it is, what is told of it in logs and traces."""
 
 import secrets
+import time
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quiver.status import shorten
+from quiver_server.errors import RequestError
 from quiver_server.limits import MAX_REQUEST_ID_CHARACTERS, require
 
 REQUEST_ID_KEY = "x-request-id"  # of gRPC's metadata and HTTP's headers, in both directions
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
-    """One call. traceparent, tracestate: as W3C's Trace Context writes them; "" where the client sent none."""
+    """What is known of a call. Nothing in it is secret, nor said by a prompt or an answer.
+
+    method: what was called. traceparent, tracestate: as W3C's Trace Context writes them; "" where the client sent none.
+    caller: the name of its token. code: how it ended, in gRPC's words; reason: why it was refused. details: numbers and
+    names of its request. moments: what began when, on the monotonic clock.
+    """
 
     request_id: str
+    method: str
     traceparent: str = ""
     tracestate: str = ""
+    caller: str = ""
+    code: str = "OK"
+    reason: str = ""
+    details: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
+    moments: dict[str, float] = field(default_factory=dict[str, float])
+    started_seconds: float = field(default_factory=time.monotonic)
+
+    def refuse(self, error: RequestError) -> None:
+        """It ends with this error."""
+        self.code, self.reason = error.code.name, error.reason
 
 
-_NOBODYS = Call("")
-_call: ContextVar[Call] = ContextVar("call", default=_NOBODYS)
+_call: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 def current_call() -> Call:
     """The running call; outside of one, a call without a name."""
-    return _call.get()
+    return _call.get() or Call("", "")
 
 
-def enter_call(headers: Mapping[str, str]) -> None:
-    """A call begins. headers: by lower-case name. Raises InvalidRequestError for an id that breaks the rule."""
-    traced = headers.get("traceparent", ""), headers.get("tracestate", "")
-    _call.set(Call(secrets.token_hex(8), *traced))  # who is refused below has a name too
+def enter_call(method: str, headers: Mapping[str, str]) -> Call:
+    """A call begins. headers: by lower-case name. `name_by_header` follows, which may refuse it."""
+    call = Call(secrets.token_hex(8), method, headers.get("traceparent", ""), headers.get("tracestate", ""))
+    _call.set(call)
+    return call
+
+
+def name_by_header(headers: Mapping[str, str]) -> None:
+    """The running call has the name that its headers give, if they do. Raises InvalidRequestError."""
     if wanted := headers.get(REQUEST_ID_KEY, ""):
         name_call(wanted, REQUEST_ID_KEY)
 
@@ -42,5 +64,4 @@ def name_call(request_id: str, field: str = "request_id") -> None:
     most = MAX_REQUEST_ID_CHARACTERS
     ok = len(request_id) <= most and request_id.isascii() and request_id.isprintable()
     require(ok, field, shorten(repr(request_id), most), f"at most {most} printable ASCII characters")
-    call = current_call()
-    _call.set(Call(request_id, call.traceparent, call.tracestate))
+    current_call().request_id = request_id

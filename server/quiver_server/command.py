@@ -1,12 +1,12 @@
 """The command line of `quiver serve`."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quiver_server.config import ServerConfig
+from quiver_server.log_format import LogFormat, configure_logging
 
 _EPILOG = """
 Example:  quiver serve --base models/llama --adapters adapters/   then   quiver generate --adapter mine 'Hello'
@@ -49,6 +49,10 @@ def _serve(
     grace_seconds: Annotated[float, typer.Option(help="How long SIGTERM lets running requests finish.")] = 30.0,
     prefix_cache: Annotated[bool, typer.Option(help="Share what prompts that begin alike have computed.")] = True,
     max_queue_seconds: Annotated[float, typer.Option(help="Who waited longer to start is refused.", min=0.001)] = 60.0,
+    log_format: Annotated[LogFormat, typer.Option(help="Lines for people or JSON for programs.")] = LogFormat.TEXT,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Where traces go; as OTEL_EXPORTER_OTLP_ENDPOINT, none: nowhere.")
+    ] = None,
     token_file: Annotated[Path | None, typer.Option(help="TOML, [[token]] tables; none: anybody may ask.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM; replaced files are used without a restart.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key of --tls-cert.")] = None,
@@ -58,7 +62,7 @@ def _serve(
     config = ServerConfig(**locals())  # the options are its fields
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
         raise typer.BadParameter("--tls-cert and --tls-key go together, and --tls-client-ca needs both")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(log_format)
     from quiver_server.serve import serve
 
     raise typer.Exit(serve(config))

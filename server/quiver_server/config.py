@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from quiver_server.log_format import LogFormat
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -32,6 +34,8 @@ class ServerConfig:
     max_message_mib: int
     grace_seconds: float
     max_queue_seconds: float
+    log_format: LogFormat
+    otlp_endpoint: str | None
     token_file: Path | None
     tls_cert: Path | None
     tls_key: Path | None

@@ -102,7 +102,6 @@ class Engine:
         scheduler = self._scheduler
         with self._wakeup:
             while not (self._stopping or self._submitted or self._cancelled or scheduler.running or scheduler.waiting):
-                self._metrics.observe_load(scheduler)
                 self._wakeup.wait()
             for sequence in self._submitted:
                 scheduler.add(sequence)
@@ -116,17 +115,20 @@ class Engine:
 
     def step(self) -> None:
         """One pass of the engine."""
+        marks = [time.perf_counter()]
         chunks = self._scheduler.schedule()
         if not chunks:
             return
-        started = time.perf_counter()
+        marks.append(time.perf_counter())
         try:
             batch = prepare_batch(chunks, self._block_size, self._device)
+            marks.append(time.perf_counter())
             logits = self._runner.run(batch)
+            marks.append(time.perf_counter())
             events = self._postprocess(chunks, batch, logits)
         except Exception as error:
             events = self._fail(chunks, error)
-        self._metrics.observe_step(time.perf_counter() - started, self._scheduler)
+        self._metrics.observe_step([*marks, time.perf_counter()])
         self._deliver(events)
 
     def _postprocess(self, chunks: Seq[ScheduledChunk], batch: StepBatch, logits: Tensor) -> Delivery:

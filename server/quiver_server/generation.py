@@ -39,6 +39,7 @@ class Candidate:
     text: TextStream
     gone: asyncio.Event  # set once the engine has let go of the sequence
     ended: bool = False
+    last_token_seconds: float | None = None
 
     def push(self, event: TokenEvent) -> Piece:
         """The piece that an event makes; `ended` afterwards tells whether it was the last."""
@@ -61,6 +62,7 @@ class Session:
         self.asked = asked
         self.adapter: Resident | None = None
         self.arrival_seconds = arrival_seconds
+        self.leased_seconds: float | None = None  # when the adapter was in memory
         self.started_seconds: float | None = None
         self.first_token_seconds: float | None = None
         self.last_token_seconds: float | None = None
@@ -73,19 +75,20 @@ class Session:
         """Rows that the adapter puts before the prompt."""
         return 0 if self.adapter is None else self.adapter.num_virtual_tokens
 
-    def note_token(self, metrics: Metrics) -> None:
-        """A token arrived now; when scoring, a continuation's score."""
+    def note_token(self, candidate: Candidate, metrics: Metrics) -> None:
+        """A token of a candidate arrived now; when scoring, a continuation's score."""
         now = time.monotonic()
         if self.first_token_seconds is None:
             self.first_token_seconds = now
-        if self.asked.continuations:
-            self.last_token_seconds = now
-            return
-        if self.last_token_seconds is None:
-            metrics.time_to_first_token.observe(now - self.arrival_seconds)
-        else:
-            metrics.inter_token.observe(now - self.last_token_seconds)
+            metrics.queue.observe((self.started_seconds or now) - self.arrival_seconds)
+            if not self.asked.continuations:
+                metrics.time_to_first_token.observe(now - self.arrival_seconds)
         self.last_token_seconds = now
+        if self.asked.continuations:
+            return
+        if candidate.last_token_seconds is not None:
+            metrics.inter_token.observe(now - candidate.last_token_seconds)
+        candidate.last_token_seconds = now
         self.num_generated_tokens += 1
         self.note_remaining(self.num_remaining_tokens - 1)
 
@@ -140,6 +143,7 @@ class Generator:
         try:
             if asked.adapter_id:
                 session.adapter = await self._store.acquire(asked.adapter_id)
+                session.leased_seconds = time.monotonic()
                 session.note_remaining(asked.params.max_new_tokens * asked.num_candidates)
                 self._check_room(session)
             queue: asyncio.Queue[tuple[Candidate, TokenEvent]] = asyncio.Queue()
@@ -150,7 +154,7 @@ class Generator:
                     continue  # a token drawn while its stop string was being found
                 if event.error is not None:
                     raise event.error
-                session.note_token(self._metrics)
+                session.note_token(candidate, self._metrics)
                 yield candidate.push(event)
                 if candidate.ended and not candidate.gone.is_set():
                     self._engine.cancel(candidate.sequence)

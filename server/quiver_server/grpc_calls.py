@@ -1,4 +1,4 @@
-"""What every gRPC call goes through before its method: it gets a name, and is asked for its token.
+"""What every gRPC call goes through before its method: it gets a name, is asked for its token, and is recorded.
 
 Health and reflection go through nothing: what probes them has no token.
 """
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from quiver_server.access import Access
-from quiver_server.call import REQUEST_ID_KEY, current_call, enter_call
+from quiver_server.access import Access, current_caller
+from quiver_server.call import REQUEST_ID_KEY, Call, enter_call, name_by_header
+from quiver_server.call_record import CallRecorder
 from quiver_server.errors import RequestError
 from quiver_server.service import refuse
 
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Makes the bearer of a call's token its current caller, or refuses the call. The answer repeats the call's id."""
+    """Makes the bearer of a call's token its current caller, or refuses the call. Each ends in the record."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, recorder: CallRecorder) -> None:
         self._access = access
+        self._recorder = recorder
 
     async def intercept_service(
         self,
@@ -33,36 +35,40 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> "_Handler | None":
         """The method's own handler, or one of the same arity that refuses."""
         handler = await continuation(handler_call_details)
+        method = handler_call_details.method
         # None: there is no such method, which gRPC says itself.
-        if handler is None or handler_call_details.method.startswith(_OPEN):
+        if handler is None or method.startswith(_OPEN):
             return handler
         headers = {key: str(value) for key, value in handler_call_details.invocation_metadata or ()}
+        call = enter_call(method.rpartition("/")[2], headers)
         try:
-            enter_call(headers)
+            name_by_header(headers)
             self._access.enter(headers.get("authorization", ""))
+            call.caller = current_caller().grant.name
         except RequestError as error:
-            return _refusing(handler, error)
-        return _naming(handler)
+            handler = _refusing(handler, error)
+        return self._recorded(handler, call)
 
+    def _recorded(self, handler: "_Handler", call: Call) -> "_Handler":
+        """The same handler; the trailing metadata repeat the call's name, and its end is recorded."""
+        inner: Any = handler
 
-def _naming(handler: "_Handler") -> "_Handler":
-    """The same handler, whose trailing metadata repeat the call's id. `refuse` does so for what it ends."""
-    inner: Any = handler
+        def name(context: "_Context") -> None:
+            context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))  # `refuse` does so for what it ends
 
-    def name(context: "_Context") -> None:
-        context.set_trailing_metadata(((REQUEST_ID_KEY, current_call().request_id),))
+        async def once(request: Any, context: "_Context") -> Any:
+            with self._recorder.recording(call):
+                response = await inner.unary_unary(request, context)
+                name(context)
+            return response
 
-    async def once(request: Any, context: "_Context") -> Any:
-        response = await inner.unary_unary(request, context)
-        name(context)
-        return response
+        async def stream(request: Any, context: "_Context") -> AsyncIterator[Any]:
+            with self._recorder.recording(call):
+                async for response in inner.unary_stream(request, context):
+                    yield response
+                name(context)
 
-    async def stream(request: Any, context: "_Context") -> AsyncIterator[Any]:
-        async for response in inner.unary_stream(request, context):
-            yield response
-        name(context)
-
-    return _like(handler, stream if handler.response_streaming else once)
+        return _like(handler, stream if handler.response_streaming else once)
 
 
 def _refusing(handler: "_Handler", error: RequestError) -> "_Handler":

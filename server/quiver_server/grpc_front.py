@@ -20,6 +20,7 @@ from quiver_server.access import Access
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.admin_services import AdapterService, ModelService
 from quiver_server.answering import Answering
+from quiver_server.call_record import CallRecorder
 from quiver_server.config import ServerConfig
 from quiver_server.grpc_calls import CallInterceptor
 from quiver_server.grpc_faults import FaultInterceptor
@@ -60,13 +61,14 @@ class GrpcFront:
         store: AdapterStore,
         description: model_pb2.GetModelResponse,
         access: Access,
+        recorder: CallRecorder,
     ) -> None:
         message_bytes = config.max_message_mib * _MIB
         sizes = (
             ("grpc.max_receive_message_length", message_bytes),
             ("grpc.max_send_message_length", 4 * message_bytes),
         )
-        interceptors = [CallInterceptor(access), FaultInterceptor()]
+        interceptors = [CallInterceptor(access, recorder), FaultInterceptor()]
         self._server = grpc.aio.server(options=(*_OPTIONS, *sizes), interceptors=interceptors)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(answering), self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(store), self._server)

@@ -1,10 +1,14 @@
-"""What the server tells Prometheus. Labels are bounded: adapter ids are those of the store, codes are gRPC's."""
+"""What the server counts for Prometheus. Labels are bounded: methods, codes and phases are few, adapters are capped."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Sequence
+from itertools import pairwise
 
-from quiver_server.blocks import BlockPool
-from quiver_server.scheduler import Scheduler
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
+STEP_PHASES = ("schedule", "prepare", "run", "sample")
+# Adapters with a label of their own. Those that come later share one: ids can come and go without end.
+MAX_ADAPTER_LABELS = 1000
+OTHER_ADAPTERS = "(other)"  # not a possible id
 _LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -12,10 +16,24 @@ _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 class Metrics:
     """The counters of one server, in a registry of its own."""
 
-    def __init__(self, blocks: BlockPool) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._blocks = blocks
+        self._labelled = {""}  # the base
+        self._make_request_metrics()
+        self._make_adapter_metrics()
         r = self.registry
+        self._step_seconds = Histogram("quiver_step_seconds", "One engine step.", buckets=_STEP_BUCKETS, registry=r)
+        phases = Counter(
+            "quiver_step_phase_seconds",
+            "Time in the phases of engine steps. On a GPU `run` launches and `sample` waits for the results.",
+            ("phase",),
+            registry=r,
+        )
+        self._phases = [phases.labels(phase) for phase in STEP_PHASES]
+
+    def _make_request_metrics(self) -> None:
+        r = self.registry
+        self.calls = Counter("quiver_calls", "Ended calls of every kind.", ("method", "code"), registry=r)
         self.requests = Counter("quiver_requests", "Finished requests.", ("adapter", "code"), registry=r)
         self.prompt_tokens = Counter("quiver_prompt_tokens", "Prompt tokens.", ("adapter",), registry=r)
         self.cached_prompt_tokens = Counter(
@@ -25,31 +43,37 @@ class Metrics:
             registry=r,
         )
         self.generated_tokens = Counter("quiver_generated_tokens", "Generated tokens.", ("adapter",), registry=r)
+        self.queue = Histogram(
+            "quiver_queue_seconds",
+            "Arrival to first step, loading of the adapter included.",
+            buckets=_LATENCY_BUCKETS,
+            registry=r,
+        )
         self.time_to_first_token = Histogram(
             "quiver_time_to_first_token_seconds", "Arrival to first token.", buckets=_LATENCY_BUCKETS, registry=r
         )
         self.inter_token = Histogram(
             "quiver_inter_token_seconds", "Between tokens of one answer.", buckets=_LATENCY_BUCKETS, registry=r
         )
+
+    def _make_adapter_metrics(self) -> None:
+        r = self.registry
         self.adapter_loads = Counter("quiver_adapter_loads", "Adapter loads.", ("result",), registry=r)
         self.adapter_load_seconds = Histogram(
             "quiver_adapter_load_seconds", "Reading and placing one adapter.", buckets=_LATENCY_BUCKETS, registry=r
         )
         self.adapter_evictions = Counter("quiver_adapter_evictions", "Adapters that gave way to others.", registry=r)
-        self.resident_adapters = Gauge("quiver_resident_adapters", "Adapters in memory.", registry=r)
-        self.adapter_free_bytes = Gauge("quiver_adapter_free_bytes", "Adapter memory not in use.", registry=r)
-        self._step_seconds = Histogram("quiver_step_seconds", "One engine step.", buckets=_STEP_BUCKETS, registry=r)
-        self._running = Gauge("quiver_running_sequences", "Sequences in the running batch.", registry=r)
-        self._waiting = Gauge("quiver_waiting_sequences", "Sequences in the engine's queue.", registry=r)
-        self._kv_usage = Gauge("quiver_kv_usage_ratio", "Used share of the key-value cache, 0 to 1.", registry=r)
 
-    def observe_step(self, seconds: float, scheduler: Scheduler) -> None:
-        """One step took `seconds`."""
-        self._step_seconds.observe(seconds)
-        self.observe_load(scheduler)
+    def adapter_label(self, adapter_id: str) -> str:
+        """The label of an adapter that the store has; "" for the base."""
+        if adapter_id not in self._labelled:
+            if len(self._labelled) > MAX_ADAPTER_LABELS:
+                return OTHER_ADAPTERS
+            self._labelled.add(adapter_id)
+        return adapter_id
 
-    def observe_load(self, scheduler: Scheduler) -> None:
-        """How full the engine is now."""
-        self._running.set(len(scheduler.running))
-        self._waiting.set(len(scheduler.waiting))
-        self._kv_usage.set(1 - self._blocks.num_free_blocks / self._blocks.num_blocks)
+    def observe_step(self, marks: Sequence[float]) -> None:
+        """One step: when it began, and when each of its phases ended; one that failed has fewer."""
+        self._step_seconds.observe(marks[-1] - marks[0])
+        for phase, (start, end) in zip(self._phases, pairwise(marks), strict=False):
+            phase.inc(end - start)

@@ -29,15 +29,18 @@ from quiver_server.adapter_store import AdapterStore
 from quiver_server.admission import Admission
 from quiver_server.answering import Answering
 from quiver_server.blocks import BlockPool
+from quiver_server.call_record import CallRecorder
 from quiver_server.config import ServerConfig
 from quiver_server.engine import Delivery, Engine
 from quiver_server.generation import Generator, dispatch
 from quiver_server.grpc_front import GrpcFront
 from quiver_server.limits import Limits
+from quiver_server.load_metrics import LoadMetrics
 from quiver_server.metrics import Metrics
 from quiver_server.pages import serve_pages
 from quiver_server.runner import Runner
 from quiver_server.scheduler import Scheduler
+from quiver_server.tracing import open_tracing
 from quiver_server.weights_cache import WeightsCache
 
 if TYPE_CHECKING:
@@ -122,7 +125,8 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
     tables = SlotTables.where_they_help(base, MAX_RESIDENT_ADAPTERS)
     banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device, tables)
     blocks = BlockPool(num_blocks, BLOCK_TOKENS, share=config.prefix_cache)
-    metrics = Metrics(blocks)
+    metrics = Metrics()
+    scheduler = Scheduler(blocks, config.max_running, config.max_step_tokens)
 
     def deliver(events: Delivery) -> None:
         loop.call_soon_threadsafe(dispatch, events)
@@ -132,7 +136,7 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
 
     engine = Engine(
         Runner(base, banks, kv, config.max_step_tokens),
-        Scheduler(blocks, config.max_running, config.max_step_tokens),
+        scheduler,
         block_size=BLOCK_TOKENS,
         device=weight.device,
         metrics=metrics,
@@ -142,6 +146,8 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
     read = partial(read_adapter, base=base, tokenizer_digest=tokenizer.digest)
     weights = WeightsCache(read, config.adapter_host_memory_mib * _MIB)
     store = AdapterStore(config.adapters, banks, weights, metrics)
+    name = config.base.resolve().name
+    metrics.registry.register(LoadMetrics(name, scheduler, blocks, store, MAX_RESIDENT_ADAPTERS))
     limits = _limits(config, base, tokenizer, num_blocks * BLOCK_TOKENS)
     generator = Generator(
         engine,
@@ -201,9 +207,11 @@ async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokeni
     ending = _Ending(asyncio.Event())
     parts = _build(config, base, tokenizer, ending)
     access = Access(config.token_file)
+    tracing = open_tracing(config.otlp_endpoint)
+    recorder = CallRecorder(parts.metrics, tracing)
     answering = Answering(parts.generator, tokenizer, parts.limits, parts.metrics)
-    over_grpc = GrpcFront(config, answering, parts.store, _describe(config, parts), access)
-    over_http = await _start_http(config, parts, answering, access) if config.http_port >= 0 else None
+    over_grpc = GrpcFront(config, answering, parts.store, _describe(config, parts), access, recorder)
+    over_http = await _start_http(config, parts, answering, access, recorder) if config.http_port >= 0 else None
     if config.metrics_port >= 0:
         registry = parts.metrics.registry
         metrics_port = serve_pages(config.host, config.metrics_port, registry, lambda: not parts.generator.draining)
@@ -213,15 +221,21 @@ async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokeni
     log.info("serving %s on %s (%d adapters found)", config.base, over_grpc.address, len(parts.store.entries()))
     await _until_signal(ending)
     await _drain(config, parts, over_grpc, over_http)
+    if tracing is not None:
+        tracing.close()
     return int(ending.failed)
 
 
-async def _start_http(config: ServerConfig, parts: Parts, answering: Answering, access: Access) -> "HttpFront":
+async def _start_http(
+    config: ServerConfig, parts: Parts, answering: Answering, access: Access, recorder: CallRecorder
+) -> "HttpFront":
     try:
         from quiver_server.http.start import start_front
     except ModuleNotFoundError as error:
         raise QuiverError(f"--http-port needs the package {error.name}: pip install 'quiver[http]'") from None
-    front, address = await start_front(config, answering, parts.store, access, parts.base.fingerprint)
+    front, address = await start_front(
+        config, answering, parts.store, access, recorder, parts.metrics, parts.base.fingerprint
+    )
     log.info("OpenAI's API on %s/v1", address)
     return front
 

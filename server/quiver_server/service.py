@@ -21,6 +21,8 @@ _Answer = generation_pb2.GenerateResponse | generation_pb2.GenerateStreamRespons
 
 async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: RequestError) -> None:
     """End the call with the error's status and its details."""
+    call = current_call()
+    call.refuse(error)
     details = status_details(
         error.code,
         str(error),
@@ -28,7 +30,7 @@ async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: RequestEr
         retry_after_seconds=error.retry_after_seconds,
         reason=error.reason,
     )
-    trailing = ((STATUS_DETAILS_KEY, details), (REQUEST_ID_KEY, current_call().request_id))
+    trailing = ((STATUS_DETAILS_KEY, details), (REQUEST_ID_KEY, call.request_id))
     await context.abort(error.code, shorten(str(error)), trailing_metadata=trailing)
 
 

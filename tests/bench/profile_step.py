@@ -120,7 +120,7 @@ def make_engine(base: Base, banks: AdapterBanks, running: int, clock: Clock) -> 
         scheduler,
         block_size=BLOCK_TOKENS,
         device=kv.keys.device,
-        metrics=Metrics(blocks),
+        metrics=Metrics(),
         deliver=lambda _: None,
         on_dead=lambda: None,
     )

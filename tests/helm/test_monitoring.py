@@ -10,9 +10,7 @@ import pytest
 import yaml
 from helm import tools
 from helm.chart import Object, objects, rendered, the
-
-from quiver_server.blocks import BlockPool
-from quiver_server.metrics import Metrics
+from server.idle_server import IdleServer
 
 SERVICE = {"namespace": "prod", "service": "rel-quiver-replicas"}
 _NAME = re.compile(r"\bquiver_[a-z_]+")
@@ -41,7 +39,7 @@ def queries() -> list[str]:
 def exported() -> set[str]:
     """The names that a server's metrics page has."""
     names: set[str] = set()
-    for family in Metrics(BlockPool(4, 16)).registry.collect():
+    for family in IdleServer(Path("nowhere")).metrics.registry.collect():
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
         names.update(family.name + suffix for suffix in suffixes)
     return names

@@ -53,7 +53,7 @@ class Driver:
             self.scheduler,
             block_size=BLOCK_SIZE,
             device=CPU,
-            metrics=Metrics(self.blocks),
+            metrics=Metrics(),
             deliver=self._take,
             on_dead=lambda: None,
         )

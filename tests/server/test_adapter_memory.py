@@ -16,7 +16,6 @@ from quiver_peft.base.gpt import GPTBase
 from quiver_server import adapter_memory
 from quiver_server.adapter_entry import Resident
 from quiver_server.adapter_store import AdapterStore
-from quiver_server.blocks import BlockPool
 from quiver_server.errors import BusyError
 from quiver_server.metrics import Metrics
 from quiver_server.weights_cache import WeightsCache
@@ -43,7 +42,7 @@ async def make_store(folder: Path, llama_base: Path) -> AsyncIterator[Store]:
 
     def make(ranks: float) -> AdapterStore:
         banks = AdapterBanks(int(one * ranks), torch.float32, torch.device("cpu"))
-        stores.append(AdapterStore(folder, banks, WeightsCache(read, 2**24), Metrics(BlockPool(1, 1))))
+        stores.append(AdapterStore(folder, banks, WeightsCache(read, 2**24), Metrics()))
         return stores[-1]
 
     yield make

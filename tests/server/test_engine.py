@@ -93,7 +93,7 @@ def threaded_engine(driver: Driver, deliver: Callable[[Delivery], None], dead: t
         driver.scheduler,
         block_size=BLOCK_SIZE,
         device=CPU,
-        metrics=Metrics(driver.blocks),
+        metrics=Metrics(),
         deliver=deliver,
         on_dead=(dead or threading.Event()).set,
     )

@@ -73,7 +73,7 @@ class Handlers:
             # The template writes the special tokens itself.
             ids = await self._answering.tokenize(text, add_special_tokens=False)
         except RequestError as error:
-            return error_response(error, question.names)
+            return _refused(error, question)
         question.message.tokens.ids.extend(ids)
         return await self._answer(request, question, is_chat=True)
 
@@ -91,7 +91,7 @@ class Handlers:
                 answer = writer.whole(self._head(session, is_chat), parts, session)
                 return web.json_response(answer, dumps=dumps)
         except RequestError as error:
-            return error_response(error, question.names)
+            return _refused(error, question)
 
     def _head(self, session: Session, is_chat: bool) -> Head:
         prefix = "chatcmpl" if is_chat else "cmpl"
@@ -114,6 +114,7 @@ class Handlers:
                 await _send(response, dumps(chunk))
             await _send(response, "[DONE]")
         except RequestError as error:
+            current_call().refuse(error)
             await _send(response, dumps(error_body(error, question.names)))
         await response.write_eof()
         return response
@@ -137,6 +138,11 @@ class Handlers:
             piece = await anext(pieces, None)
         if question.include_usage:
             yield writer.closing(head, session)
+
+
+def _refused(error: RequestError, question: Question) -> web.Response:
+    current_call().refuse(error)
+    return error_response(error, question.names)
 
 
 async def _send(response: web.StreamResponse, data: str) -> None:
