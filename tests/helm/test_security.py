@@ -130,7 +130,9 @@ def test_behind_an_inference_gateway_its_pods_and_the_picker_reach_the_servers()
 
 def test_what_fetches_may_go_out_as_far_as_it_is_told() -> None:
     spec = policy(objects(rendered("everything")), "server")
-    assert [{port["port"] for port in rule["ports"]} for rule in spec["egress"]] == [{53}, {443}]
+    dns, traces, fetched = spec["egress"]
+    assert [{port["port"] for port in rule["ports"]} for rule in (dns, fetched)] == [{53}, {443}]
+    assert traces == {"to": [{"podSelector": {"matchLabels": {"app": "collector"}}}]}
     training = policy(objects(rendered("everything")), "training")
     assert (training["ingress"], training["egress"]) == ([], [])
 

@@ -33,11 +33,13 @@ def test_each_value_reaches_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "ports.grpc": 1111, "ports.metrics": 2222, "ports.http": 3333, "server.kvMemoryMiB": 11,
         "server.adapterMemoryMiB": 12, "server.maxRunning": 13, "server.maxWaiting": 14, "server.maxStepTokens": 15,
-        "server.defaultMaxNewTokens": 16, "drain.graceSeconds": 17,
+        "server.defaultMaxNewTokens": 16, "drain.graceSeconds": 17, "server.logFormat": "json",
+        "metrics.otlpEndpoint": "http://collector:4317", "networkPolicy.enabled": "false",
     }  # fmt: skip
     changes = ",".join(f"{key}={value}" for key, value in values.items())
     config = parsed(render_text("--set", changes, "--set", "server.dtype=bfloat16,model.path=/opt/x"), monkeypatch)
     assert (config.port, config.metrics_port, config.kv_memory_mib, config.adapter_memory_mib) == (1111, 2222, 11, 12)
     assert (config.max_running, config.max_waiting, config.max_step_tokens) == (13, 14, 15)
     assert (config.default_max_new_tokens, config.grace_seconds, config.http_port) == (16, 17.0, 3333)
+    assert (config.log_format, config.otlp_endpoint) == ("json", "http://collector:4317")
     assert (config.dtype, str(config.base), config.device) == ("bfloat16", "/opt/x", "cpu")

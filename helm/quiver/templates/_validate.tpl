@@ -26,6 +26,9 @@
 {{- if and $v.metrics.serviceMonitor.enabled $v.networkPolicy.enabled (not $v.networkPolicy.metrics) -}}
   {{- fail "metrics.serviceMonitor is on and networkPolicy lets nobody read metrics: name Prometheus in networkPolicy.metrics" -}}
 {{- end -}}
+{{- if and $v.metrics.otlpEndpoint $v.networkPolicy.enabled (not $v.networkPolicy.traces) -}}
+  {{- fail "metrics.otlpEndpoint is set and networkPolicy lets no traces out: name the collector in networkPolicy.traces" -}}
+{{- end -}}
 {{- if $v.inferencePool.enabled -}}
   {{- if not $v.inferencePool.pickerName -}}
     {{- fail "inferencePool.pickerName: name the endpoint picker's Service" -}}

@@ -1,6 +1,7 @@
 """The HTTP front beside its answers: refusals in OpenAI's form, tokens, limits, names, disconnects."""
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,6 +14,8 @@ import pytest
 from openai import OpenAI
 from server.bench import LLAMA_ADAPTERS, Bench, running_bench
 from server.live_server import eventually
+from tiny import tiny_tokenizer
+from transformers import AutoTokenizer
 
 from quiver import Client
 from quiver_server.http.parameters import CHAT_PARAMETERS, COMPLETION_PARAMETERS
@@ -47,10 +50,13 @@ def http(llama: Bench) -> Iterator[OpenAI]:
 @pytest.fixture(scope="module")
 def guarded(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("guarded")
+    base = folder / "base"
+    shutil.copytree(llama_base, base)
+    tiny_tokenizer(base, add_bos=True)  # which a chat template writes itself
     tokens = folder / "tokens.toml"
     tokens.write_text(TOKENS)
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2")}
-    with running_bench(folder, llama_base, settings, "--http-port", "0", "--token-file", str(tokens)) as bench:
+    with running_bench(folder, base, settings, "--http-port", "0", "--token-file", str(tokens)) as bench:
         yield bench
         assert not [token for token in (ADMIN, SUPPORT, SLOW) if token in bench.server.log.read_text()]
 
@@ -250,6 +256,16 @@ def test_a_token_reaches_its_models_only(guarded: Bench) -> None:
                 http.completions.create(model=model, prompt="x")
             with pytest.raises(openai.PermissionDeniedError, match="does not allow"):
                 http.models.retrieve(model)
+
+
+def test_a_chats_prompt_has_its_special_tokens_once(guarded: Bench) -> None:
+    messages: list[Any] = [{"role": "user", "content": "hello"}]
+    tokenizer: Any = AutoTokenizer.from_pretrained(guarded.base)  # type: ignore[no-untyped-call]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    with guarded.server.openai(ADMIN) as http:
+        answer = http.chat.completions.create(model="all-r2", messages=messages, max_tokens=1)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(expected)
 
 
 def test_limits_are_429_with_a_hint(guarded: Bench) -> None:
