@@ -22,13 +22,28 @@ if TYPE_CHECKING:
         ServerInternal,
         ServerUnavailable,
     )
-    from quiver.results import Adapter, AdapterState, FinishReason, Generation, Model, Piece, Score, Scoring
+    from quiver.results import (
+        Adapter,
+        AdapterChanges,
+        AdapterState,
+        Alias,
+        FinishReason,
+        Generation,
+        Model,
+        Piece,
+        Running,
+        Score,
+        Scoring,
+        Tier,
+    )
 
 __all__ = [
     "AccessDenied",
     "Adapter",
+    "AdapterChanges",
     "AdapterNotFound",
     "AdapterState",
+    "Alias",
     "AsyncClient",
     "BaseMismatch",
     "CallCancelled",
@@ -40,15 +55,22 @@ __all__ = [
     "Model",
     "Piece",
     "QuiverClientError",
+    "Running",
     "Score",
     "Scoring",
     "ServerBusy",
     "ServerInternal",
     "ServerUnavailable",
+    "Tier",
     "Tls",
 ]
 
-_RESULTS = frozenset({"Adapter", "AdapterState", "FinishReason", "Generation", "Model", "Piece", "Score", "Scoring"})
+_RESULTS = frozenset(
+    {
+        *("Adapter", "AdapterChanges", "AdapterState", "Alias", "FinishReason", "Generation", "Model", "Piece"),
+        *("Running", "Score", "Scoring", "Tier"),
+    }
+)
 
 
 def _module_of(name: str) -> str:

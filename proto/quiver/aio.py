@@ -15,10 +15,23 @@ from quiver.request_messages import (
     GenerateOptions,
     ScoreOptions,
     generate_request,
+    load_request,
     routing_metadata,
     score_request,
+    unload_request,
 )
-from quiver.results import Adapter, Generation, Model, Piece, Scoring, Tokens
+from quiver.results import (
+    Adapter,
+    AdapterChanges,
+    Alias,
+    Generation,
+    Model,
+    Piece,
+    Running,
+    Scoring,
+    Tier,
+    Tokens,
+)
 from quiver.v1 import adapters_pb2, generation_pb2, model_pb2
 from quiver.v1.adapters_pb2_grpc import AdapterServiceStub
 from quiver.v1.generation_pb2_grpc import GenerationServiceStub
@@ -119,20 +132,54 @@ class AsyncClient:
         request = generation_pb2.TokenizeRequest(text=text, pieces=pieces)
         return response_messages.tokens(await self._call(self._generation.Tokenize, request))
 
-    async def load_adapter(self, adapter_id: str, *, source: str = "", pin: bool = False) -> Adapter:
-        """Brings an adapter into memory and returns when it can serve.
+    async def load_adapter(
+        self, adapter_id: str, *, source: str = "", pin: bool | None = None, tier: Tier = Tier.DEVICE
+    ) -> Adapter:
+        """Brings an adapter, or its newer content, into memory and returns when it can serve.
 
-        `source` is a path or URI under a folder that the server allows; "": its own store. `pin` keeps it in
-        memory however long it is unused.
+        `source` is a path or URI below a place that the server loads from; "": where it is registered, or in its
+        stores. `pin`: True keeps it on the device however long it is unused, False no longer. `tier`: how near to
+        bring it; `Tier.HOST` reads and validates it into main memory.
         """
-        request = adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, source=source, pin=pin)
+        request = load_request(adapter_id, source, pin, tier)
         answer = await self._call(self._adapters.LoadAdapter, request, routing_metadata(adapter_id))
         return response_messages.adapter(answer.adapter)
 
-    async def unload_adapter(self, adapter_id: str) -> int:
-        """Takes an adapter out of memory when its last request has ended. Returns the bytes given back."""
-        request = adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id)
+    async def unload_adapter(self, adapter_id: str, *, running: Running = Running.WAIT) -> int:
+        """Takes an adapter out of memory, all its revisions or that of "id@revision"; returns the bytes given back.
+
+        `running`: what happens to its requests.
+        """
+        request = unload_request(adapter_id, running)
         return (await self._call(self._adapters.UnloadAdapter, request, routing_metadata(adapter_id))).freed_bytes
+
+    async def set_alias(self, alias: str, target: str) -> Alias:
+        """Makes a name answer with one exact revision: that of "id" now, of "id@revision", or of an alias.
+
+        Requests get the revision before or the new one, never an error between; rolling back is moving it back.
+        """
+        request = adapters_pb2.SetAliasRequest(alias=alias, target=target)
+        return response_messages.alias((await self._call(self._adapters.SetAlias, request)).alias)
+
+    async def delete_alias(self, alias: str) -> Alias:
+        """Takes an alias away; returns what it named."""
+        request = adapters_pb2.DeleteAliasRequest(alias=alias)
+        return response_messages.alias((await self._call(self._adapters.DeleteAlias, request)).previous)
+
+    async def watch_adapters(self) -> AsyncGenerator[AdapterChanges, None]:
+        """Every adapter as it is now, then what changes, until you leave the loop.
+
+        After an error ask again: the first message replaces all that was known. The connection's `timeout_seconds`
+        does not end it.
+        """
+        call = self._adapters.WatchAdapters(adapters_pb2.WatchAdaptersRequest(), metadata=self._token_metadata)
+        try:
+            async for message in call:
+                yield response_messages.adapter_changes(message)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, self._target) from error
+        finally:
+            call.cancel()
 
     async def get_adapter(self, adapter_id: str) -> Adapter:
         """Describes one adapter."""

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.filesize import decimal
 
 from quiver import channel, terminal
+from quiver.adapter_commands import AsJson, Server, adapters_app
 from quiver.client import Client
 from quiver.dispatch import run_room
 from quiver.request_messages import GenerateOptions
@@ -35,12 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-adapters_app = typer.Typer(help="List, load, unload and look at a server's adapters.", no_args_is_help=True)
 app.add_typer(adapters_app, name="adapters")
-
-Server = Annotated[str, typer.Option(envvar="QUIVER_SERVER", metavar="HOST:PORT", help="The server to ask.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-AdapterId = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter's id.")]
+app.add_typer(adapters_app, name="adapter", hidden=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -191,51 +187,3 @@ def health(server: Server = channel.DEFAULT_TARGET) -> None:
         healthy = client.is_healthy()
     print(f"{server} is {'serving' if healthy else 'not serving'}", file=sys.stdout if healthy else sys.stderr)
     raise typer.Exit(0 if healthy else 1)
-
-
-@adapters_app.command("list")
-def list_adapters(server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> None:
-    """Show every adapter that the server knows."""
-    with terminal.connected(server) as client:
-        adapters = client.list_adapters()
-    if as_json:
-        terminal.print_json(adapters)
-    else:
-        terminal.print_adapters(adapters)
-
-
-@adapters_app.command("show")
-def show_adapter(adapter_id: AdapterId, server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> None:
-    """Show one adapter with everything the server knows about it."""
-    with terminal.connected(server) as client:
-        adapter = client.get_adapter(adapter_id)
-    if as_json:
-        terminal.print_json(adapter)
-    else:
-        terminal.print_fields(adapter)
-
-
-@adapters_app.command("load")
-def load_adapter(
-    adapter_id: AdapterId,
-    source: Annotated[str, typer.Option(help="Path or URI as the server sees it; none: its store.")] = "",
-    pin: Annotated[bool, typer.Option("--pin", help="Keep it in memory when unused.")] = False,
-    server: Server = channel.DEFAULT_TARGET,
-    as_json: AsJson = False,
-) -> None:
-    """Bring an adapter into the server's memory."""
-    with terminal.connected(server) as client:
-        adapter = client.load_adapter(adapter_id, source=source, pin=pin)
-    if as_json:
-        terminal.print_json(adapter)
-    else:
-        revision = terminal.short_revision(adapter.revision)
-        print(f"{adapter.id} is {adapter.state}: {', '.join(adapter.methods)}, revision {revision}")
-
-
-@adapters_app.command("unload")
-def unload_adapter(adapter_id: AdapterId, server: Server = channel.DEFAULT_TARGET, as_json: AsJson = False) -> None:
-    """Take an adapter out of the server's memory."""
-    with terminal.connected(server) as client:
-        freed_bytes = client.unload_adapter(adapter_id)
-    print(f'{{"freed_bytes": {freed_bytes}}}' if as_json else f"{adapter_id}: {decimal(freed_bytes)} given back")

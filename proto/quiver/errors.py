@@ -8,7 +8,7 @@ QuiverClientError
 ├── ServerBusy           wait, then try again      RESOURCE_EXHAUSTED
 ├── ServerUnavailable    try another, or later     UNAVAILABLE
 ├── DeadlineExceeded     allow more time           DEADLINE_EXCEEDED
-├── CallCancelled        nothing: it was wanted    CANCELLED
+├── CallCancelled        nothing: it was wanted    CANCELLED, ABORTED (unloaded by an administrator)
 └── ServerInternal       report it                 every other status
 """
 # ruff: noqa: N818  # the names say what happened; "Error" at the end of each would say it twice
@@ -75,7 +75,7 @@ class DeadlineExceeded(QuiverClientError):
 
 
 class CallCancelled(QuiverClientError):
-    """The call was cancelled."""
+    """The call was cancelled, by this side or by an administrator who unloaded the adapter."""
 
 
 class ServerInternal(QuiverClientError):
@@ -93,6 +93,7 @@ _ERROR_OF_CODE: dict[grpc.StatusCode, type[QuiverClientError]] = {
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: CallCancelled,
+    grpc.StatusCode.ABORTED: CallCancelled,
 }
 
 
@@ -114,7 +115,7 @@ def _is_message_too_large(code: grpc.StatusCode, text: str) -> bool:
 
 
 def _message(code: grpc.StatusCode, text: str, details: StatusDetails, target: str) -> str:
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code is grpc.StatusCode.UNAVAILABLE and not details.reason:
         return f"no answer from the server at {target}: {text}"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"the server at {target} did not answer within timeout_seconds: {text}"

@@ -6,7 +6,8 @@ from typing import TypedDict, Unpack
 import grpc
 
 from quiver.errors import InvalidRequest
-from quiver.v1 import generation_pb2
+from quiver.results import Running, Tier
+from quiver.v1 import adapters_pb2, generation_pb2
 
 ADAPTER_METADATA_KEY = "x-adapter-id"
 # What the endpoint picker of a Gateway API inference gateway reads for a call that it cannot parse.
@@ -175,6 +176,27 @@ def _stopping(options: GenerateOptions) -> generation_pb2.Stopping:
         ignore_eos=options.get("ignore_eos", False),
         include_stop_string=options.get("include_stop_string", False),
     )
+
+
+_TIERS = {
+    Tier.DEVICE: adapters_pb2.LoadAdapterRequest.TIER_DEVICE,
+    Tier.HOST: adapters_pb2.LoadAdapterRequest.TIER_HOST,
+}
+_RUNNING = {
+    Running.WAIT: adapters_pb2.UnloadAdapterRequest.RUNNING_WAIT,
+    Running.REFUSE: adapters_pb2.UnloadAdapterRequest.RUNNING_REFUSE,
+    Running.CANCEL: adapters_pb2.UnloadAdapterRequest.RUNNING_CANCEL,
+}
+
+
+def load_request(adapter_id: str, source: str, pin: bool | None, tier: Tier) -> adapters_pb2.LoadAdapterRequest:
+    """The message that brings an adapter in."""
+    return adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, source=source, pin=pin, tier=_TIERS[tier])
+
+
+def unload_request(adapter_id: str, running: Running) -> adapters_pb2.UnloadAdapterRequest:
+    """The message that takes an adapter out."""
+    return adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id, running=_RUNNING[running])
 
 
 def routing_metadata(adapter_id: str) -> tuple[tuple[str, str], ...]:

@@ -4,14 +4,17 @@ from collections.abc import Iterable
 
 from quiver.results import (
     Adapter,
+    AdapterChanges,
     AdapterRef,
     AdapterState,
+    Alias,
     Alternative,
     Candidate,
     FinishReason,
     Generation,
     Model,
     Piece,
+    Revision,
     Score,
     Scoring,
     Timing,
@@ -33,6 +36,7 @@ _ADAPTER_STATES = {
     adapters_pb2.Adapter.STATE_LOADING: AdapterState.LOADING,
     adapters_pb2.Adapter.STATE_RESIDENT: AdapterState.RESIDENT,
     adapters_pb2.Adapter.STATE_FAILED: AdapterState.FAILED,
+    adapters_pb2.Adapter.STATE_HOST: AdapterState.HOST,
 }
 
 
@@ -106,6 +110,23 @@ def adapter(message: adapters_pb2.Adapter) -> Adapter:
         virtual_tokens=message.virtual_tokens,
         parameters=message.parameters,
         description=message.description,
+        disk_bytes=message.disk_bytes,
+        aliases=tuple(alias(item) for item in message.aliases),
+        revisions=tuple(_revision(item) for item in message.revisions),
+    )
+
+
+def alias(message: adapters_pb2.Alias) -> Alias:
+    """An alias and what it names."""
+    return Alias(name=message.name, adapter_id=message.adapter_id, revision=message.revision)
+
+
+def adapter_changes(message: adapters_pb2.WatchAdaptersResponse) -> AdapterChanges:
+    """One message of a watch."""
+    return AdapterChanges(
+        is_snapshot=message.snapshot,
+        adapters=tuple(adapter(item) for item in message.adapters),
+        removed_ids=tuple(message.removed_ids),
     )
 
 
@@ -124,6 +145,18 @@ def model(message: model_pb2.GetModelResponse) -> Model:
         adapter_methods=tuple(message.adapter_methods),
         server_version=message.server_version,
         default_max_new_tokens=message.default_max_new_tokens,
+    )
+
+
+def _revision(message: adapters_pb2.Revision) -> Revision:
+    return Revision(
+        revision=message.revision,
+        state=_ADAPTER_STATES.get(message.state, AdapterState.UNSPECIFIED),
+        running=message.running,
+        device_bytes=message.device_bytes,
+        host_bytes=message.host_bytes,
+        disk_bytes=message.disk_bytes,
+        pinned=message.pinned,
     )
 
 

@@ -25,6 +25,22 @@ class AdapterState(StrEnum):
     LOADING = "loading"
     RESIDENT = "resident"  # in memory; requests run at once
     FAILED = "failed"  # see Adapter.failure_reason
+    HOST = "host"  # read and validated, in main memory; its first request waits for a copy
+
+
+class Running(StrEnum):
+    """What happens to the requests of an adapter that is unloaded."""
+
+    WAIT = "wait"  # they finish first
+    REFUSE = "refuse"  # while there are any, nothing is unloaded
+    CANCEL = "cancel"  # they end with `CallCancelled`
+
+
+class Tier(StrEnum):
+    """How near to the device an adapter is brought."""
+
+    DEVICE = "device"  # requests run at once
+    HOST = "host"  # requests wait for a copy from main memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +171,28 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """A second name, for one exact revision."""
+
+    name: str
+    adapter_id: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A revision of an adapter that the server holds somewhere."""
+
+    revision: str
+    state: AdapterState
+    running: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter as the server knows it now."""
 
@@ -174,6 +212,18 @@ class Adapter:
     virtual_tokens: int
     parameters: int
     description: str
+    disk_bytes: int  # that its revisions take on the server's disk
+    aliases: tuple[Alias, ...]
+    revisions: tuple[Revision, ...]  # the current one first
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChanges:
+    """What has changed since the one before; a stream's first has every adapter and replaces all that was known."""
+
+    is_snapshot: bool
+    adapters: tuple[Adapter, ...]
+    removed_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

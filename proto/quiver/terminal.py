@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from rich.text import Text
 from quiver.channel import Tls
 from quiver.client import Client
 from quiver.errors import QuiverClientError
-from quiver.results import Adapter, AdapterState, Score
+from quiver.results import Adapter, AdapterChanges, AdapterState, Score
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _STATE_STYLES = {
     AdapterState.RESIDENT: "green",
     AdapterState.LOADING: "yellow",
+    AdapterState.HOST: "cyan",
     AdapterState.FAILED: "red",
 }
 _SHORT_REVISION_CHARACTERS = 12
@@ -64,12 +65,29 @@ def print_json(value: "DataclassInstance | Sequence[DataclassInstance]") -> None
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+def print_json_line(value: "DataclassInstance") -> None:
+    """Prints one of a stream of results as a line of JSON, at once."""
+    print(json.dumps(asdict(value), ensure_ascii=False), flush=True)
+
+
+def print_changes(changes: AdapterChanges) -> None:
+    """Prints a line for each adapter that has changed, at once."""
+    for adapter in changes.adapters:
+        pin = " (pinned)" if adapter.pinned else ""
+        reason = f": {adapter.failure_reason}" if adapter.failure_reason else ""
+        aliases = "".join(f", {alias.name} is {short_revision(alias.revision)}" for alias in adapter.aliases)
+        revision = f", revision {short_revision(adapter.revision)}" if adapter.revision else ""
+        print(f"{adapter.id} {adapter.state}{pin}{reason}{revision}{aliases}", flush=True)
+    for adapter_id in changes.removed_ids:
+        print(adapter_id, "gone", flush=True)
+
+
 def print_adapters(adapters: Sequence[Adapter]) -> None:
     """Prints a table with one row per adapter, then why those that failed did."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("adapter", "state", "methods", "revision"):
+    for heading in ("adapter", "state", "methods", "revision", "aliases"):
         table.add_column(heading, no_wrap=heading != "methods")
-    for heading in ("device", "host", "running", "waiting"):
+    for heading in ("device", "host", "disk", "running", "waiting"):
         table.add_column(heading, justify="right", no_wrap=True)
     for adapter in adapters:
         table.add_row(*_row(adapter))
@@ -80,6 +98,23 @@ def print_adapters(adapters: Sequence[Adapter]) -> None:
             console.print(f"{adapter.id} failed: {adapter.failure_reason}", soft_wrap=True)
 
 
+def print_adapter(adapter: Adapter) -> None:
+    """Prints one adapter with a field a line, its aliases and its revisions."""
+    print_fields(replace(adapter, aliases=(), revisions=()))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("revision", "state", "aliases"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("device", "host", "disk", "running"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for item in adapter.revisions:
+        pin = " (pinned)" if item.pinned else ""
+        names = ", ".join(alias.name for alias in adapter.aliases if alias.revision == item.revision)
+        sizes = (decimal(size) for size in (item.device_bytes, item.host_bytes, item.disk_bytes))
+        table.add_row(short_revision(item.revision), item.state + pin, names, *sizes, str(item.running))
+    if adapter.revisions:
+        _console().print(table)
+
+
 def _row(adapter: Adapter) -> tuple[str | Text, ...]:
     pin = " (pinned)" if adapter.pinned else ""
     return (
@@ -87,8 +122,10 @@ def _row(adapter: Adapter) -> tuple[str | Text, ...]:
         Text(adapter.state + pin, style=_STATE_STYLES.get(adapter.state, "")),
         ", ".join(adapter.methods),
         short_revision(adapter.revision),
+        ", ".join(alias.name for alias in adapter.aliases),
         decimal(adapter.device_bytes),
         decimal(adapter.host_bytes),
+        decimal(adapter.disk_bytes),
         str(adapter.running),
         str(adapter.waiting),
     )

@@ -1,17 +1,18 @@
-"""What the store knows of one adapter id: its folder, its state, the revision in memory."""
+"""What the server knows of one adapter id: where it comes from, its revisions, and where each of them is."""
 
 import asyncio
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
-from quiver_peft.adapters.adapter_files import READ_FILES
-from quiver_peft.file_state import FileState, file_state
-from quiver_server.errors import RequestError
+from quiver_peft.adapters.store import ADAPTER_ID
+from quiver_peft.adapters.store_files import Stamp
+from quiver_server.adapter_sources import Place
+from quiver_server.disk_cache import Exact
+from quiver_server.errors import InvalidRequestError, RequestError
 
-FilesState = tuple[FileState, ...]
-ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_PREFIX = re.compile(r"[0-9a-f]{6,64}")
 
 
 class State(Enum):
@@ -19,6 +20,7 @@ class State(Enum):
 
     REGISTERED = "registered"
     LOADING = "loading"
+    HOST = "host"
     RESIDENT = "resident"
     FAILED = "failed"
 
@@ -28,7 +30,7 @@ class Resident:
     """One revision of an adapter in memory. num_leases: requests that use it; a retired one goes when that is 0.
 
     reload_seconds: what it would take to bring it back. worth, num_uses: what decides whether it gives way to others
-    (eviction.py). num_remaining_tokens: what its requests may still generate.
+    (eviction.py). num_remaining_tokens: what its requests may still generate. enders: each ends one of them.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Resident:
     num_remaining_tokens: int = 0
     retired: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    enders: set[Callable[[RequestError], None]] = field(default_factory=set[Callable[[RequestError], None]])
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -55,33 +58,99 @@ class Resident:
 
 
 @dataclass(eq=False)
-class Entry:
-    """What the store knows of one id. `seen`: the files' state at the last load, to notice a change.
+class Version:
+    """One revision of an adapter, whether it is in memory or not.
 
-    draining: gets no new request until it has given way to one that waits.
+    draining: gets no new request until it has given way to one that waits. placing: one at a time.
+    """
+
+    entry: "Entry"
+    revision: str
+    resident: Resident | None = None
+    pinned_itself: bool = False
+    draining: bool = False
+    placing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def exact(self) -> Exact:
+        """Its name."""
+        return Exact(self.entry.id, self.revision)
+
+    @property
+    def pinned(self) -> bool:
+        """An id's pin is on whatever its current revision is."""
+        return self.pinned_itself or (self.entry.pinned and self.entry.current is self)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are about to use it."""
+        is_current = self.entry.current is self
+        waiting = self.entry.waiting.items()
+        return sum(n for prefix, n in waiting if (self.revision.startswith(prefix) if prefix else is_current))
+
+
+@dataclass(eq=False)
+class Entry:
+    """What the store knows of one id. current: what the id alone answers with, as far as it was read.
+
+    stamp: the content's when it was read last, to notice a change. waiting: requests that wait, by the beginning of
+    the revision that they want ("": the current one); loads: what is under way, by the same. leaving: residents of
+    which only the running requests are left.
     """
 
     id: str
-    folder: Path
-    resident: Resident | None = None
-    loading: "asyncio.Task[Resident] | None" = None
+    place: Place
+    current: Version | None = None
+    versions: dict[str, Version] = field(default_factory=dict[str, Version])
     failure: RequestError | None = None
-    seen: FilesState = ()
+    stamp: Stamp | None = None
     pinned: bool = False
-    draining: bool = False
-    num_waiting: int = 0
+    waiting: dict[str, int] = field(default_factory=dict[str, int])
+    loads: "dict[str, asyncio.Task[Version]]" = field(default_factory=dict[str, "asyncio.Task[Version]"])
+    leaving: list[Resident] = field(default_factory=list[Resident])
 
     @property
-    def state(self) -> State:
-        """As the wire calls it."""
-        if self.resident is not None:
-            return State.RESIDENT
-        if self.loading is not None:
-            return State.LOADING
-        return State.REGISTERED if self.failure is None else State.FAILED
+    def resident(self) -> Resident | None:
+        """The current revision's."""
+        return None if self.current is None else self.current.resident
+
+    @property
+    def residents(self) -> list[Resident]:
+        """All that takes device memory."""
+        self.leaving = [item for item in self.leaving if not item.gone.is_set()]
+        return [version.resident for version in self.versions.values() if version.resident is not None] + self.leaving
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests for any of its revisions that wait."""
+        return sum(tuple(self.waiting.values()))  # the metrics' thread asks too
+
+    def version(self, revision: str) -> Version:
+        """The one of this revision, made when it is new."""
+        if revision not in self.versions:
+            self.versions[revision] = Version(self, revision)
+        return self.versions[revision]
+
+    def known(self, prefix: str) -> Version | None:
+        """The version that a prefix names, of those known; "": the current one. Raises InvalidRequestError."""
+        if not prefix:
+            return self.current
+        found = [version for revision, version in self.versions.items() if revision.startswith(prefix)]
+        if len(found) > 1:
+            raise InvalidRequestError(
+                f"{len(found)} revisions of adapter {self.id!r} begin with {prefix}; give more digits", "adapter_id"
+            )
+        return found[0] if found else None
 
 
-def files_state(folder: Path) -> FilesState:
-    """Size, times and number of an adapter's files: what tells that they were replaced."""
-    paths = (folder / name for name in READ_FILES)
-    return tuple(file_state(path) for path in paths if path.is_file())
+def parse_name(name: str, field_name: str = "adapter_id") -> tuple[str, str]:
+    """The id of "id" or "id@revision", and the revision's first digits or "". Raises InvalidRequestError."""
+    adapter_id, at, prefix = name.partition("@")
+    if not ADAPTER_ID.fullmatch(adapter_id):
+        raise InvalidRequestError(
+            f"{field_name} {adapter_id!r} is malformed: 1 to 128 letters, digits, '.', '_', '-', not first a '.'",
+            field_name,
+        )
+    if at and not _PREFIX.fullmatch(prefix):
+        raise InvalidRequestError(f"revision {prefix!r} is malformed: 6 to 64 hexadecimal digits", field_name)
+    return adapter_id, prefix

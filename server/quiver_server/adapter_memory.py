@@ -5,14 +5,14 @@ Lives in the service's event loop; only the copying into the banks happens in th
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
-from quiver_server.adapter_entry import Entry, Resident
+from quiver_server.adapter_entry import Resident, Version
 from quiver_server.errors import AdapterTooLargeError, BusyError
 from quiver_server.eviction import Ageing, Occupied, cheapest_room
 from quiver_server.metrics import Metrics
@@ -31,12 +31,16 @@ class _Wish:
 class AdapterMemory:
     """Residents, from their placing to the return of their bytes."""
 
-    def __init__(self, banks: AdapterBanks, thread: Executor, metrics: Metrics) -> None:
+    def __init__(
+        self, banks: AdapterBanks, thread: Executor, metrics: Metrics, on_change: Callable[[str], None]
+    ) -> None:
+        """on_change: told the id of an adapter that has come or gone."""
         self._banks = banks
+        self._on_change = on_change
         self._thread = thread
         self._metrics = metrics
         self._ageing = Ageing()
-        self._entries: dict[int, Entry] = {}  # by slot, those that can still be asked for
+        self._versions: dict[int, Version] = {}  # by slot, those that can still be asked for
         self._wishes: list[_Wish] = []  # first come, first served
         self._changed = asyncio.Condition()
         self.num_changes = 0  # so that nobody who looks, then waits, misses one
@@ -51,18 +55,18 @@ class AdapterMemory:
         """Not in use. Callable from any thread."""
         return self._banks.free_bytes
 
-    def check_size(self, entry: Entry, weights: AdapterWeights) -> None:
+    def check_size(self, version: Version, weights: AdapterWeights) -> None:
         """Refuse for good, and evict nobody for, what could never be placed. Raises AdapterTooLargeError."""
         needed, capacity = self._banks.num_bytes(weights), self._banks.capacity_bytes
         if needed > capacity:
             raise AdapterTooLargeError(
-                f"adapter {entry.id!r} needs {needed} bytes; the whole adapter memory of this server has {capacity} "
-                "(--adapter-memory-mib)",
+                f"adapter {version.entry.id!r} needs {needed} bytes; the whole adapter memory of this server has "
+                f"{capacity} (--adapter-memory-mib)",
                 "adapter_id",
             )
 
-    async def place(self, entry: Entry, weights: AdapterWeights, read_seconds: float) -> Resident:
-        """Bring an adapter in, which becomes the entry's resident; others give way, when they have ended.
+    async def place(self, version: Version, weights: AdapterWeights, read_seconds: float) -> Resident:
+        """Bring an adapter in, which becomes the version's resident; others give way, when they have ended.
 
         read_seconds: what reading it again would take. Raises BusyError when there is no room for too long.
         """
@@ -71,7 +75,7 @@ class AdapterMemory:
                 num_changes = self.num_changes
                 slots = self._room_for(weights) if self._is_next(wish) else None
                 if slots is not None:
-                    return await self._clear_and_insert(entry, weights, slots, read_seconds)
+                    return await self._clear_and_insert(version, weights, slots, read_seconds)
                 await self._wait(wish, self._banks.num_bytes(weights), num_changes)
 
     def lease(self, resident: Resident) -> None:
@@ -89,7 +93,7 @@ class AdapterMemory:
 
     def retire(self, resident: Resident) -> None:
         """Nobody new will ask for it; its bytes come back when its last request has ended."""
-        self._entries.pop(resident.slot, None)
+        self._versions.pop(resident.slot, None)
         resident.retired = True
         if not resident.num_leases:
             self._free(resident)
@@ -113,7 +117,7 @@ class AdapterMemory:
             yield wish
         finally:
             self._wishes.remove(wish)
-            for other in self._entries.values():
+            for other in self._versions.values():
                 other.draining = False  # who is still without room says so again
             await self.notify()
 
@@ -123,30 +127,30 @@ class AdapterMemory:
     def _room_for(self, weights: AdapterWeights) -> list[int] | None:
         """The slots that must be cleared for it, or None."""
         occupied = [
-            Occupied(slot, start, end, self._worth(self._entries.get(slot)))
+            Occupied(slot, start, end, self._worth(self._versions.get(slot)))
             for slot, (start, end) in self._banks.occupied().items()
         ]
         return cheapest_room(occupied, self._banks.capacity_bytes, self._banks.num_bytes(weights))
 
-    def _worth(self, entry: Entry | None) -> float | None:
+    def _worth(self, version: Version | None) -> float | None:
         """None: it stays, because somebody uses it, is about to, or has pinned it."""
-        resident = None if entry is None else entry.resident
-        if entry is None or resident is None or resident.num_leases or entry.pinned:
+        resident = None if version is None else version.resident
+        if version is None or resident is None or resident.num_leases or version.pinned:
             return None
-        if entry.draining:
+        if version.draining:
             return 0.0
-        return None if entry.num_waiting else resident.worth
+        return None if version.num_waiting else resident.worth
 
     async def _clear_and_insert(
-        self, entry: Entry, weights: AdapterWeights, slots: list[int], read_seconds: float
+        self, version: Version, weights: AdapterWeights, slots: list[int], read_seconds: float
     ) -> Resident:
         for slot in slots:
-            self._evict(self._entries[slot])
+            self._evict(self._versions[slot])
         started = time.monotonic()
         slot = await asyncio.get_running_loop().run_in_executor(self._thread, self._banks.insert, weights)
         assert slot is not None, "room was made, and only the first in line places anything"
         resident = Resident(
-            entry.id,
+            version.entry.id,
             weights.revision,
             weights.methods,
             slot,
@@ -158,14 +162,13 @@ class AdapterMemory:
             reload_seconds=read_seconds + time.monotonic() - started,
         )
         resident.worth = self._ageing.worth(0, resident.reload_seconds, resident.num_bytes)
-        previous, entry.resident = entry.resident, resident
-        if previous is not None:
-            self.retire(previous)
-        self._entries[slot] = entry
+        version.resident = resident
+        self._versions[slot] = version
+        self._on_change(resident.id)
         return resident
 
-    def _evict(self, entry: Entry) -> None:
-        resident, entry.resident, entry.draining = entry.resident, None, False
+    def _evict(self, version: Version) -> None:
+        resident, version.resident, version.draining = version.resident, None, False
         assert resident is not None
         self._ageing.gave_way(resident.worth)
         self._metrics.adapter_evictions.inc()
@@ -177,7 +180,7 @@ class AdapterMemory:
         waited = time.monotonic() - wish.since_seconds
         patience = _PATIENCE_SECONDS
         if self._is_next(wish):
-            if not any(self._is_used(entry) for entry in self._entries.values()) and self._all_can_be_asked_for():
+            if not any(self._is_used(version) for version in self._versions.values()) and self._all_can_be_asked_for():
                 raise busy
             if waited > _DRAIN_AFTER_SECONDS:
                 self._drain_one()
@@ -191,24 +194,25 @@ class AdapterMemory:
         except TimeoutError:
             return  # looked at again above
 
-    def _is_used(self, entry: Entry) -> bool:
-        return entry.num_waiting > 0 or (entry.resident is not None and entry.resident.num_leases > 0)
+    def _is_used(self, version: Version) -> bool:
+        return version.num_waiting > 0 or (version.resident is not None and version.resident.num_leases > 0)
 
     def _all_can_be_asked_for(self) -> bool:
         """Otherwise some are retired, and give their bytes back soon."""
-        return len(self._banks.occupied()) == len(self._entries)
+        return len(self._banks.occupied()) == len(self._versions)
 
     def _drain_one(self) -> None:
         """Of those in use, the one with the least left to generate gets no new request until it has given way."""
         running = [
-            (entry.resident.num_remaining_tokens, entry)
-            for entry in self._entries.values()
-            if entry.resident is not None and entry.resident.num_leases and not entry.pinned
+            (version.resident.num_remaining_tokens, version)
+            for version in self._versions.values()
+            if version.resident is not None and version.resident.num_leases and not version.pinned
         ]
-        if running and not any(entry.draining for _, entry in running):
+        if running and not any(version.draining for _, version in running):
             min(running, key=lambda item: item[0])[1].draining = True
 
     def _free(self, resident: Resident) -> None:
         assert resident.slot != BASE_SLOT
         self._banks.remove(resident.slot)
         resident.gone.set()
+        self._on_change(resident.id)

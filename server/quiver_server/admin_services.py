@@ -1,25 +1,30 @@
 """The gRPC face of the adapters and of the model: what is here, and bringing adapters in and out."""
 
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 import grpc
 
 from quiver.v1 import adapters_pb2, adapters_pb2_grpc, model_pb2, model_pb2_grpc
 from quiver_server.access import current_caller
-from quiver_server.adapter_entry import Entry, State
+from quiver_server.adapter_admin import AdapterAdmin, Running
+from quiver_server.adapter_entry import Entry
+from quiver_server.adapter_messages import adapter_message, alias_message
 from quiver_server.adapter_store import AdapterStore
-from quiver_server.errors import RequestError
+from quiver_server.disk_cache import Exact
+from quiver_server.errors import InvalidRequestError, RequestError
 from quiver_server.service import refuse
 
 T = TypeVar("T")
 
-_STATES = {
-    State.REGISTERED: adapters_pb2.Adapter.STATE_REGISTERED,
-    State.LOADING: adapters_pb2.Adapter.STATE_LOADING,
-    State.RESIDENT: adapters_pb2.Adapter.STATE_RESIDENT,
-    State.FAILED: adapters_pb2.Adapter.STATE_FAILED,
+_RESCAN_SECONDS = 5.0  # how often a watcher's server looks for adapters that have come or gone in its stores
+_RUNNING = {
+    adapters_pb2.UnloadAdapterRequest.RUNNING_UNSPECIFIED: Running.WAIT,
+    adapters_pb2.UnloadAdapterRequest.RUNNING_WAIT: Running.WAIT,
+    adapters_pb2.UnloadAdapterRequest.RUNNING_REFUSE: Running.REFUSE,
+    adapters_pb2.UnloadAdapterRequest.RUNNING_CANCEL: Running.CANCEL,
 }
+_TIERS = adapters_pb2.LoadAdapterRequest.Tier
 
 
 async def _or_refuse(work: Awaitable[T], context: "grpc.aio.ServicerContext[Any, Any]") -> T:
@@ -39,34 +44,12 @@ def _check(adapter_id: str, *, change: bool = False) -> None:
         caller.check_adapter(adapter_id)
 
 
-def adapter_message(entry: Entry, host_bytes: int) -> adapters_pb2.Adapter:
-    """An adapter as the wire describes it. host_bytes: main memory that it takes beside that of the banks."""
-    message = adapters_pb2.Adapter(
-        id=entry.id,
-        source=str(entry.folder),
-        state=_STATES[entry.state],
-        host_bytes=host_bytes,
-        pinned=entry.pinned,
-        waiting=entry.num_waiting,
-    )
-    if entry.failure is not None:
-        message.failure_reason = str(entry.failure)
-    if (resident := entry.resident) is not None:
-        message.revision = resident.revision
-        message.methods.extend(resident.methods)
-        message.device_bytes = resident.num_bytes
-        message.parameters = resident.num_parameters
-        message.rank = resident.max_rank
-        message.virtual_tokens = resident.num_virtual_tokens
-        message.running = resident.num_leases
-    return message
-
-
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """`quiver.v1.AdapterService`."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: AdapterStore, admin: AdapterAdmin) -> None:
         self._store = store
+        self._admin = admin
 
     async def LoadAdapter(  # noqa: N802 - the names are the wire's
         self,
@@ -77,7 +60,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def load() -> Entry:
             _check(request.adapter_id, change=True)
-            return await self._store.load(request.adapter_id, request.source, request.pin)
+            pin = request.pin if request.HasField("pin") else None
+            if request.tier not in _TIERS.values():
+                raise InvalidRequestError(f"tier {request.tier} is not known", "tier")
+            if request.tier != _TIERS.TIER_HOST:
+                return await self._admin.load(request.adapter_id, request.source, pin=pin)
+            if pin is not None:
+                raise InvalidRequestError("pin is about the device; with TIER_HOST it must not be set", "pin")
+            return await self._admin.prefetch(request.adapter_id, request.source)
 
         entry = await _or_refuse(load(), context)
         return adapters_pb2.LoadAdapterResponse(adapter=self._describe(entry))
@@ -91,7 +81,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def unload() -> int:
             _check(request.adapter_id, change=True)
-            return await self._store.unload(request.adapter_id)
+            if request.running not in _RUNNING:
+                raise InvalidRequestError(f"running {request.running} is not known", "running")
+            return await self._admin.unload(request.adapter_id, _RUNNING[request.running])
 
         freed = await _or_refuse(unload(), context)
         return adapters_pb2.UnloadAdapterResponse(freed_bytes=freed)
@@ -105,7 +97,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def find() -> Entry:
             _check(request.adapter_id)
-            return self._store.find(request.adapter_id)
+            return await self._store.get(request.adapter_id)
 
         entry = await _or_refuse(find(), context)
         return adapters_pb2.GetAdapterResponse(adapter=self._describe(entry))
@@ -117,11 +109,89 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.ListAdaptersResponse:
         """Describe every adapter that the caller may ask."""
         allows = current_caller().grant.allows
-        entries = [entry for entry in self._store.entries() if allows(entry.id)]
+        entries = [entry for entry in await self._store.entries() if allows(entry.id)]
         return adapters_pb2.ListAdaptersResponse(adapters=[self._describe(entry) for entry in entries])
 
+    async def SetAlias(  # noqa: N802
+        self,
+        request: adapters_pb2.SetAliasRequest,
+        context: "grpc.aio.ServicerContext[adapters_pb2.SetAliasRequest, adapters_pb2.SetAliasResponse]",
+    ) -> adapters_pb2.SetAliasResponse:
+        """Move an alias."""
+
+        async def move() -> tuple[Exact, Exact | None]:
+            _check(request.alias, change=True)
+            _check(request.target)
+            return await self._admin.set_alias(request.alias, request.target)
+
+        exact, previous = await _or_refuse(move(), context)
+        before = None if previous is None else alias_message(request.alias, previous)
+        return adapters_pb2.SetAliasResponse(alias=alias_message(request.alias, exact), previous=before)
+
+    async def DeleteAlias(  # noqa: N802
+        self,
+        request: adapters_pb2.DeleteAliasRequest,
+        context: "grpc.aio.ServicerContext[adapters_pb2.DeleteAliasRequest, adapters_pb2.DeleteAliasResponse]",
+    ) -> adapters_pb2.DeleteAliasResponse:
+        """Take an alias away."""
+
+        async def delete() -> Exact:
+            _check(request.alias, change=True)
+            return await self._admin.delete_alias(request.alias)
+
+        previous = await _or_refuse(delete(), context)
+        return adapters_pb2.DeleteAliasResponse(previous=alias_message(request.alias, previous))
+
+    async def WatchAdapters(  # noqa: N802
+        self,
+        request: adapters_pb2.WatchAdaptersRequest,
+        context: "grpc.aio.ServicerContext[adapters_pb2.WatchAdaptersRequest, adapters_pb2.WatchAdaptersResponse]",
+    ) -> AsyncIterator[adapters_pb2.WatchAdaptersResponse]:
+        """Describe every adapter that the caller may ask, and then what changes."""
+        allows = current_caller().grant.allows
+        told: dict[str, adapters_pb2.Adapter] = {}
+        with self._store.changes.watching() as watcher:
+            await self._store.entries()
+            changed = {entry.id for entry in self._store.known if allows(entry.id)}
+            yield self._news(told, changed, snapshot=True)
+            while True:
+                changed = await watcher.wait(_RESCAN_SECONDS)
+                if not changed:
+                    await self._store.entries()  # what has come or gone is noted
+                    continue
+                news = self._news(told, {adapter_id for adapter_id in changed if allows(adapter_id)})
+                if news.adapters or news.removed_ids:
+                    yield news
+
+    def _news(
+        self, told: dict[str, adapters_pb2.Adapter], ids: set[str], *, snapshot: bool = False
+    ) -> adapters_pb2.WatchAdaptersResponse:
+        """How these are now, where that is not what was told before."""
+        news = adapters_pb2.WatchAdaptersResponse(snapshot=snapshot)
+        for adapter_id in sorted(ids):
+            entry = self._store.peek(adapter_id)
+            if entry is None:
+                if told.pop(adapter_id, None) is not None:
+                    news.removed_ids.append(adapter_id)
+                continue
+            message = self._describe(entry)
+            if told.get(adapter_id) != (still := _without_counts(message)):
+                told[adapter_id] = still
+                news.adapters.append(message)
+        return news
+
     def _describe(self, entry: Entry) -> adapters_pb2.Adapter:
-        return adapter_message(entry, self._store.host_bytes(entry))
+        return adapter_message(entry, self._store)
+
+
+def _without_counts(message: adapters_pb2.Adapter) -> adapters_pb2.Adapter:
+    """What is told when it changes."""
+    still = adapters_pb2.Adapter()
+    still.CopyFrom(message)
+    still.running = still.waiting = 0
+    for revision in still.revisions:
+        revision.running = 0
+    return still
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):

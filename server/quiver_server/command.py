@@ -19,7 +19,15 @@ file is read again when it changes.
 
 def _serve(
     base: Annotated[Path, typer.Option(help="The frozen base: a Hugging Face folder.")],
-    adapters: Annotated[Path, typer.Option(help="Each of its subfolders is an adapter; its name is the adapter id.")],
+    adapters: Annotated[
+        list[str],
+        typer.Option(help="A folder or s3://, gs://, https:// URL of adapters; repeated: the first wins."),
+    ],
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps aliases, pins, sources and cached adapters; none: they end with this."),
+    ] = None,
+    cache_mib: Annotated[int, typer.Option(help="Disk for adapters' revisions, in the state folder.", min=0)] = 4096,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="gRPC port; 0 lets the system choose.", min=0, max=65535)] = 50051,
     http_port: Annotated[int, typer.Option(help="Port of OpenAI's API over HTTP; -1: none.", min=-1, max=65535)] = -1,

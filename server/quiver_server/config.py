@@ -1,5 +1,6 @@
 """The server's configuration: flat, frozen, made once from the command line."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ class ServerConfig:
     """
 
     base: Path
-    adapters: Path
+    adapters: Sequence[str]
+    state: Path | None
+    cache_mib: int
     host: str
     port: int
     http_port: int

@@ -9,6 +9,9 @@ RequestError                 the request's own failure; nobody else notices
 ├── UnauthenticatedError     UNAUTHENTICATED: no token, or one that nobody has
 ├── ForbiddenError           PERMISSION_DENIED: the token does not allow it
 ├── BusyError                RESOURCE_EXHAUSTED: the queue or the adapter memory is full; carries a retry hint
+├── AdapterInUseError        RESOURCE_EXHAUSTED: the adapter has requests, and the caller would not wait for them
+├── AdapterUnloadedError     ABORTED: the adapter was unloaded from under the request, as an administrator asked
+├── StoreUnavailableError    UNAVAILABLE: the store of adapters does not answer
 ├── DrainingError            UNAVAILABLE: the server is stopping
 └── EngineFaultError         INTERNAL: a step of the engine failed
 """
@@ -82,6 +85,27 @@ class BusyError(RequestError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "BUSY"
+    retry_after_seconds = 1.0
+
+
+class AdapterInUseError(BusyError):
+    """The adapter has requests, and the caller would not wait for them."""
+
+    reason = "ADAPTER_IN_USE"
+
+
+class AdapterUnloadedError(RequestError):
+    """The adapter was unloaded from under the request, as an administrator asked."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "ADAPTER_UNLOADED"
+
+
+class StoreUnavailableError(RequestError):
+    """The store of adapters does not answer; the same request may succeed later."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "STORE_UNAVAILABLE"
     retry_after_seconds = 1.0
 
 

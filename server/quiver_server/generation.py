@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from quiver_peft.adapters.banks import BASE_SLOT
 from quiver_peft.tokenizer import Tokenizer
@@ -11,7 +12,7 @@ from quiver_server.adapter_entry import Resident
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.admission import Admission
 from quiver_server.engine import Delivery, Engine
-from quiver_server.errors import BusyError, DrainingError, InvalidRequestError
+from quiver_server.errors import BusyError, DrainingError, InvalidRequestError, RequestError
 from quiver_server.limits import Limits
 from quiver_server.metrics import Metrics
 from quiver_server.request import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprob
@@ -69,11 +70,21 @@ class Session:
         self.num_generated_tokens = 0
         self.num_remaining_tokens = 0
         self.num_reused_tokens = 0
+        self._end: Callable[[RequestError], None] | None = None
 
     @property
     def num_virtual_tokens(self) -> int:
         """Rows that the adapter puts before the prompt."""
         return 0 if self.adapter is None else self.adapter.num_virtual_tokens
+
+    def ended_by(self, end: Callable[[RequestError], None] | None) -> None:
+        """How the adapter may end this request from outside; None: no more."""
+        if self.adapter is not None:
+            if self._end is not None:
+                self.adapter.enders.discard(self._end)
+            if end is not None:
+                self.adapter.enders.add(end)
+        self._end = end
 
     def note_token(self, candidate: Candidate, metrics: Metrics) -> None:
         """A token of a candidate arrived now; when scoring, a continuation's score."""
@@ -148,6 +159,7 @@ class Generator:
                 self._check_room(session)
             queue: asyncio.Queue[tuple[Candidate, TokenEvent]] = asyncio.Queue()
             candidates += [self._submit(session, index, queue) for index in range(asked.num_candidates)]
+            session.ended_by(partial(_end_one, candidates, queue))
             while not all(candidate.ended for candidate in candidates):
                 candidate, event = await self._next(queue, session)
                 if candidate.ended:
@@ -236,6 +248,7 @@ class Generator:
         return sequence
 
     async def _close(self, session: Session, candidates: Iterable[Candidate]) -> None:
+        session.ended_by(None)
         for candidate in candidates:
             if not candidate.gone.is_set():
                 self._engine.cancel(candidate.sequence)
@@ -249,6 +262,15 @@ class Generator:
         """Until every request that ended has given back what it held."""
         while self._closing:
             await asyncio.wait(set(self._closing))
+
+
+def _end_one(
+    candidates: Iterable[Candidate], queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]", error: RequestError
+) -> None:
+    """Fail a request through one of its candidates that have not ended, if any."""
+    for candidate in candidates:
+        if not candidate.ended:
+            return queue.put_nowait((candidate, TokenEvent(None, error=error)))
 
 
 def dispatch(events: Delivery) -> None:

@@ -17,7 +17,6 @@ from quiver.v1 import (
     model_pb2_grpc,
 )
 from quiver_server.access import Access
-from quiver_server.adapter_store import AdapterStore
 from quiver_server.admin_services import AdapterService, ModelService
 from quiver_server.answering import Answering
 from quiver_server.call_record import CallRecorder
@@ -58,7 +57,7 @@ class GrpcFront:
         self,
         config: ServerConfig,
         answering: Answering,
-        store: AdapterStore,
+        adapters: AdapterService,
         description: model_pb2.GetModelResponse,
         access: Access,
         recorder: CallRecorder,
@@ -71,7 +70,7 @@ class GrpcFront:
         interceptors = [CallInterceptor(access, recorder), FaultInterceptor()]
         self._server = grpc.aio.server(options=(*_OPTIONS, *sizes), interceptors=interceptors)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(answering), self._server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(store), self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(description), self._server)
         self._healths = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._healths, self._server)

@@ -56,9 +56,10 @@ class LoadMetrics(Collector):
         yield GaugeMetricFamily("quiver_adapter_free_bytes", "Adapter memory not in use.", store.memory.free_bytes)
         tiers = GaugeMetricFamily("quiver_adapter_bytes", "Memory that adapters take, by tier.", labels=["tier"])
         tiers.add_metric(["device"], store.memory.capacity_bytes - store.memory.free_bytes)
-        tiers.add_metric(["host"], store.weights.num_bytes)
+        tiers.add_metric(["host"], store.reader.host.num_bytes)
+        tiers.add_metric(["disk"], store.reader.disk.num_bytes)
         yield tiers
-        hits = store.weights.num_hits
+        hits = store.reader.host.num_hits
         yield CounterMetricFamily("quiver_adapter_host_hits", "Loads that found the adapter in main memory.", hits)
 
     def _for_routers(self) -> Iterator[Metric]:

@@ -6,15 +6,17 @@ import signal
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from quiver.v1 import model_pb2
-from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.artifact import parse_adapter
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.configs import METHOD_ORDER
 from quiver_peft.adapters.slot_tables import SlotTables
+from quiver_peft.adapters.store_files import is_url
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
@@ -25,7 +27,10 @@ from quiver_peft.kernels.native.library import take_over
 from quiver_peft.kernels.paged_attention import triton_agrees
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import Access
+from quiver_server.adapter_admin import AdapterAdmin
+from quiver_server.adapter_opening import open_adapters
 from quiver_server.adapter_store import AdapterStore
+from quiver_server.admin_services import AdapterService
 from quiver_server.admission import Admission
 from quiver_server.answering import Answering
 from quiver_server.blocks import BlockPool
@@ -41,7 +46,6 @@ from quiver_server.pages import serve_pages
 from quiver_server.runner import Runner
 from quiver_server.scheduler import Scheduler
 from quiver_server.tracing import open_tracing
-from quiver_server.weights_cache import WeightsCache
 
 if TYPE_CHECKING:
     from quiver_server.http.front import HttpFront
@@ -63,6 +67,7 @@ class Parts:
     kv: PagedKV
     engine: Engine
     store: AdapterStore
+    admin: AdapterAdmin
     generator: Generator
     limits: Limits
     metrics: Metrics
@@ -79,8 +84,9 @@ def serve(config: ServerConfig) -> int:
 
 
 def _load(config: ServerConfig) -> tuple[GPTBase | T5Base, Tokenizer]:
-    if not config.adapters.is_dir():
-        raise NotADirectoryError(f"--adapters {config.adapters}: no such folder; make it, it may be empty")
+    for place in config.adapters:
+        if not is_url(place) and not Path(place).is_dir():
+            raise NotADirectoryError(f"--adapters {place}: no such folder; make it, it may be empty")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,9 +149,15 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
         deliver=deliver,
         on_dead=fail,
     )
-    read = partial(read_adapter, base=base, tokenizer_digest=tokenizer.digest)
-    weights = WeightsCache(read, config.adapter_host_memory_mib * _MIB)
-    store = AdapterStore(config.adapters, banks, weights, metrics)
+    store, admin = open_adapters(
+        config.adapters,
+        config.state,
+        banks,
+        partial(parse_adapter, base=base, tokenizer_digest=tokenizer.digest),
+        metrics,
+        host_bytes=config.adapter_host_memory_mib * _MIB,
+        disk_bytes=config.cache_mib * _MIB,
+    )
     name = config.base.resolve().name
     metrics.registry.register(LoadMetrics(name, scheduler, blocks, store, MAX_RESIDENT_ADAPTERS))
     limits = _limits(config, base, tokenizer, num_blocks * BLOCK_TOKENS)
@@ -159,7 +171,7 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
         max_queue_seconds=config.max_queue_seconds,
         start_token_id=base.config.start_token_id if isinstance(base, T5Base) else None,
     )
-    return Parts(base, tokenizer, kv, engine, store, generator, limits, metrics)
+    return Parts(base, tokenizer, kv, engine, store, admin, generator, limits, metrics)
 
 
 def _limits(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, kv_tokens: int) -> Limits:
@@ -206,19 +218,30 @@ def _describe(config: ServerConfig, parts: Parts) -> model_pb2.GetModelResponse:
 async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -> int:
     ending = _Ending(asyncio.Event())
     parts = _build(config, base, tokenizer, ending)
+    try:
+        return await _serve_parts(config, parts, ending)
+    finally:
+        parts.store.close()
+
+
+async def _serve_parts(config: ServerConfig, parts: Parts, ending: _Ending) -> int:
     access = Access(config.token_file)
     tracing = open_tracing(config.otlp_endpoint)
     recorder = CallRecorder(parts.metrics, tracing)
-    answering = Answering(parts.generator, tokenizer, parts.limits, parts.metrics)
-    over_grpc = GrpcFront(config, answering, parts.store, _describe(config, parts), access, recorder)
+    answering = Answering(parts.generator, parts.tokenizer, parts.limits, parts.metrics)
+    adapters = AdapterService(parts.store, parts.admin)
+    over_grpc = GrpcFront(config, answering, adapters, _describe(config, parts), access, recorder)
     over_http = await _start_http(config, parts, answering, access, recorder) if config.http_port >= 0 else None
     if config.metrics_port >= 0:
         registry = parts.metrics.registry
         metrics_port = serve_pages(config.host, config.metrics_port, registry, lambda: not parts.generator.draining)
         log.info("metrics on http://%s:%d/metrics", config.host, metrics_port)
     parts.engine.start()
+    for reason in await parts.admin.restore_pins():
+        log.error("a pinned adapter could not be loaded: %s", reason)
     await over_grpc.start()
-    log.info("serving %s on %s (%d adapters found)", config.base, over_grpc.address, len(parts.store.entries()))
+    num_found = len(await parts.store.entries())
+    log.info("serving %s on %s (%d adapters found)", config.base, over_grpc.address, num_found)
     await _until_signal(ending)
     await _drain(config, parts, over_grpc, over_http)
     if tracing is not None:
@@ -255,5 +278,4 @@ async def _drain(config: ServerConfig, parts: Parts, over_grpc: GrpcFront, over_
     await asyncio.gather(*(front.drain(config.grace_seconds) for front in fronts))
     await parts.generator.wait_closed()
     parts.engine.stop()
-    parts.store.close()
     log.info("drained")

@@ -1,63 +1,55 @@
 """Adapters that were read and validated already, kept in main memory so that loading one again is a copy."""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 from quiver_peft.adapters.weights import AdapterWeights
-from quiver_server.adapter_entry import FilesState, files_state
 
 _BYTES_PER_PARAMETER = 4  # AdapterWeights are fp32
 
 
-class _Kept(NamedTuple):
-    state: FilesState
-    weights: AdapterWeights
-    num_bytes: int
-
-
 class WeightsCache:
-    """Reads folders, the same content once while it is kept. The least recently used go when it is full.
+    """Weights by revision. The least recently used go when it is full.
 
-    What is kept counts only while the folder's files are still the ones that were read. read: reads and validates a
-    folder; raises AdapterError. Used by one thread, the loader's; `bytes_of` by any.
+    Used by one thread, the loader's; `bytes_of` by any.
     """
 
-    def __init__(self, read: Callable[[Path], AdapterWeights], capacity_bytes: int) -> None:
-        self._read = read
-        self._capacity_bytes = capacity_bytes
-        self._kept: OrderedDict[Path, _Kept] = OrderedDict()
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._kept: OrderedDict[str, AdapterWeights] = OrderedDict()
         self.num_bytes = 0
         self.num_hits = 0
 
-    def read(self, folder: Path) -> AdapterWeights:
-        """The folder's weights as it is now."""
-        state = files_state(folder)  # first: what is replaced while it is read must not count as what is there then
-        kept = self._kept.get(folder)
-        if kept is not None and kept.state == state:
-            self._kept.move_to_end(folder)
+    def get(self, revision: str) -> AdapterWeights | None:
+        """The weights of a revision, where they are kept."""
+        weights = self._kept.get(revision)
+        if weights is not None:
+            self._kept.move_to_end(revision)
             self.num_hits += 1
-            return kept.weights
-        self._drop(folder)
-        weights = self._read(folder)
-        self._keep(folder, _Kept(state, weights, weights.num_parameters * _BYTES_PER_PARAMETER))
         return weights
 
-    def bytes_of(self, folder: Path) -> int:
-        """Main memory that this folder's weights take here."""
-        kept = self._kept.get(folder)
-        return 0 if kept is None else kept.num_bytes
-
-    def _keep(self, folder: Path, new: _Kept) -> None:
-        if new.num_bytes > self._capacity_bytes:
+    def put(self, weights: AdapterWeights) -> None:
+        """Keep them, unless they are larger than all that there is room for."""
+        num_bytes = size_of(weights)
+        if num_bytes > self.capacity_bytes or weights.revision in self._kept:
             return
-        while self.num_bytes + new.num_bytes > self._capacity_bytes:
-            self._drop(next(iter(self._kept)))
-        self._kept[folder] = new
-        self.num_bytes += new.num_bytes
+        while self.num_bytes + num_bytes > self.capacity_bytes:
+            self.drop(next(iter(self._kept)))
+        self._kept[weights.revision] = weights
+        self.num_bytes += num_bytes
 
-    def _drop(self, folder: Path) -> None:
-        kept = self._kept.pop(folder, None)
-        if kept is not None:
-            self.num_bytes -= kept.num_bytes
+    def drop(self, revision: str) -> int:
+        """Forget a revision; returns the bytes given back."""
+        weights = self._kept.pop(revision, None)
+        num_bytes = 0 if weights is None else size_of(weights)
+        self.num_bytes -= num_bytes
+        return num_bytes
+
+    def bytes_of(self, revision: str) -> int:
+        """Main memory that a revision's weights take here."""
+        weights = self._kept.get(revision)
+        return 0 if weights is None else size_of(weights)
+
+
+def size_of(weights: AdapterWeights) -> int:
+    """Bytes that weights take in main memory."""
+    return weights.num_parameters * _BYTES_PER_PARAMETER

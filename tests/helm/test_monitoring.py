@@ -39,9 +39,11 @@ def queries() -> list[str]:
 def exported() -> set[str]:
     """The names that a server's metrics page has."""
     names: set[str] = set()
-    for family in IdleServer(Path("nowhere")).metrics.registry.collect():
+    server = IdleServer(Path("nowhere"))
+    for family in server.metrics.registry.collect():
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
         names.update(family.name + suffix for suffix in suffixes)
+    server.store.close()
     return names
 
 

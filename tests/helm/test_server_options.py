@@ -23,7 +23,7 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> ServerConfig:
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_server_takes_the_rendered_arguments(settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parsed(rendered(settings), monkeypatch)
-    assert str(config.adapters) == "/adapters"
+    assert config.adapters == ["/adapters"]
     assert config.host == "0.0.0.0"
     assert config.http_port == (8000 if settings in ("everything", "gateway") else -1)
     assert config.prefix_cache is (settings != "everything")  # one of its extraArgs

@@ -56,6 +56,8 @@ class Script:
         self.generate_request = generation_pb2.GenerateRequest()
         self.score_request = generation_pb2.ScoreRequest()
         self.load_request = adapters_pb2.LoadAdapterRequest()
+        self.unload_request = adapters_pb2.UnloadAdapterRequest()
+        self.aliases: dict[str, adapters_pb2.Alias] = {}
         self.stream_was_cancelled = threading.Event()
 
     def begin(self, context: grpc.ServicerContext) -> None:
@@ -178,6 +180,7 @@ class _Adapters(AdapterServiceServicer):
             device_bytes=1_500_000,
             pinned=request.pin,
             rank=8,
+            revisions=[adapters_pb2.Revision(revision=REVISION, state=adapters_pb2.Adapter.STATE_RESIDENT)],
         )
         self.script.adapters[request.adapter_id] = adapter
         return adapters_pb2.LoadAdapterResponse(adapter=adapter)
@@ -186,6 +189,7 @@ class _Adapters(AdapterServiceServicer):
         self, request: adapters_pb2.UnloadAdapterRequest, context: grpc.ServicerContext
     ) -> adapters_pb2.UnloadAdapterResponse:
         self.script.begin(context)
+        self.script.unload_request = request
         adapter = self.script.known(request.adapter_id, context)
         del self.script.adapters[request.adapter_id]
         return adapters_pb2.UnloadAdapterResponse(freed_bytes=adapter.device_bytes)
@@ -201,6 +205,32 @@ class _Adapters(AdapterServiceServicer):
     ) -> adapters_pb2.ListAdaptersResponse:
         self.script.begin(context)
         return adapters_pb2.ListAdaptersResponse(adapters=self.script.adapters.values())
+
+    def SetAlias(
+        self, request: adapters_pb2.SetAliasRequest, context: grpc.ServicerContext
+    ) -> adapters_pb2.SetAliasResponse:
+        self.script.begin(context)
+        adapter = self.script.known(request.target, context)
+        alias = adapters_pb2.Alias(name=request.alias, adapter_id=request.target, revision=REVISION)
+        self.script.aliases[request.alias] = alias
+        adapter.aliases.append(alias)
+        return adapters_pb2.SetAliasResponse(alias=alias)
+
+    def DeleteAlias(
+        self, request: adapters_pb2.DeleteAliasRequest, context: grpc.ServicerContext
+    ) -> adapters_pb2.DeleteAliasResponse:
+        self.script.begin(context)
+        if request.alias not in self.script.aliases:
+            abort(context, Failure(grpc.StatusCode.NOT_FOUND, f"no alias {request.alias!r}"))
+        return adapters_pb2.DeleteAliasResponse(previous=self.script.aliases.pop(request.alias))
+
+    def WatchAdapters(
+        self, request: adapters_pb2.WatchAdaptersRequest, context: grpc.ServicerContext
+    ) -> Iterator[adapters_pb2.WatchAdaptersResponse]:
+        self.script.begin(context)
+        yield adapters_pb2.WatchAdaptersResponse(snapshot=True, adapters=self.script.adapters.values())
+        yield adapters_pb2.WatchAdaptersResponse(removed_ids=["old"])
+        abort(context, Failure(grpc.StatusCode.ABORTED, "no more changes"))
 
 
 class _Model(ModelServiceServicer):

@@ -9,9 +9,19 @@ import pytest
 import pytest_asyncio
 from proto.scripted_server import ENDLESS, FAIL_HALFWAY, REVISION, Script, ScriptedServer
 
-from quiver import AdapterState, AsyncClient, DeadlineExceeded, FinishReason, InvalidRequest
-from quiver.errors import AdapterNotFound, ServerInternal, ServerUnavailable
+from quiver import (
+    AdapterChanges,
+    AdapterState,
+    AsyncClient,
+    DeadlineExceeded,
+    FinishReason,
+    InvalidRequest,
+    Running,
+    Tier,
+)
+from quiver.errors import AdapterNotFound, CallCancelled, ServerInternal, ServerUnavailable
 from quiver.results import AdapterRef
+from quiver.v1 import adapters_pb2
 
 
 @pytest_asyncio.fixture
@@ -163,3 +173,18 @@ async def test_the_timeout_ends_a_whole_stream(server: ScriptedServer) -> None:
             async for _ in client.stream(ENDLESS):
                 pass
     assert await _is_set(server.script.stream_was_cancelled)
+
+
+async def test_aliases_and_changes(aclient: AsyncClient, script: Script) -> None:
+    await aclient.load_adapter("support", tier=Tier.HOST)
+    alias = await aclient.set_alias("live", "support")
+    assert (alias.name, alias.adapter_id, alias.revision) == ("live", "support", REVISION)
+    seen: list[AdapterChanges] = []
+    with pytest.raises(CallCancelled, match="no more changes"):
+        async for changes in aclient.watch_adapters():
+            seen.append(changes)
+    assert [item.is_snapshot for item in seen] == [True, False]
+    assert seen[0].adapters[0].aliases == (alias,)
+    assert await aclient.delete_alias("live") == alias
+    await aclient.unload_adapter("support", running=Running.REFUSE)
+    assert script.unload_request.running == adapters_pb2.UnloadAdapterRequest.RUNNING_REFUSE

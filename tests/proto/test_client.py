@@ -1,6 +1,7 @@
 """The blocking client against a real server on a real socket."""
 
 import inspect
+import itertools
 import threading
 import time
 
@@ -8,9 +9,10 @@ import grpc
 import pytest
 from proto.scripted_server import ENDLESS, FAIL_HALFWAY, REVISION, Script, ScriptedServer
 
-from quiver import AdapterState, AsyncClient, Client, DeadlineExceeded, FinishReason, InvalidRequest
-from quiver.errors import AdapterNotFound, ServerInternal, ServerUnavailable
+from quiver import AdapterState, AsyncClient, Client, DeadlineExceeded, FinishReason, InvalidRequest, Running, Tier
+from quiver.errors import AdapterNotFound, CallCancelled, ServerInternal, ServerUnavailable
 from quiver.results import AdapterRef, Timing, Usage
+from quiver.v1 import adapters_pb2
 
 
 def test_generate_answers_with_everything_the_server_said(client: Client) -> None:
@@ -227,3 +229,19 @@ def _public_methods(client_class: type[Client] | type[AsyncClient]) -> dict[str,
 
 def test_both_clients_have_the_same_methods_with_the_same_arguments() -> None:
     assert _public_methods(Client) == _public_methods(AsyncClient)
+
+
+def test_aliases_and_changes(client: Client, script: Script) -> None:
+    client.load_adapter("support", tier=Tier.HOST)
+    assert script.load_request.tier == adapters_pb2.LoadAdapterRequest.TIER_HOST
+    alias = client.set_alias("live", "support")
+    assert (alias.name, alias.adapter_id, alias.revision) == ("live", "support", REVISION)
+    assert client.get_adapter("support").aliases == (alias,)
+    first, second = itertools.islice(client.watch_adapters(), 2)
+    assert (first.is_snapshot, [item.id for item in first.adapters], first.removed_ids) == (True, ["support"], ())
+    assert (second.is_snapshot, second.adapters, second.removed_ids) == (False, (), ("old",))
+    with pytest.raises(CallCancelled, match="no more changes"):
+        list(client.watch_adapters())
+    assert client.delete_alias("live") == alias
+    client.unload_adapter("support", running=Running.CANCEL)
+    assert script.unload_request.running == adapters_pb2.UnloadAdapterRequest.RUNNING_CANCEL

@@ -160,6 +160,9 @@ def test_wrong_usage_ends_with_2(tmp_path: Path) -> None:
         (["generate", "--file", str(tmp_path / "latin")], "cannot read"),
         (["generate", "hello", "--temprature", "1"], "No such option"),
         (["adapters", "load"], "Missing argument"),
+        (["adapters", "alias", "live"], "give either a TARGET or --delete"),
+        (["adapters", "alias", "live", "x", "--delete"], "give either a TARGET or --delete"),
+        (["adapters", "unload", "x", "--running", "sometimes"], "is not one of"),
         (["shoot"], "No such command"),
     ):
         run = _quiver(*arguments)
@@ -222,7 +225,10 @@ def test_an_adapters_life(server: ScriptedServer) -> None:
     gone = _quiver("adapters", "show", "support", server=server)
 
     assert loaded == "support is resident: lora, revision 0123456789ab\n"
-    assert server.script.load_request == adapters_pb2.LoadAdapterRequest(adapter_id="support", source="here", pin=True)
+    tier = adapters_pb2.LoadAdapterRequest.TIER_DEVICE
+    assert server.script.load_request == adapters_pb2.LoadAdapterRequest(
+        adapter_id="support", source="here", pin=True, tier=tier
+    )
     assert REVISION in shown and "1.5 MB" in shown and "resident" in shown
     assert unloaded == "support: 1.5 MB given back\n"
     assert (gone.returncode, gone.stderr) == (1, "quiver: no adapter 'support'\n")
@@ -265,4 +271,47 @@ def test_results_in_json_are_what_the_client_answers(server: ScriptedServer, cli
     assert [adapter["id"] for adapter in answer("adapters", "list")] == [a.id for a in client.list_adapters()]
     assert answer("adapters", "show", "broken")["failure_reason"] == "lora_A is missing"
     assert answer("adapters", "load", "support")["state"] == "resident"
+    assert answer("adapters", "alias", "live", "support")["name"] == "live"
     assert answer("adapters", "unload", "support") == {"freed_bytes": 1_500_000}
+
+
+def test_aliases_are_moved_and_deleted(server: ScriptedServer) -> None:
+    _succeeds(_quiver("adapter", "load", "support", server=server))
+    moved = _succeeds(_quiver("adapters", "alias", "live", "support", server=server))
+    shown = _succeeds(_quiver("adapters", "show", "support", server=server))
+    deleted = _succeeds(_quiver("adapters", "alias", "live", "--delete", server=server))
+    gone = _quiver("adapters", "alias", "live", "--delete", server=server)
+
+    assert moved == "live is support@0123456789ab\n"
+    assert any("0123456789ab" in line and "live" in line and "resident" in line for line in shown.splitlines())
+    assert deleted == "live is deleted; it was support@0123456789ab\n"
+    assert (gone.returncode, gone.stderr) == (1, "quiver: no alias 'live'\n")
+
+
+def test_how_an_adapter_is_loaded_and_unloaded(server: ScriptedServer) -> None:
+    loads, unloads = adapters_pb2.LoadAdapterRequest, adapters_pb2.UnloadAdapterRequest
+    _succeeds(_quiver("adapters", "load", "support", "--tier", "host", server=server))
+    assert (server.script.load_request.tier, server.script.load_request.HasField("pin")) == (loads.TIER_HOST, False)
+    _succeeds(_quiver("adapters", "load", "support", "--no-pin", server=server))
+    assert (server.script.load_request.HasField("pin"), server.script.load_request.pin) == (True, False)
+    for option, expected in (
+        ((), unloads.RUNNING_WAIT),
+        (("--running", "refuse"), unloads.RUNNING_REFUSE),
+        (("--running", "cancel"), unloads.RUNNING_CANCEL),
+    ):
+        _succeeds(_quiver("adapters", "load", "support", server=server))
+        _succeeds(_quiver("adapters", "unload", "support", *option, server=server))
+        assert server.script.unload_request.running == expected
+
+
+def test_a_watch_prints_a_line_for_each_change(server: ScriptedServer) -> None:
+    _know_two_adapters(server.script)
+
+    run = _quiver("adapters", "watch", server=server)
+    lines = [json.loads(line) for line in _quiver("adapters", "watch", "--json", server=server).stdout.splitlines()]
+
+    assert run.stdout.splitlines()[1:] == ["broken failed: lora_A is missing", "old gone"]
+    assert "resident (pinned), revision 0123456789ab" in run.stdout
+    assert (run.returncode, run.stderr) == (1, "quiver: no more changes\n")
+    assert [line["is_snapshot"] for line in lines] == [True, False]
+    assert lines[1]["removed_ids"] == ["old"]

@@ -41,14 +41,21 @@ FIELDS: dict[type[Message], str] = {
     generation_pb2.TokenizeRequest: "text pieces",
     generation_pb2.TokenizeResponse: "token_ids pieces",
     adapters_pb2.Adapter: "id revision methods source state device_bytes host_bytes pinned running waiting"
-    " failure_reason base_fingerprint rank virtual_tokens parameters description",
-    adapters_pb2.LoadAdapterRequest: "adapter_id source pin",
+    " failure_reason base_fingerprint rank virtual_tokens parameters description disk_bytes aliases revisions",
+    adapters_pb2.Alias: "name adapter_id revision",
+    adapters_pb2.Revision: "revision state running device_bytes host_bytes disk_bytes pinned",
+    adapters_pb2.LoadAdapterRequest: "adapter_id source pin tier",
     adapters_pb2.LoadAdapterResponse: "adapter",
-    adapters_pb2.UnloadAdapterRequest: "adapter_id",
+    adapters_pb2.UnloadAdapterRequest: "adapter_id running",
     adapters_pb2.UnloadAdapterResponse: "freed_bytes",
     adapters_pb2.GetAdapterRequest: "adapter_id",
     adapters_pb2.GetAdapterResponse: "adapter",
     adapters_pb2.ListAdaptersResponse: "adapters",
+    adapters_pb2.SetAliasRequest: "alias target",
+    adapters_pb2.SetAliasResponse: "alias previous",
+    adapters_pb2.DeleteAliasRequest: "alias",
+    adapters_pb2.DeleteAliasResponse: "previous",
+    adapters_pb2.WatchAdaptersResponse: "snapshot adapters removed_ids",
     model_pb2.GetModelResponse: "name architecture vocab_size context_length dtype device fingerprint"
     " parameters kv_capacity_tokens adapter_methods server_version default_max_new_tokens",
 }
@@ -68,7 +75,10 @@ def test_fields_are_numbered_from_1_in_this_order(message: type[Message], names:
         (
             adapters_pb2,
             "AdapterService",
-            {"LoadAdapter", "UnloadAdapter", "GetAdapter", "ListAdapters"},
+            {
+                *("LoadAdapter", "UnloadAdapter", "GetAdapter", "ListAdapters"),
+                *("SetAlias", "DeleteAlias", "WatchAdapters"),
+            },
         ),
         (model_pb2, "ModelService", {"GetModel"}),
     ],

@@ -9,6 +9,7 @@ from quiver.status import FieldViolation, shorten, status_details
 
 STATUSES: list[tuple[grpc.StatusCode, type[errors.QuiverClientError]]] = [
     (grpc.StatusCode.CANCELLED, errors.CallCancelled),
+    (grpc.StatusCode.ABORTED, errors.CallCancelled),
     (grpc.StatusCode.UNKNOWN, errors.ServerInternal),
     (grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidRequest),
     (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
@@ -17,7 +18,6 @@ STATUSES: list[tuple[grpc.StatusCode, type[errors.QuiverClientError]]] = [
     (grpc.StatusCode.PERMISSION_DENIED, errors.AccessDenied),
     (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.ServerBusy),
     (grpc.StatusCode.FAILED_PRECONDITION, errors.BaseMismatch),
-    (grpc.StatusCode.ABORTED, errors.ServerInternal),
     (grpc.StatusCode.OUT_OF_RANGE, errors.InvalidRequest),
     (grpc.StatusCode.UNIMPLEMENTED, errors.ServerInternal),
     (grpc.StatusCode.INTERNAL, errors.ServerInternal),

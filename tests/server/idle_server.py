@@ -4,21 +4,21 @@ from pathlib import Path
 
 import torch
 
+from quiver_peft.adapters.adapter_files import AdapterFiles
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
-from quiver_server.adapter_store import AdapterStore
+from quiver_server.adapter_opening import open_adapters
 from quiver_server.blocks import BlockPool
 from quiver_server.load_metrics import LoadMetrics
 from quiver_server.metrics import Metrics
 from quiver_server.scheduler import Scheduler
-from quiver_server.weights_cache import WeightsCache
 
 CAPACITY_BYTES = 4096
 MAX_ADAPTERS = 8
 
 
-def _read_nothing(folder: Path) -> AdapterWeights:
-    raise AssertionError(folder)
+def _read_nothing(files: AdapterFiles) -> AdapterWeights:
+    raise AssertionError(files)
 
 
 class IdleServer:
@@ -29,7 +29,8 @@ class IdleServer:
         self.blocks = BlockPool(4, 16)
         self.scheduler = Scheduler(self.blocks, 1, 1)
         banks = AdapterBanks(CAPACITY_BYTES, torch.float32, torch.device("cpu"))
-        self.store = AdapterStore(adapters, banks, WeightsCache(_read_nothing, 0), self.metrics)
-        self.store.close()
+        self.store, _ = open_adapters(
+            [str(adapters)], None, banks, _read_nothing, self.metrics, host_bytes=0, disk_bytes=0
+        )
         load = LoadMetrics("base", self.scheduler, self.blocks, self.store, MAX_ADAPTERS)
         self.metrics.registry.register(load)

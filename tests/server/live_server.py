@@ -26,7 +26,7 @@ _HTTP = re.compile(r"OpenAI's API on (https?://[^\s\"]+)/v1")
 class LiveServer:
     """One server process. `log`: the file that takes what it prints; num_threads: as of `spawn`."""
 
-    def __init__(self, base: Path, adapters: Path, log: Path, *options: str, num_threads: int | None = 1) -> None:
+    def __init__(self, base: Path, adapters: Path | str, log: Path, *options: str, num_threads: int | None = 1) -> None:
         self.log = log
         folders = ("--base", str(base), "--adapters", str(adapters))
         self.process = spawn(log, *folders, *options, num_threads=num_threads)

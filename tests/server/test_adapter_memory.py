@@ -10,18 +10,20 @@ import pytest
 import torch
 from tiny import hf_lora
 
-from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.artifact import parse_adapter, read_adapter
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.base.gpt import GPTBase
 from quiver_server import adapter_memory
+from quiver_server.adapter_admin import AdapterAdmin
 from quiver_server.adapter_entry import Resident
+from quiver_server.adapter_opening import open_adapters
 from quiver_server.adapter_store import AdapterStore
-from quiver_server.errors import BusyError
+from quiver_server.errors import BusyError, UnknownAdapterError
 from quiver_server.metrics import Metrics
-from quiver_server.weights_cache import WeightsCache
 
 RANKS = {**{f"r4-{i}": 4 for i in range(5)}, "r8": 8, "r12": 12}
-Store = Callable[[float], AdapterStore]
+Opened = tuple[AdapterStore, AdapterAdmin]
+Store = Callable[..., Opened]
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +38,24 @@ def folder(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def make_store(folder: Path, llama_base: Path) -> AsyncIterator[Store]:
     """Makes stores whose memory holds adapters of so many ranks together."""
-    read = partial(read_adapter, base=GPTBase.from_pretrained(llama_base))
+    base = GPTBase.from_pretrained(llama_base)
+    read, parse = partial(read_adapter, base=base), partial(parse_adapter, base=base)
     one = AdapterBanks(2**24, torch.float32, torch.device("cpu")).num_bytes(read(folder / "r4-0")) // 4
-    stores: list[AdapterStore] = []
+    opened: list[Opened] = []
 
-    def make(ranks: float) -> AdapterStore:
+    def make(ranks: float, disk_bytes: int = 2**24) -> Opened:
         banks = AdapterBanks(int(one * ranks), torch.float32, torch.device("cpu"))
-        stores.append(AdapterStore(folder, banks, WeightsCache(read, 2**24), Metrics()))
-        return stores[-1]
+        metrics, sizes = Metrics(), {"host_bytes": 2**24, "disk_bytes": disk_bytes}
+        opened.append(open_adapters([str(folder)], None, banks, parse, metrics, **sizes))
+        return opened[-1]
 
     yield make
-    for store in stores:
+    for store, _ in opened:
         store.close()
 
 
 def resident(store: AdapterStore) -> set[str]:
-    return {entry.id for entry in store.entries() if entry.resident is not None}
+    return {entry.id for entry in store.known if entry.resident is not None}
 
 
 async def use(store: AdapterStore, *names: str) -> None:
@@ -65,7 +69,7 @@ async def soon(work: Awaitable[Any]) -> Any:
 
 
 async def test_who_was_used_most_stays(make_store: Store) -> None:
-    store = make_store(8)
+    store, _ = make_store(8)
     await use(store, *["r4-0"] * 9, "r4-1", "r4-2")
     assert resident(store) == {"r4-0", "r4-2"}
     await use(store, "r4-3")
@@ -73,7 +77,7 @@ async def test_who_was_used_most_stays(make_store: Store) -> None:
 
 
 async def test_a_large_one_gets_the_room_of_several(make_store: Store) -> None:
-    store = make_store(12)
+    store, _ = make_store(12)
     await use(store, "r4-0", "r4-1", "r4-2")
     await use(store, "r8")
     assert len(resident(store)) == 2
@@ -83,18 +87,18 @@ async def test_a_large_one_gets_the_room_of_several(make_store: Store) -> None:
 
 async def test_gaps_that_are_too_small_alone_are_joined(make_store: Store) -> None:
     """8 of 16 ranks are free, in two pieces; the one between them gives way, though the other was used less."""
-    store = make_store(16)
+    store, admin = make_store(16)
     await use(store, "r4-0", "r4-1", "r4-2", "r4-3")
     await use(store, "r4-1", "r4-1")
     for name in ("r4-0", "r4-2"):
-        await store.unload(name)
+        await admin.unload(name)
     await use(store, "r12")
     assert resident(store) == {"r12", "r4-3"}
 
 
 async def test_one_that_waits_for_room_holds_up_nobody(make_store: Store) -> None:
     """Requests for what is resident go on, before and after it has waited."""
-    store = make_store(8)
+    store, _ = make_store(8)
     leases = [await store.acquire(name) for name in ("r4-0", "r4-1")]
     waiting = asyncio.create_task(store.acquire("r4-2"))
     await asyncio.sleep(0.1)
@@ -106,7 +110,7 @@ async def test_one_that_waits_for_room_holds_up_nobody(make_store: Store) -> Non
 
 
 async def test_who_waits_first_gets_room_first(make_store: Store) -> None:
-    store = make_store(4)
+    store, _ = make_store(4)
     lease = await store.acquire("r4-0")
     order: list[str] = []
 
@@ -127,7 +131,7 @@ async def test_who_waits_first_gets_room_first(make_store: Store) -> None:
 async def test_who_holds_the_memory_for_ever_is_drained(make_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two adapters are never without a request; a third waits. The one with least to do ends, gives way, comes back."""
     monkeypatch.setattr(adapter_memory, "_DRAIN_AFTER_SECONDS", 0.2)
-    store = make_store(8)
+    store, _ = make_store(8)
     stop = asyncio.Event()
     served: list[str] = []
 
@@ -160,9 +164,9 @@ async def test_who_holds_the_memory_for_ever_is_drained(make_store: Store, monke
 
 
 async def test_pinned_ones_leave_no_room(make_store: Store) -> None:
-    store = make_store(8)
+    store, admin = make_store(8)
     for name in ("r4-0", "r4-1"):
-        await store.load(name, "", pin=True)
+        await admin.load(name, pin=True)
     with pytest.raises(BusyError, match="all resident adapters are pinned or in use"):
         await soon(store.acquire("r4-2"))
     assert resident(store) == {"r4-0", "r4-1"}
@@ -170,7 +174,7 @@ async def test_pinned_ones_leave_no_room(make_store: Store) -> None:
 
 async def test_storms_lose_nothing(make_store: Store) -> None:
     """200 requests for 7 adapters through memory for 2 or 3, all at once."""
-    store = make_store(12)
+    store, _ = make_store(12)
     names = list(RANKS)
     held: set[int] = set()
 
@@ -185,4 +189,15 @@ async def test_storms_lose_nothing(make_store: Store) -> None:
 
     found = await asyncio.wait_for(asyncio.gather(*(ask(i) for i in range(200))), 60)
     assert [item.id for item in found] == [names[i * i % 7] for i in range(200)]
-    assert all(entry.resident is None or entry.resident.num_leases == 0 for entry in store.entries())
+    assert all(entry.resident is None or entry.resident.num_leases == 0 for entry in store.known)
+
+
+async def test_a_disk_without_room_serves_but_keeps_no_alias(make_store: Store) -> None:
+    store, admin = make_store(8, disk_bytes=0)
+    await use(store, "r4-0")
+    assert store.reader.disk.num_bytes == 0
+    with pytest.raises(BusyError, match=r"has no room to keep r4-0@\w+ for an alias \(--cache-mib\)"):
+        await admin.set_alias("live", "r4-0")
+    assert store.registry.decided.aliases == {}
+    with pytest.raises(UnknownAdapterError):
+        await store.acquire("live")

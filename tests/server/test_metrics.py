@@ -1,7 +1,7 @@
 """Metrics: true, of bounded number, well-named by promtool's rules, and such as routers read them."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx2
@@ -14,7 +14,7 @@ from server.bench import Bench
 from server.idle_server import MAX_ADAPTERS, IdleServer
 from server.live_server import eventually
 
-from quiver import Client
+from quiver import Client, Tier
 from quiver_server.adapter_entry import Entry
 from quiver_server.metrics import MAX_ADAPTER_LABELS, OTHER_ADAPTERS, STEP_PHASES, Metrics
 
@@ -73,22 +73,23 @@ def test_a_router_sees_what_is_in_memory_and_what_runs(llama: Bench, client: Cli
 
 
 @pytest.fixture
-def idle(tmp_path: Path) -> Iterator[IdleServer]:
+async def idle(tmp_path: Path) -> AsyncIterator[IdleServer]:
     server = IdleServer(tmp_path)
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-    server.store.entries()
+    await server.store.entries()
     yield server
+    server.store.close()
 
 
-def test_a_router_sees_who_waits(idle: IdleServer) -> None:
+async def test_a_router_sees_who_waits(idle: IdleServer) -> None:
     def read() -> tuple[dict[str, float], set[str], set[str], int]:
         return read_as_the_router_does(generate_latest(idle.metrics.registry).decode())
 
     assert read() == ({"num_requests_waiting": 0, "num_requests_running": 0, "kv_cache_usage_perc": 0}, set(), set(), 8)
     entries: dict[str, Entry] = {entry.id: entry for entry in idle.store.known}
-    entries["one"].num_waiting, entries["two"].num_waiting = 2, 1
+    entries["one"].waiting, entries["two"].waiting = {"": 2}, {"abcdef": 1}
     gauges, running, waiting, most = read()
     assert (gauges["num_requests_waiting"], running, waiting) == (3, set(), {"one", "two"})
     assert most == MAX_ADAPTERS, "nothing is known of their size yet"
@@ -147,6 +148,7 @@ def test_adapters_by_tier(llama: Bench, client: Client) -> None:
     assert llama.server.metric("quiver_adapter_bytes", tier="host") >= loaded.host_bytes > 0
     hits = llama.server.metric("quiver_adapter_host_hits_total")
     client.unload_adapter("pattern-r3")
+    client.load_adapter("pattern-r3", tier=Tier.HOST)
     client.load_adapter("pattern-r3")
     assert llama.server.metric("quiver_adapter_host_hits_total") == hits + 1
     assert llama.server.metric("quiver_known_adapters") >= 6

@@ -1,5 +1,6 @@
 """The process: how it starts, refuses to start, drains and exits."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from server.live_server import LiveServer, eventually, run_refused, spawn
 
 from quiver import QuiverClientError, ServerUnavailable
 from quiver_server.command import run
+from quiver_server.registry import Registry
 
 PROMPT = [9, 20, 31]
 SIGTERM_BIT = 1 << 14
@@ -94,6 +96,9 @@ def test_the_process_that_cannot_serve(tmp_path: Path) -> None:
         (["--port", "{taken}"], 1, "{taken}"),
         (["--port", "0", "--metrics-port", "{taken}"], 1, "in use"),
         (["--port", "70000"], 2, "--port"),
+        (["--adapters", "ftp://host/x"], 1, "stores are folders or URLs of s3://, gs://, http://, https://"),
+        (["--adapters", "https://me:secret@host/x"], 1, "no user, query or '#'"),
+        (["--state", "{state}"], 1, "another server uses it (process {pid}); each server needs its own"),
         (["--dtypo", "float32"], 2, "No such option"),
     ],
 )
@@ -108,8 +113,13 @@ def test_what_cannot_be_served(
 ) -> None:
     """Exit code 1, or 2 where the command line itself is wrong, and words that say why. In this process: faster."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
+        others = Registry(tmp_path / "state")
         values = {"tmp": str(tmp_path), "taken": str(taken.getsockname()[1])}
+        values |= {"state": str(others.folder), "pid": str(os.getpid())}
         options = [part.format(**values) for part in changes]
         good = ["--base", str(llama_base), "--adapters", str(tmp_path), "--metrics-port", "-1"]
         assert run([*good, *options]) == code
-    assert fragment.format(**values) in caplog.text + capsys.readouterr().err
+        others.close()
+    said = caplog.text + capsys.readouterr().err
+    assert fragment.format(**values) in said
+    assert "secret" not in said

@@ -23,9 +23,9 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_folder(staging)
+        sync_folder(staging)
         _swap_in(staging, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -48,7 +48,8 @@ def _swap_in(staging: Path, folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """What was renamed in it stays so, whatever happens to the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

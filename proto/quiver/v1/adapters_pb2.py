@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18quiver/v1/adapters.proto\x12\tquiver.v1\"\xbd\x03\n\x07\x41\x64\x61pter\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07methods\x18\x03 \x03(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.quiver.v1.Adapter.State\x12\x14\n\x0c\x64\x65vice_bytes\x18\x06 \x01(\x04\x12\x12\n\nhost_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06pinned\x18\x08 \x01(\x08\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x16\n\x0e\x66\x61ilure_reason\x18\x0b \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x0c \x01(\t\x12\x0c\n\x04rank\x18\r \x01(\r\x12\x16\n\x0evirtual_tokens\x18\x0e \x01(\r\x12\x12\n\nparameters\x18\x0f \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\x10 \x01(\t\"m\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_REGISTERED\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x12\n\x0eSTATE_RESIDENT\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\"E\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\":\n\x13LoadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.quiver.v1.Adapter\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"9\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.quiver.v1.Adapter\"\x15\n\x13ListAdaptersRequest\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.quiver.v1.Adapter2\xce\x02\n\x0e\x41\x64\x61pterService\x12L\n\x0bLoadAdapter\x12\x1d.quiver.v1.LoadAdapterRequest\x1a\x1e.quiver.v1.LoadAdapterResponse\x12R\n\rUnloadAdapter\x12\x1f.quiver.v1.UnloadAdapterRequest\x1a .quiver.v1.UnloadAdapterResponse\x12I\n\nGetAdapter\x12\x1c.quiver.v1.GetAdapterRequest\x1a\x1d.quiver.v1.GetAdapterResponse\x12O\n\x0cListAdapters\x12\x1e.quiver.v1.ListAdaptersRequest\x1a\x1f.quiver.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18quiver/v1/adapters.proto\x12\tquiver.v1\"\xac\x04\n\x07\x41\x64\x61pter\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07methods\x18\x03 \x03(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.quiver.v1.Adapter.State\x12\x14\n\x0c\x64\x65vice_bytes\x18\x06 \x01(\x04\x12\x12\n\nhost_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06pinned\x18\x08 \x01(\x08\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x16\n\x0e\x66\x61ilure_reason\x18\x0b \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x0c \x01(\t\x12\x0c\n\x04rank\x18\r \x01(\r\x12\x16\n\x0evirtual_tokens\x18\x0e \x01(\r\x12\x12\n\nparameters\x18\x0f \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\x10 \x01(\t\x12\x12\n\ndisk_bytes\x18\x11 \x01(\x04\x12!\n\x07\x61liases\x18\x12 \x03(\x0b\x32\x10.quiver.v1.Alias\x12&\n\trevisions\x18\x13 \x03(\x0b\x32\x13.quiver.v1.Revision\"}\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_REGISTERED\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x12\n\x0eSTATE_RESIDENT\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x0e\n\nSTATE_HOST\x10\x05\"\xa4\x01\n\x08Revision\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.quiver.v1.Adapter.State\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x12\x12\n\nhost_bytes\x18\x05 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\";\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\"\xc2\x01\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x03pin\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x30\n\x04tier\x18\x04 \x01(\x0e\x32\".quiver.v1.LoadAdapterRequest.Tier\"<\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x42\x06\n\x04_pin\":\n\x13LoadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.quiver.v1.Adapter\"\xc2\x01\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x38\n\x07running\x18\x02 \x01(\x0e\x32\'.quiver.v1.UnloadAdapterRequest.Running\"\\\n\x07Running\x12\x17\n\x13RUNNING_UNSPECIFIED\x10\x00\x12\x10\n\x0cRUNNING_WAIT\x10\x01\x12\x12\n\x0eRUNNING_REFUSE\x10\x02\x12\x12\n\x0eRUNNING_CANCEL\x10\x03\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"9\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.quiver.v1.Adapter\"\x15\n\x13ListAdaptersRequest\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.quiver.v1.Adapter\"0\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"W\n\x10SetAliasResponse\x12\x1f\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x10.quiver.v1.Alias\x12\"\n\x08previous\x18\x02 \x01(\x0b\x32\x10.quiver.v1.Alias\"#\n\x12\x44\x65leteAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"9\n\x13\x44\x65leteAliasResponse\x12\"\n\x08previous\x18\x01 \x01(\x0b\x32\x10.quiver.v1.Alias\"\x16\n\x14WatchAdaptersRequest\"d\n\x15WatchAdaptersResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12$\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x12.quiver.v1.Adapter\x12\x13\n\x0bremoved_ids\x18\x03 \x03(\t2\xb7\x04\n\x0e\x41\x64\x61pterService\x12L\n\x0bLoadAdapter\x12\x1d.quiver.v1.LoadAdapterRequest\x1a\x1e.quiver.v1.LoadAdapterResponse\x12R\n\rUnloadAdapter\x12\x1f.quiver.v1.UnloadAdapterRequest\x1a .quiver.v1.UnloadAdapterResponse\x12I\n\nGetAdapter\x12\x1c.quiver.v1.GetAdapterRequest\x1a\x1d.quiver.v1.GetAdapterResponse\x12O\n\x0cListAdapters\x12\x1e.quiver.v1.ListAdaptersRequest\x1a\x1f.quiver.v1.ListAdaptersResponse\x12\x43\n\x08SetAlias\x12\x1a.quiver.v1.SetAliasRequest\x1a\x1b.quiver.v1.SetAliasResponse\x12L\n\x0b\x44\x65leteAlias\x12\x1d.quiver.v1.DeleteAliasRequest\x1a\x1e.quiver.v1.DeleteAliasResponse\x12T\n\rWatchAdapters\x12\x1f.quiver.v1.WatchAdaptersRequest\x1a .quiver.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,25 +32,45 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quiver.v1.adapters_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER']._serialized_start=40
-  _globals['_ADAPTER']._serialized_end=485
-  _globals['_ADAPTER_STATE']._serialized_start=376
-  _globals['_ADAPTER_STATE']._serialized_end=485
-  _globals['_LOADADAPTERREQUEST']._serialized_start=487
-  _globals['_LOADADAPTERREQUEST']._serialized_end=556
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=558
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=616
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=618
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=660
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=662
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=706
-  _globals['_GETADAPTERREQUEST']._serialized_start=708
-  _globals['_GETADAPTERREQUEST']._serialized_end=747
-  _globals['_GETADAPTERRESPONSE']._serialized_start=749
-  _globals['_GETADAPTERRESPONSE']._serialized_end=806
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=808
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=829
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=831
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=891
-  _globals['_ADAPTERSERVICE']._serialized_start=894
-  _globals['_ADAPTERSERVICE']._serialized_end=1228
+  _globals['_ADAPTER']._serialized_end=596
+  _globals['_ADAPTER_STATE']._serialized_start=471
+  _globals['_ADAPTER_STATE']._serialized_end=596
+  _globals['_REVISION']._serialized_start=599
+  _globals['_REVISION']._serialized_end=763
+  _globals['_ALIAS']._serialized_start=765
+  _globals['_ALIAS']._serialized_end=824
+  _globals['_LOADADAPTERREQUEST']._serialized_start=827
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1021
+  _globals['_LOADADAPTERREQUEST_TIER']._serialized_start=953
+  _globals['_LOADADAPTERREQUEST_TIER']._serialized_end=1013
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=1023
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1081
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1084
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1278
+  _globals['_UNLOADADAPTERREQUEST_RUNNING']._serialized_start=1186
+  _globals['_UNLOADADAPTERREQUEST_RUNNING']._serialized_end=1278
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1280
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1324
+  _globals['_GETADAPTERREQUEST']._serialized_start=1326
+  _globals['_GETADAPTERREQUEST']._serialized_end=1365
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1367
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1424
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1426
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1447
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1449
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1509
+  _globals['_SETALIASREQUEST']._serialized_start=1511
+  _globals['_SETALIASREQUEST']._serialized_end=1559
+  _globals['_SETALIASRESPONSE']._serialized_start=1561
+  _globals['_SETALIASRESPONSE']._serialized_end=1648
+  _globals['_DELETEALIASREQUEST']._serialized_start=1650
+  _globals['_DELETEALIASREQUEST']._serialized_end=1685
+  _globals['_DELETEALIASRESPONSE']._serialized_start=1687
+  _globals['_DELETEALIASRESPONSE']._serialized_end=1744
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1746
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1768
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=1770
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=1870
+  _globals['_ADAPTERSERVICE']._serialized_start=1873
+  _globals['_ADAPTERSERVICE']._serialized_end=2440
 # @@protoc_insertion_point(module_scope)

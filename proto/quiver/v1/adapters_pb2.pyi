@@ -43,6 +43,8 @@ class Adapter(_message.Message):
         """The last attempt to load it failed: see failure_reason. Requests for it are refused with that reason until
         its files change or LoadAdapter is called.
         """
+        STATE_HOST: Adapter._State.ValueType  # 5
+        """Read and validated, in main memory, not on the device: its first request waits for a copy, no more."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Where an adapter is."""
@@ -59,6 +61,8 @@ class Adapter(_message.Message):
     """The last attempt to load it failed: see failure_reason. Requests for it are refused with that reason until
     its files change or LoadAdapter is called.
     """
+    STATE_HOST: Adapter.State.ValueType  # 5
+    """Read and validated, in main memory, not on the device: its first request waits for a copy, no more."""
 
     ID_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
@@ -76,6 +80,9 @@ class Adapter(_message.Message):
     VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    REVISIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name that a client sends."""
     revision: _builtins.str
@@ -106,9 +113,19 @@ class Adapter(_message.Message):
     """Number of trained values. 0 before its first load."""
     description: _builtins.str
     """One line for people, such as "lora rank 8 on attention.qkv, mlp.down". "" before its first load."""
+    disk_bytes: _builtins.int
+    """Bytes that its revisions take on the server's disk, where they stay servable as "id@revision"."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The methods it is made of, such as "lora", "ia3", "ptuning", "canonical". Empty before its first load."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alias]:
+        """The aliases that name one of its revisions, in the order of their names."""
+
+    @_builtins.property
+    def revisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Revision]:
+        """Its revisions that the server holds anywhere: the current one first, the others by their digits."""
 
     def __init__(
         self,
@@ -129,14 +146,93 @@ class Adapter(_message.Message):
         virtual_tokens: _builtins.int = ...,
         parameters: _builtins.int = ...,
         description: _builtins.str = ...,
+        disk_bytes: _builtins.int = ...,
+        aliases: _abc.Iterable[Global___Alias] | None = ...,
+        revisions: _abc.Iterable[Global___Revision] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_fingerprint", b"base_fingerprint", "description", b"description", "device_bytes", b"device_bytes", "failure_reason", b"failure_reason", "host_bytes", b"host_bytes", "id", b"id", "methods", b"methods", "parameters", b"parameters", "pinned", b"pinned", "rank", b"rank", "revision", b"revision", "running", b"running", "source", b"source", "state", b"state", "virtual_tokens", b"virtual_tokens", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "description", b"description", "device_bytes", b"device_bytes", "disk_bytes", b"disk_bytes", "failure_reason", b"failure_reason", "host_bytes", b"host_bytes", "id", b"id", "methods", b"methods", "parameters", b"parameters", "pinned", b"pinned", "rank", b"rank", "revision", b"revision", "revisions", b"revisions", "running", b"running", "source", b"source", "state", b"state", "virtual_tokens", b"virtual_tokens", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class Revision(_message.Message):
+    """A revision of an adapter that the server holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """SHA-256 as 64 hexadecimal digits."""
+    state: Global___Adapter.State.ValueType
+    """Where it is now."""
+    running: _builtins.int
+    """Its requests in the running batch."""
+    device_bytes: _builtins.int
+    """Bytes it occupies on the device."""
+    host_bytes: _builtins.int
+    """Bytes of main memory that it occupies beside device_bytes."""
+    disk_bytes: _builtins.int
+    """Bytes that it takes on the server's disk."""
+    pinned: _builtins.bool
+    """Whether it stays in memory however long it is unused."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        state: Global___Adapter.State.ValueType = ...,
+        running: _builtins.int = ...,
+        device_bytes: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_bytes", b"device_bytes", "disk_bytes", b"disk_bytes", "host_bytes", b"host_bytes", "pinned", b"pinned", "revision", b"revision", "running", b"running", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Revision: _TypeAlias = Revision  # noqa: Y015
+
+@_typing.final
+class Alias(_message.Message):
+    """A second name, for one exact revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name, as an adapter's id would be written."""
+    adapter_id: _builtins.str
+    """The adapter that it names."""
+    revision: _builtins.str
+    """The revision that it names: 64 hexadecimal digits."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        adapter_id: _builtins.str = ...,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "name", b"name", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alias: _TypeAlias = Alias  # noqa: Y015
 
 @_typing.final
 class LoadAdapterRequest(_message.Message):
@@ -144,27 +240,58 @@ class LoadAdapterRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Tier:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[LoadAdapterRequest._Tier.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        TIER_UNSPECIFIED: LoadAdapterRequest._Tier.ValueType  # 0
+        """Onto the device."""
+        TIER_DEVICE: LoadAdapterRequest._Tier.ValueType  # 1
+        """Onto the device: requests run at once."""
+        TIER_HOST: LoadAdapterRequest._Tier.ValueType  # 2
+        """Into main memory, read and validated, and onto the server's disk: requests wait for a copy."""
+
+    class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
+        """How near to the device."""
+
+    TIER_UNSPECIFIED: LoadAdapterRequest.Tier.ValueType  # 0
+    """Onto the device."""
+    TIER_DEVICE: LoadAdapterRequest.Tier.ValueType  # 1
+    """Onto the device: requests run at once."""
+    TIER_HOST: LoadAdapterRequest.Tier.ValueType  # 2
+    """Into main memory, read and validated, and onto the server's disk: requests wait for a copy."""
+
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """The id that clients will send: 1 to 128 of letters, digits, ".", "_" and "-", not beginning with "."."""
+    """The id that clients will send: 1 to 128 of letters, digits, ".", "_" and "-", not beginning with "."; or
+    "id@revision".
+    """
     source: _builtins.str
-    """A path or URI under a folder that the server allows. "": the folder of that name in the server's own store."""
+    """A path or URI under a place that the server loads from. "": where the id was registered, or lies in its stores."""
     pin: _builtins.bool
-    """Keep it in memory however long it is unused. Default: it may give way to other adapters."""
+    """true: keep it on the device however long it is unused. false: it may give way to others again. Default: as it is."""
+    tier: Global___LoadAdapterRequest.Tier.ValueType
+    """How near to bring it; not less than it is."""
     def __init__(
         self,
         *,
         adapter_id: _builtins.str = ...,
         source: _builtins.str = ...,
-        pin: _builtins.bool = ...,
+        pin: _builtins.bool | None = ...,
+        tier: Global___LoadAdapterRequest.Tier.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pin", b"_pin", "pin", b"pin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "pin", b"pin", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pin", b"_pin", "adapter_id", b"adapter_id", "pin", b"pin", "source", b"source", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__pin: _TypeAlias = _typing.Literal["pin"]  # noqa: Y015
+    _WhichOneofArgType__pin: _TypeAlias = _typing.Literal["_pin", b"_pin"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pin) -> _WhichOneofReturnType__pin | None: ...
 
 Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
 
@@ -177,7 +304,7 @@ class LoadAdapterResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> Global___Adapter:
-        """As it is now, with state STATE_RESIDENT."""
+        """As it is now."""
 
     def __init__(
         self,
@@ -198,17 +325,48 @@ class UnloadAdapterRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Running:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _RunningEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[UnloadAdapterRequest._Running.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        RUNNING_UNSPECIFIED: UnloadAdapterRequest._Running.ValueType  # 0
+        """They finish first."""
+        RUNNING_WAIT: UnloadAdapterRequest._Running.ValueType  # 1
+        """They finish first, those that wait too."""
+        RUNNING_REFUSE: UnloadAdapterRequest._Running.ValueType  # 2
+        """While there are any, nothing is unloaded."""
+        RUNNING_CANCEL: UnloadAdapterRequest._Running.ValueType  # 3
+        """They end with ABORTED (reason ADAPTER_UNLOADED)."""
+
+    class Running(_Running, metaclass=_RunningEnumTypeWrapper):
+        """What happens to its requests."""
+
+    RUNNING_UNSPECIFIED: UnloadAdapterRequest.Running.ValueType  # 0
+    """They finish first."""
+    RUNNING_WAIT: UnloadAdapterRequest.Running.ValueType  # 1
+    """They finish first, those that wait too."""
+    RUNNING_REFUSE: UnloadAdapterRequest.Running.ValueType  # 2
+    """While there are any, nothing is unloaded."""
+    RUNNING_CANCEL: UnloadAdapterRequest.Running.ValueType  # 3
+    """They end with ABORTED (reason ADAPTER_UNLOADED)."""
+
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """The adapter's id."""
+    """The adapter's id: all of its revisions; or "id@revision", or an alias."""
+    running: Global___UnloadAdapterRequest.Running.ValueType
+    """What happens to its requests."""
     def __init__(
         self,
         *,
         adapter_id: _builtins.str = ...,
+        running: Global___UnloadAdapterRequest.Running.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "running", b"running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,3 +480,156 @@ class ListAdaptersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class SetAliasRequest(_message.Message):
+    """Which revision a name is to answer with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    """The name."""
+    target: _builtins.str
+    """"id" (its content now), "id@revision", or an alias (what that names now)."""
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
+
+@_typing.final
+class SetAliasResponse(_message.Message):
+    """The alias as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def alias(self) -> Global___Alias:
+        """As it is now."""
+
+    @_builtins.property
+    def previous(self) -> Global___Alias:
+        """What it named before. Unset when it is new."""
+
+    def __init__(
+        self,
+        *,
+        alias: Global___Alias | None = ...,
+        previous: Global___Alias | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "previous", b"previous"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "previous", b"previous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAliasRequest(_message.Message):
+    """Which alias to take away."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    """The name."""
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAliasResponse(_message.Message):
+    """The alias is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def previous(self) -> Global___Alias:
+        """What it named."""
+
+    def __init__(
+        self,
+        *,
+        previous: Global___Alias | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasResponse: _TypeAlias = DeleteAliasResponse  # noqa: Y015
+
+@_typing.final
+class WatchAdaptersRequest(_message.Message):
+    """Asks for every adapter's state from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAdaptersRequest: _TypeAlias = WatchAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class WatchAdaptersResponse(_message.Message):
+    """What has changed since the message before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    REMOVED_IDS_FIELD_NUMBER: _builtins.int
+    snapshot: _builtins.bool
+    """Whether this is all there is: the first message of a stream."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """The adapters that have changed, or all of them, as they are now, in the order of their ids."""
+
+    @_builtins.property
+    def removed_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids that the server does not know any more."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: _builtins.bool = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        removed_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "removed_ids", b"removed_ids", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAdaptersResponse: _TypeAlias = WatchAdaptersResponse  # noqa: Y015

@@ -58,6 +58,21 @@ class AdapterServiceStub:
                 request_serializer=quiver_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=quiver_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/quiver.v1.AdapterService/SetAlias',
+                request_serializer=quiver_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=quiver_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/quiver.v1.AdapterService/DeleteAlias',
+                request_serializer=quiver_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=quiver_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/quiver.v1.AdapterService/WatchAdapters',
+                request_serializer=quiver_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=quiver_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -69,24 +84,27 @@ class AdapterServiceServicer:
 
     def LoadAdapter(self, request, context):
         """Brings an adapter into memory, so that its first request does not wait. Answers when it can serve. Loading an
-        id whose content has changed swaps to the new revision in one step: running requests finish on the old one.
-        Loading what is loaded already changes nothing but the pin.
+        id whose content has changed swaps to the new revision in one step: running requests finish on the old one, which
+        can be asked for as "id@revision" as long as the server's disk keeps it. Loading what is loaded already changes
+        nothing but the pin.
         INVALID_ARGUMENT    the id or the source is malformed or outside the allowed folders, or the adapter's
         files are; google.rpc.BadRequest names the field.
         NOT_FOUND           nothing is there under this id or source.
         FAILED_PRECONDITION the adapter was made for another base model.
         RESOURCE_EXHAUSTED  no memory for it: the resident adapters are all pinned or in use.
-        UNAVAILABLE         the server is starting or draining.
+        UNAVAILABLE         the server is starting or draining, or the store of adapters does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes an adapter out of memory. Running and waiting requests finish first; answers when the memory has been
-        given back. Also takes the pin away. The adapter stays REGISTERED and loads again when next asked for.
+        """Takes an adapter out of memory, all revisions of an id or the one of "id@revision". What happens to its running
+        requests is the caller's choice; answers when the memory has been given back. Also takes the pin away. The adapter
+        stays REGISTERED and loads again when next asked for.
         INVALID_ARGUMENT    the id is empty or malformed.
         NOT_FOUND           no adapter has this id.
+        RESOURCE_EXHAUSTED  RUNNING_REFUSE, and requests are running or waiting (reason ADAPTER_IN_USE).
         UNAVAILABLE         the server is starting or draining.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -102,6 +120,34 @@ class AdapterServiceServicer:
 
     def ListAdapters(self, request, context):
         """Describes every adapter that the server knows, in the order of their ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Makes a name answer with one exact revision, or moves it to another, in one step: a request gets the one or the
+        other. The revision is brought into memory first; when that fails the alias stays where it was. Rolling back is
+        moving it back. Aliases survive a restart where the server has a --state folder.
+        INVALID_ARGUMENT    the alias is malformed, or an adapter has this id already: an alias hides none.
+        NOT_FOUND           the target is no adapter, revision or alias.
+        and whatever LoadAdapter answers when the target cannot be loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Takes an alias away. NOT_FOUND when there is none of this name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """Tells how every adapter is now, then each change, until the caller ends the call. After an interruption call
+        again: the first message replaces all that was known. A slow reader misses steps between, never the last state.
+        The counts of requests are as of the message; their changes alone are not told.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +175,21 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=quiver_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=quiver_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=quiver_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
+                    response_serializer=quiver_dot_v1_dot_adapters__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=quiver_dot_v1_dot_adapters__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=quiver_dot_v1_dot_adapters__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=quiver_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=quiver_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -243,6 +304,87 @@ class AdapterService:
             '/quiver.v1.AdapterService/ListAdapters',
             quiver_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             quiver_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quiver.v1.AdapterService/SetAlias',
+            quiver_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+            quiver_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quiver.v1.AdapterService/DeleteAlias',
+            quiver_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+            quiver_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quiver.v1.AdapterService/WatchAdapters',
+            quiver_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+            quiver_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

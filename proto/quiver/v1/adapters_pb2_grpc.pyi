@@ -39,26 +39,44 @@ class AdapterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
     """Brings an adapter into memory, so that its first request does not wait. Answers when it can serve. Loading an
-    id whose content has changed swaps to the new revision in one step: running requests finish on the old one.
-    Loading what is loaded already changes nothing but the pin.
+    id whose content has changed swaps to the new revision in one step: running requests finish on the old one, which
+    can be asked for as "id@revision" as long as the server's disk keeps it. Loading what is loaded already changes
+    nothing but the pin.
       INVALID_ARGUMENT    the id or the source is malformed or outside the allowed folders, or the adapter's
                           files are; google.rpc.BadRequest names the field.
       NOT_FOUND           nothing is there under this id or source.
       FAILED_PRECONDITION the adapter was made for another base model.
       RESOURCE_EXHAUSTED  no memory for it: the resident adapters are all pinned or in use.
-      UNAVAILABLE         the server is starting or draining.
+      UNAVAILABLE         the server is starting or draining, or the store of adapters does not answer.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
-    """Takes an adapter out of memory. Running and waiting requests finish first; answers when the memory has been
-    given back. Also takes the pin away. The adapter stays REGISTERED and loads again when next asked for.
+    """Takes an adapter out of memory, all revisions of an id or the one of "id@revision". What happens to its running
+    requests is the caller's choice; answers when the memory has been given back. Also takes the pin away. The adapter
+    stays REGISTERED and loads again when next asked for.
       INVALID_ARGUMENT    the id is empty or malformed.
       NOT_FOUND           no adapter has this id.
+      RESOURCE_EXHAUSTED  RUNNING_REFUSE, and requests are running or waiting (reason ADAPTER_IN_USE).
       UNAVAILABLE         the server is starting or draining.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     """Describes one adapter. INVALID_ARGUMENT when the id is malformed, NOT_FOUND when no adapter has it."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     """Describes every adapter that the server knows, in the order of their ids."""
+    SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]
+    """Makes a name answer with one exact revision, or moves it to another, in one step: a request gets the one or the
+    other. The revision is brought into memory first; when that fails the alias stays where it was. Rolling back is
+    moving it back. Aliases survive a restart where the server has a --state folder.
+      INVALID_ARGUMENT    the alias is malformed, or an adapter has this id already: an alias hides none.
+      NOT_FOUND           the target is no adapter, revision or alias.
+      and whatever LoadAdapter answers when the target cannot be loaded.
+    """
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]
+    """Takes an alias away. NOT_FOUND when there is none of this name."""
+    WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]
+    """Tells how every adapter is now, then each change, until the caller ends the call. After an interruption call
+    again: the first message replaces all that was known. A slow reader misses steps between, never the last state.
+    The counts of requests are as of the message; their changes alone are not told.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -71,26 +89,44 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """Brings an adapter into memory, so that its first request does not wait. Answers when it can serve. Loading an
-    id whose content has changed swaps to the new revision in one step: running requests finish on the old one.
-    Loading what is loaded already changes nothing but the pin.
+    id whose content has changed swaps to the new revision in one step: running requests finish on the old one, which
+    can be asked for as "id@revision" as long as the server's disk keeps it. Loading what is loaded already changes
+    nothing but the pin.
       INVALID_ARGUMENT    the id or the source is malformed or outside the allowed folders, or the adapter's
                           files are; google.rpc.BadRequest names the field.
       NOT_FOUND           nothing is there under this id or source.
       FAILED_PRECONDITION the adapter was made for another base model.
       RESOURCE_EXHAUSTED  no memory for it: the resident adapters are all pinned or in use.
-      UNAVAILABLE         the server is starting or draining.
+      UNAVAILABLE         the server is starting or draining, or the store of adapters does not answer.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Takes an adapter out of memory. Running and waiting requests finish first; answers when the memory has been
-    given back. Also takes the pin away. The adapter stays REGISTERED and loads again when next asked for.
+    """Takes an adapter out of memory, all revisions of an id or the one of "id@revision". What happens to its running
+    requests is the caller's choice; answers when the memory has been given back. Also takes the pin away. The adapter
+    stays REGISTERED and loads again when next asked for.
       INVALID_ARGUMENT    the id is empty or malformed.
       NOT_FOUND           no adapter has this id.
+      RESOURCE_EXHAUSTED  RUNNING_REFUSE, and requests are running or waiting (reason ADAPTER_IN_USE).
       UNAVAILABLE         the server is starting or draining.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Describes one adapter. INVALID_ARGUMENT when the id is malformed, NOT_FOUND when no adapter has it."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Describes every adapter that the server knows, in the order of their ids."""
+    SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]  # type: ignore[assignment]
+    """Makes a name answer with one exact revision, or moves it to another, in one step: a request gets the one or the
+    other. The revision is brought into memory first; when that fails the alias stays where it was. Rolling back is
+    moving it back. Aliases survive a restart where the server has a --state folder.
+      INVALID_ARGUMENT    the alias is malformed, or an adapter has this id already: an alias hides none.
+      NOT_FOUND           the target is no adapter, revision or alias.
+      and whatever LoadAdapter answers when the target cannot be loaded.
+    """
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    """Takes an alias away. NOT_FOUND when there is none of this name."""
+    WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
+    """Tells how every adapter is now, then each change, until the caller ends the call. After an interruption call
+    again: the first message replaces all that was known. A slow reader misses steps between, never the last state.
+    The counts of requests are as of the message; their changes alone are not told.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Loads, unloads and describes adapters. None of these calls holds up requests for other adapters.
@@ -106,14 +142,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
         """Brings an adapter into memory, so that its first request does not wait. Answers when it can serve. Loading an
-        id whose content has changed swaps to the new revision in one step: running requests finish on the old one.
-        Loading what is loaded already changes nothing but the pin.
+        id whose content has changed swaps to the new revision in one step: running requests finish on the old one, which
+        can be asked for as "id@revision" as long as the server's disk keeps it. Loading what is loaded already changes
+        nothing but the pin.
           INVALID_ARGUMENT    the id or the source is malformed or outside the allowed folders, or the adapter's
                               files are; google.rpc.BadRequest names the field.
           NOT_FOUND           nothing is there under this id or source.
           FAILED_PRECONDITION the adapter was made for another base model.
           RESOURCE_EXHAUSTED  no memory for it: the resident adapters are all pinned or in use.
-          UNAVAILABLE         the server is starting or draining.
+          UNAVAILABLE         the server is starting or draining, or the store of adapters does not answer.
         """
 
     @_abc_1.abstractmethod
@@ -122,10 +159,12 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
-        """Takes an adapter out of memory. Running and waiting requests finish first; answers when the memory has been
-        given back. Also takes the pin away. The adapter stays REGISTERED and loads again when next asked for.
+        """Takes an adapter out of memory, all revisions of an id or the one of "id@revision". What happens to its running
+        requests is the caller's choice; answers when the memory has been given back. Also takes the pin away. The adapter
+        stays REGISTERED and loads again when next asked for.
           INVALID_ARGUMENT    the id is empty or malformed.
           NOT_FOUND           no adapter has this id.
+          RESOURCE_EXHAUSTED  RUNNING_REFUSE, and requests are running or waiting (reason ADAPTER_IN_USE).
           UNAVAILABLE         the server is starting or draining.
         """
 
@@ -144,5 +183,38 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
         """Describes every adapter that the server knows, in the order of their ids."""
+
+    @_abc_1.abstractmethod
+    def SetAlias(
+        self,
+        request: _adapters_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SetAliasResponse, _abc.Awaitable[_adapters_pb2.SetAliasResponse]]:
+        """Makes a name answer with one exact revision, or moves it to another, in one step: a request gets the one or the
+        other. The revision is brought into memory first; when that fails the alias stays where it was. Rolling back is
+        moving it back. Aliases survive a restart where the server has a --state folder.
+          INVALID_ARGUMENT    the alias is malformed, or an adapter has this id already: an alias hides none.
+          NOT_FOUND           the target is no adapter, revision or alias.
+          and whatever LoadAdapter answers when the target cannot be loaded.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _adapters_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.DeleteAliasResponse, _abc.Awaitable[_adapters_pb2.DeleteAliasResponse]]:
+        """Takes an alias away. NOT_FOUND when there is none of this name."""
+
+    @_abc_1.abstractmethod
+    def WatchAdapters(
+        self,
+        request: _adapters_pb2.WatchAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapters_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapters_pb2.WatchAdaptersResponse]]:
+        """Tells how every adapter is now, then each change, until the caller ends the call. After an interruption call
+        again: the first message replaces all that was known. A slow reader misses steps between, never the last state.
+        The counts of requests are as of the message; their changes alone are not told.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

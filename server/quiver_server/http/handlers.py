@@ -44,11 +44,11 @@ class Handlers:
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/models`."""
-        return web.json_response({"object": "list", "data": self._models.listed()}, dumps=dumps)
+        return web.json_response({"object": "list", "data": await self._models.listed()}, dumps=dumps)
 
     async def get_model(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/models/ID`."""
-        return web.json_response(self._models.described(request.match_info["model"]), dumps=dumps)
+        return web.json_response(await self._models.described(request.match_info["model"]), dumps=dumps)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""
@@ -79,7 +79,7 @@ class Handlers:
 
     async def _answer(self, request: web.Request, question: Question, *, is_chat: bool) -> web.StreamResponse:
         writer = Writer(self._answering.tokenizer, is_chat=is_chat, with_token_ids=question.return_token_ids)
-        question.message.adapter_id = self._models.adapter_id(question.model)
+        question.message.adapter_id = await self._models.adapter_id(question.model)
         try:
             session = await self._answering.open(question.message)
             async with aclosing(cast("Any", self._answering.pieces(session))) as pieces:

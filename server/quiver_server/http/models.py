@@ -5,6 +5,7 @@ from typing import Any
 
 from quiver_server.access import current_caller
 from quiver_server.adapter_entry import Entry
+from quiver_server.adapter_messages import state_of
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.errors import InvalidRequestError, RequestError, UnknownAdapterError
 from quiver_server.generation import Session
@@ -19,15 +20,15 @@ class Models:
         self._store = store
         self._created_seconds = int(time.time())
 
-    def adapter_id(self, model: str) -> str:
+    async def adapter_id(self, model: str) -> str:
         """What the wire calls a model: "" is the base. Raises RequestError for a name that is nobody's."""
         if model == self._base_name:
-            if self._has_adapter(model):
+            if await self._has_adapter(model):
                 raise InvalidRequestError(f"model {model!r} is the base and an adapter: rename the adapter", "model")
             return ""
         current_caller().check_adapter(model)
         try:
-            self._store.find(model.partition("@")[0])
+            await self._store.find(model.partition("@")[0])
         except (InvalidRequestError, UnknownAdapterError):
             raise UnknownAdapterError(f"no model has the id {model!r}; /v1/models names them all", "model") from None
         return model
@@ -37,23 +38,23 @@ class Models:
         adapter = session.adapter
         return (self._base_name, self._fingerprint) if adapter is None else (adapter.id, adapter.revision)
 
-    def listed(self) -> list[dict[str, Any]]:
+    async def listed(self) -> list[dict[str, Any]]:
         """Those that the caller may ask, as OpenAI describes a model."""
         grant = current_caller().grant
         base = [self._describe(self._base_name, None, self._fingerprint)] if grant.base else []
-        return base + [self._adapter(entry) for entry in self._store.entries() if grant.allows(entry.id)]
+        return base + [self._adapter(entry) for entry in await self._store.entries() if grant.allows(entry.id)]
 
-    def described(self, model: str) -> dict[str, Any]:
+    async def described(self, model: str) -> dict[str, Any]:
         """One of them. Raises RequestError."""
-        adapter_id = self.adapter_id(model)
+        adapter_id = await self.adapter_id(model)
         current_caller().check_adapter(adapter_id)
         if not adapter_id:
             return self._describe(self._base_name, None, self._fingerprint)
-        return self._adapter(self._store.find(adapter_id.partition("@")[0]))
+        return self._adapter(await self._store.get(adapter_id.partition("@")[0]))
 
-    def _has_adapter(self, name: str) -> bool:
+    async def _has_adapter(self, name: str) -> bool:
         try:
-            self._store.find(name)
+            await self._store.get(name)
         except RequestError:
             return False
         return True
@@ -61,7 +62,7 @@ class Models:
     def _adapter(self, entry: Entry) -> dict[str, Any]:
         # Known once it is in memory.
         revision = None if entry.resident is None else entry.resident.revision
-        return {**self._describe(entry.id, self._base_name, revision), "state": entry.state.value}
+        return {**self._describe(entry.id, self._base_name, revision), "state": state_of(entry, self._store).value}
 
     def _describe(self, name: str, parent: str | None, revision: str | None) -> dict[str, Any]:
         return {
