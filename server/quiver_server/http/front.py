@@ -131,5 +131,6 @@ def _method_of(request: web.Request) -> str:
 
 
 async def _name_answer(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers[REQUEST_ID_KEY] = current_call().request_id
+    if name := current_call().request_id:  # a probe has none
+        response.headers[REQUEST_ID_KEY] = name
     response.headers["Server"] = "quiver"

@@ -244,7 +244,8 @@ def test_no_request_without_a_token(guarded: Bench, token: str) -> None:
     with guarded.server.openai(token or "none") as http, pytest.raises(openai.AuthenticationError):
         http.models.list()
     for path in ("health", "health/ready", "health/live"):
-        assert httpx2.get(f"{guarded.server.http_url}/{path}").status_code == 200, "what probes it has no token"
+        probed = httpx2.get(f"{guarded.server.http_url}/{path}")
+        assert (probed.status_code, "x-request-id" in probed.headers) == (200, False), "what probes it has no token"
 
 
 def test_a_token_reaches_its_models_only(guarded: Bench) -> None:
@@ -256,6 +257,12 @@ def test_a_token_reaches_its_models_only(guarded: Bench) -> None:
                 http.completions.create(model=model, prompt="x")
             with pytest.raises(openai.PermissionDeniedError, match="does not allow"):
                 http.models.retrieve(model)
+
+
+def test_the_metrics_page_names_all_adapters_and_is_for_admins(guarded: Bench) -> None:
+    for token, status in ((ADMIN, 200), (SUPPORT, 403), ("nobody's", 401)):
+        page = httpx2.get(f"{guarded.server.http_url}/metrics", headers={"authorization": f"Bearer {token}"})
+        assert page.status_code == status
 
 
 def test_a_chats_prompt_has_its_special_tokens_once(guarded: Bench) -> None:
