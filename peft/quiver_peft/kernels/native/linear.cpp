@@ -34,7 +34,8 @@ struct Product {
 };
 
 // `rows` rows by `panels` panels, over k in [k0, k1). Input i of row r is x[r · row_step + i · k_step].
-// ahead: weights that will be wanted next, `ahead_step` floats of them fetched with each k.
+// ahead: weights that will be wanted next, `ahead_step` floats of them fetched with each k; null: those of these panels
+// that are wanted a little later. A single row is so fast that the processor's own look-ahead is nearly all it needs.
 template <int rows, int panels>
 inline void tile(const Product& p, const float* x, int64_t row_step, int64_t k_step, float* y, int64_t panel, int64_t k0,
                  int64_t k1, const float* ahead, int64_t ahead_step) {
@@ -60,8 +61,14 @@ inline void tile(const Product& p, const float* x, int64_t row_step, int64_t k_s
     const float* w = p.w + panel * panel_step + k0 * LANES;
     for (int64_t k = k0; k < k1; k++) {
         Register weights[registers];
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-        ahead += ahead_step;
+        if (ahead) {
+            _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+            ahead += ahead_step;
+        } else {
+#pragma GCC unroll 4
+            for (int j = 0; j < (rows == 1 ? 1 : panels); j++)
+                _mm_prefetch(reinterpret_cast<const char*>(w + j * panel_step + AHEAD), _MM_HINT_T0);
+        }
 #pragma GCC unroll 16
         for (int j = 0; j < registers; j++)
             weights[j] = reg_load(w + j / PER_LANES * panel_step + j % PER_LANES * WIDTH);
@@ -83,15 +90,13 @@ inline void tile(const Product& p, const float* x, int64_t row_step, int64_t k_s
     }
 }
 
-// ahead_step 0: no tile follows on these panels, and the weights wanted next are their own, a little further on.
 template <int rows>
 void some_panels(const Product& p, const float* x, int64_t row_step, int64_t k_step, float* y, int64_t first,
                  int64_t last, int64_t k0, int64_t k1, const float* ahead, int64_t ahead_step) {
     constexpr int wide = rows <= 2 ? 4 / rows : WIDE;
-    const int64_t step = ahead_step ? ahead_step : LANES;
-    auto next = [&] { return ahead_step ? ahead : p.w + first * p.k * LANES + AHEAD; };
-    for (; first + wide <= last; first += wide) tile<rows, wide>(p, x, row_step, k_step, y, first, k0, k1, next(), step);
-    for (; first < last; first++) tile<rows, 1>(p, x, row_step, k_step, y, first, k0, k1, next(), step);
+    for (; first + wide <= last; first += wide)
+        tile<rows, wide>(p, x, row_step, k_step, y, first, k0, k1, ahead, ahead_step);
+    for (; first < last; first++) tile<rows, 1>(p, x, row_step, k_step, y, first, k0, k1, ahead, ahead_step);
 }
 
 template <int rows = TILE_ROWS>
