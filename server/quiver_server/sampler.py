@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quiver_peft.kernels.elementwise import best_ids
 from quiver_server.request import Sequence, TokenLogprob
 
-NOT_FINITE = -1  # instead of a token, where a row's logits overflowed
+NOT_FINITE = -1  # as `best_ids` has it: instead of a token, where a row's logits overflowed
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     """The next token of each sequence, NOT_FINITE for one whose logits tell none. logits: [B, V]."""
     logits = logits.float()
-    best, ids = logits.max(-1)
-    ids = torch.where(best.isfinite(), ids, NOT_FINITE)  # a NaN in a row is its maximum
-    tokens: list[int] = ids.tolist()
+    tokens: list[int] = best_ids(logits).tolist()
     others = [row for row, sequence in enumerate(sequences) if tokens[row] != NOT_FINITE and not _is_plain(sequence)]
     if others:
         # On the host, whatever the device: one copy, where each row's draw would wait several times.

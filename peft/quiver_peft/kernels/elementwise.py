@@ -149,6 +149,22 @@ def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
+def best_ids(x: Tensor) -> Tensor:
+    """Where the largest of each row first stands, -1 where it is no finite number. x: [T, V] -> [T] int64."""
+    native = library_for(x)
+    if native is None or not x.is_contiguous():
+        return best_ids_torch(x)
+    out = torch.empty(len(x), dtype=torch.int64)
+    native.best(x.data_ptr(), out.data_ptr(), *x.shape)
+    return out
+
+
+def best_ids_torch(x: Tensor) -> Tensor:
+    """The plain form."""
+    best, ids = x.max(-1)  # a NaN in a row is its maximum
+    return torch.where(best.isfinite(), ids, -1)
+
+
 def _with_packed_heads(x: Tensor) -> tuple[Tensor, int]:
     """x as it is, if it is [T, H, E] whose rows alone have gaps, else packed; and the step from row to row."""
     if x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]:

@@ -8,6 +8,8 @@ from quiver_peft.kernels.elementwise import (
     activate,
     activate_torch,
     add,
+    best_ids,
+    best_ids_torch,
     layer_norm,
     layer_norm_torch,
     look_up,
@@ -90,3 +92,15 @@ def test_rotation_of_a_whole_head_and_of_a_part(dim: int, native: Library) -> No
     before = fused.clone()
     torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), rotate_torch(x, angles.cos(), angles.sin()))
     assert torch.equal(fused, before), "the input stays as it is"
+
+
+@pytest.mark.parametrize("size", [*SIZES, (32, 8192)], ids=str)
+def test_the_best_of_each_row(size: tuple[int, int], native: Library) -> None:
+    x = torch.randint(-4, 4, size).float() if size[1] < 1000 else torch.randn(size)
+    expected = [row.index(max(row)) for row in x.tolist()]  # the first of equal ones
+    assert best_ids(x).tolist() == expected
+    for value in (torch.nan, torch.inf):
+        x[-1, size[1] // 2] = value
+        assert best_ids(x).tolist() == best_ids_torch(x).tolist() == [*expected[:-1], -1]
+    x[0] = -torch.inf
+    assert best_ids(x)[0] == best_ids_torch(x)[0] == -1

@@ -127,6 +127,7 @@ def test_a_broken_compiler(tmp_path: Path, environment: dict[str, str]) -> None:
 
 def test_switched_off(environment: dict[str, str]) -> None:
     assert run({**environment, "QUIVER_KERNELS": "torch"})[0] == "torch"
+    assert run({**environment, "QUIVER_KERNELS": "avx2"})[0] == "compiled"
     wrong = start({**environment, "QUIVER_KERNELS": "fast"})
-    assert "QUIVER_KERNELS=fast: must be auto or torch" in wrong.communicate()[1]
+    assert "QUIVER_KERNELS=fast: must be auto, avx2 or torch" in wrong.communicate()[1]
     assert wrong.returncode != 0

@@ -20,9 +20,10 @@ class BuildError(Exception):
     """The kernels cannot be had on this machine; the message says why."""
 
 
-def built_library() -> Path:
-    """The compiled library: from the cache, or made now. Raises BuildError."""
-    return _built((*_FLAGS, *instruction_set_flags()))
+def built_library(*, avx512: bool = True) -> Path:
+    """The compiled library: from the cache, or made now. Raises BuildError. avx512: where the machine has it."""
+    flags = instruction_set_flags()
+    return _built((*_FLAGS, *(flags if avx512 else _AVX2)))
 
 
 def built_for_every_machine() -> list[Path]:

@@ -127,3 +127,18 @@ extern "C" void quiver_gather(const float* table, int64_t size, const int64_t* i
             std::copy(table + ids[r] * width, table + (ids[r] + 1) * width, out + r * width);
     });
 }
+
+// out[r] = where the largest of row r first stands; -1 where it is no finite number, or one of the row is none.
+extern "C" void quiver_best(const float* x, int64_t* out, int64_t rows, int64_t width) {
+    for_rows(rows, width, [&](int64_t r) {
+        const float* row = x + r * width;
+        Lanes top = all(-INFINITY);
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) top = max(load(row + i), top);
+        float best = largest(top);
+        for (; i < width; i++) best = std::max(best, row[i]);
+        bool is_number = true;
+        for (i = 0; i < width; i++) is_number &= row[i] == row[i];
+        out[r] = is_number && std::isfinite(best) ? std::find(row, row + width, best) - row : -1;
+    });
+}

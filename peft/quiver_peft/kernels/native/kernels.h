@@ -26,6 +26,7 @@ void quiver_rotary(const int64_t* positions, const float* frequencies, float fac
                    int64_t rows, int64_t half);
 void quiver_add(const float* x, const float* y, float* out, int64_t rows, int64_t width);
 void quiver_gather(const float* table, int64_t size, const int64_t* ids, float* out, int64_t rows, int64_t width);
+void quiver_best(const float* x, int64_t* out, int64_t rows, int64_t width);
 void quiver_scale_inputs(const float* x, int64_t ldx, float* out, int64_t rows, int64_t k, const Groups* groups,
                          int64_t site);
 void quiver_scale_outputs(float* y, int64_t ldy, const Groups* groups, int64_t site);

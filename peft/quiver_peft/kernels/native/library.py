@@ -41,6 +41,7 @@ class Kernels:
         self.rotary = function("rotary", "ppfppni")
         self.add = function("add", "pppni")
         self.gather = function("gather", "pippni")
+        self.best = function("best", "ppni")
         self.scale_inputs = function("scale_inputs", "pipnipi")
         self.scale_outputs = function("scale_outputs", "pipi")
         self.add_bottleneck = function("add_bottleneck", "ppipi")
@@ -80,10 +81,10 @@ def library() -> Library | None:
     if choice == "torch":
         log.info("%s=torch: torch's operators serve", SWITCH)
         return None
-    if choice != "auto":
-        raise ValueError(f"{SWITCH}={choice}: must be auto or torch")
+    if choice not in ("auto", "avx2"):
+        raise ValueError(f"{SWITCH}={choice}: must be auto, avx2 or torch")
     try:
-        return Library(built_library())
+        return Library(built_library(avx512=choice == "auto"))
     except (BuildError, OSError, AttributeError) as error:
         log.warning("the compiled CPU kernels are off, torch's operators serve, which is slower: %s", error)
         return None

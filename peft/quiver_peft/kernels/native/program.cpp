@@ -45,6 +45,7 @@ struct Named {
 const Named kernels[] = {
     NAMED(linear),     NAMED(add_lora), NAMED(paged_attention), NAMED(store_rows), NAMED(rms_norm), NAMED(layer_norm),
     NAMED(activate),   NAMED(rotate),   NAMED(rotary),          NAMED(add),        NAMED(gather),   NAMED(scale_inputs),
+    NAMED(best),
     NAMED(scale_outputs), NAMED(add_bottleneck),
 };
 
