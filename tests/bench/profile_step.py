@@ -4,7 +4,8 @@
 
 Fills the batch with prompts of 32 to 256 random tokens and random adapters of the method asked for, then times the
 prefill, per prompt token, and the decoding steps: each compiled kernel, the rest of the model, and what is around it.
-Shares are of the fastest step of each kind. QUIVER_KERNELS=torch shows the same without the compiled kernels.
+Shares are of the fastest step of each kind. Steps are run from their programs, each one call; --by-kernel has Python
+make every call, so that each kernel's share is seen. QUIVER_KERNELS=torch shows the same without the compiled kernels.
 """
 
 import random
@@ -38,6 +39,10 @@ from quiver_server.scheduler import Scheduler
 
 BLOCK_TOKENS = 16
 NEW_TOKENS = 64
+KERNELS = (
+    "linear", "add_lora", "paged_attention", "store_rows", "rms_norm", "layer_norm", "activate", "rotate", "rotary",
+    "add", "gather", "best", "scale_inputs", "scale_outputs", "add_bottleneck",
+)  # fmt: skip
 CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraPEFTConfig(target_modules=["all"], adapter_dim=16, alpha=32),
     "ia3": IA3PEFTConfig,
@@ -107,7 +112,9 @@ def make_sequences(base: Base, running: int, slots: list[int], virtual: list[int
     return found
 
 
-def make_engine(base: Base, banks: AdapterBanks, running: int, clock: Clock) -> tuple[Engine, Scheduler]:
+def make_engine(
+    base: Base, banks: AdapterBanks, running: int, clock: Clock, *, by_kernel: bool
+) -> tuple[Engine, Scheduler]:
     """An engine whose parts report to the clock."""
     assert hasattr(base, "logits")
     num_blocks = running * (2 * (256 + 20 + NEW_TOKENS) // BLOCK_TOKENS + 2)
@@ -124,13 +131,15 @@ def make_engine(base: Base, banks: AdapterBanks, running: int, clock: Clock) -> 
         deliver=lambda _: None,
         on_dead=lambda: None,
     )
+    if by_kernel:
+        runner._programs = None
     runner.run = clock.timed("model", runner.run)
     engine._postprocess = clock.timed("sample and deliver", engine._postprocess)
     module: Any = engine_module
     module.prepare_batch = clock.timed("prepare batch", module.prepare_batch)
     scheduler.schedule = clock.timed("schedule", scheduler.schedule)
     native = library()
-    for name in ("run", "linear", "add_lora", "paged_attention", "store_rows", "rms_norm", "activate", "rotate"):
+    for name in ("run", *KERNELS):
         if native is not None:
             setattr(native, name, clock.timed(f"  {name}", getattr(native, name)))
     return engine, scheduler
@@ -179,6 +188,7 @@ def profile(
     methods: Annotated[str, typer.Option(help=f"Of the adapters, in turn: {', '.join(CONFIGS)}.")] = "lora",
     threads: Annotated[int, typer.Option(help="Threads of the compiled kernels.", min=1)] = 2,
     repeats: Annotated[int, typer.Option(help="Times the whole batch is run.", min=1)] = 2,
+    by_kernel: Annotated[bool, typer.Option(help="Python makes every call: each kernel's share.")] = False,
 ) -> None:
     """Profile the engine's step in this process."""
     torch.set_num_threads(threads)
@@ -188,7 +198,7 @@ def profile(
         pack(loaded)
     take_over()
     clock = Clock()
-    engine, scheduler = make_engine(loaded, banks, running, clock)
+    engine, scheduler = make_engine(loaded, banks, running, clock, by_kernel=by_kernel)
     best: tuple[Steps, Steps, int] | None = None
     for _ in range(repeats):
         found = run(engine, scheduler, make_sequences(loaded, running, slots, virtual), clock)
