@@ -97,9 +97,9 @@ def random_adapters(base: Base, methods: list[str], count: int) -> tuple[Adapter
     return banks, [slot for slot in slots if slot is not None], [item.num_virtual_tokens for item in weights]
 
 
-def make_sequences(base: Base, running: int, slots: list[int], virtual: list[int]) -> list[Sequence]:
-    """One for each place in the batch, adapters in turn."""
-    draw = random.Random(0)
+def make_sequences(base: Base, running: int, slots: list[int], virtual: list[int], seed: int) -> list[Sequence]:
+    """One for each place in the batch, adapters in turn. seed: of prompts that no cache has."""
+    draw = random.Random(seed)
     params = SamplingParams(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, NEW_TOKENS, 0, frozenset(), frozenset(), None, False)
     found: list[Sequence] = []
     for i in range(running):
@@ -200,8 +200,8 @@ def profile(
     clock = Clock()
     engine, scheduler = make_engine(loaded, banks, running, clock, by_kernel=by_kernel)
     best: tuple[Steps, Steps, int] | None = None
-    for _ in range(repeats):
-        found = run(engine, scheduler, make_sequences(loaded, running, slots, virtual), clock)
+    for repeat in range(repeats):
+        found = run(engine, scheduler, make_sequences(loaded, running, slots, virtual, repeat), clock)
         if best is None or min(found[1].seconds) < min(best[1].seconds):
             best = found
     assert best is not None
