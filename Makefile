@@ -14,7 +14,7 @@ $(error BASE is $(BASE); it must be llama or t5)
 endif
 SUFFIX := $(if $(filter t5,$(BASE)),-t5)
 
-.PHONY: help setup demo serve test test-fast test-deploy lint bench bench-peers lock proto demo-base clean
+.PHONY: help setup demo serve test test-fast test-deploy lint bench bench-train bench-peers lock proto demo-base clean
 
 help:  ## What can be done here.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ test-deploy: setup  ## Of the tests, those of the chart: helm, Envoy and, where 
 
 bench: setup  ## Measure the server over gRPC against the machine's limits (about 9 minutes; BENCH="--help" has more).
 	PYTHONPATH=tests $(BIN)/python -m bench.grid $(BENCH)
+
+bench-train: setup  ## Measure training against Hugging Face Trainer with PEFT, and many adapters at once (about 4 minutes).
+	PYTHONPATH=tests $(BIN)/python -m bench.training $(BENCH)
 
 bench-peers: setup  ## Measure it against vLLM, OpenVINO and Hugging Face in turns (installs them first; BENCH="--help").
 	PYTHONPATH=tests $(BIN)/python -m bench.against $(BENCH)

@@ -1,4 +1,4 @@
-"""Hands `quiver serve`, `train`, `predict`, `merge`, `export` and `import` to the packages that implement them.
+"""Hands `quiver serve`, `train`, `predict`, `publish`, `merge`, `export`, `import` to the packages that have them.
 
 Standard library only: the server installs its SIGTERM handler in `quiver_server.main`, and nothing slow may
 be imported before it.
@@ -20,6 +20,7 @@ ROOMS = {
     "serve": Room("quiver_server.main", "server"),
     "train": Room("quiver_trainer.train_cli", "trainer"),
     "predict": Room("quiver_trainer.predict_cli", "trainer"),
+    "publish": Room("quiver_trainer.publish_cli", "trainer"),
     "merge": Room("quiver_trainer.merge_cli", "trainer"),
     "export": Room("quiver_trainer.export_cli", "trainer"),
     "import": Room("quiver_trainer.import_cli", "trainer"),

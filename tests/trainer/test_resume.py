@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -166,3 +167,29 @@ def test_a_killed_process_goes_on_to_the_same_bits(
     assert "going on after step" in output, errors
     Trainer(whole).fit(new_model(whole))
     assert weights(parts) == weights(whole)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_steps_goes_on_to_the_same_bits(make_config: MakeConfig, tmp_path: Path) -> None:
+    """QUIVER_KILLS: how often. Whatever lies in the output's place meanwhile is a whole artefact or nothing."""
+    kills, seed = int(os.environ.get("QUIVER_KILLS", "2")), random.randrange(10**6)
+    generator = random.Random(seed)
+    settings = {"epochs": 1000, "max_steps": 60 * (kills + 1), "batch_size": 2, "checkpoint_interval_steps": 3}
+    whole, parts = make_config("whole", **settings), make_config("parts", **settings)
+    path = recipe(parts, tmp_path)
+    for _ in range(kills):
+        process = start_training(path)
+        metrics = Workplace(parts.output).metrics
+        before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        goal = before + generator.randint(5, 30)
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < goal:
+            assert process.poll() is None, f"seed {seed}: {process.communicate()}"
+            time.sleep(0.002)
+        time.sleep(generator.random() * 0.03)  # anywhere in a step, or in the writing of a checkpoint
+        process.kill()
+        process.communicate(timeout=60)
+        assert not parts.output.exists()
+    output, errors = start_training(path).communicate(timeout=200)
+    assert "going on after step" in output, f"seed {seed}: {errors}"
+    Trainer(whole).fit(new_model(whole))
+    assert weights(parts) == weights(whole), f"seed {seed}"

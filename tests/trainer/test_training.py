@@ -70,7 +70,7 @@ def test_the_folder_is_what_was_trained(make_config: MakeConfig) -> None:
     assert record["training"]["data"]["train"]["rows"] == len(ROWS)
     names = {path.name for path in config.output.iterdir()}
     weights = {"adapter_config.json", "adapter_model.safetensors", "quiver.json"}
-    assert names == {*weights, "metrics.jsonl", "learning_curve.png"}
+    assert names == {*weights, "metrics.jsonl", "learning_curve.png", "README.md"}
     assert [path.name for path in config.output.parent.glob(".*")] == [], "no trace of the work is left"
 
 

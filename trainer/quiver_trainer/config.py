@@ -161,6 +161,9 @@ class TrainConfig(Section):
     checkpoint_interval_steps: int = Field(
         default=100, ge=1, description="a killed run goes on from the last checkpoint"
     )
+    tensorboard: Path | None = Field(
+        default=None, description="folder of event files for TensorBoard, one folder below it for each run; null: none"
+    )
     seed: int = Field(default=0, ge=0, description="of the adapter's first weights, the order of the rows, and dropout")
     device: str = Field(
         default="auto", pattern=r"auto|cpu|cuda(:\d+)?", description="auto (CUDA if there), cpu, cuda, cuda:1"

@@ -15,7 +15,7 @@ from quiver_trainer.errors import ConfigError
 from quiver_trainer.method_config import METHOD_SECTIONS
 from quiver_trainer.yaml_source import KeyPath, YamlSource, parse_yaml
 
-_PATH_KEYS: tuple[KeyPath, ...] = (("base",), ("output",), ("data", "train"), ("data", "validation"))
+_PATH_KEYS: tuple[KeyPath, ...] = (("base",), ("output",), ("data", "train"), ("data", "validation"), ("tensorboard",))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.card import CARD_FILE, model_card
 from quiver_trainer.curve import draw_learning_curve
 from quiver_trainer.data import Dataset
 from quiver_trainer.progress import Progress, to_jsonl
@@ -33,10 +34,12 @@ def write_result(run: Run, tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
     config, model, progress = run.config, run.model, run.progress
     num_parameters = sum(parameter.numel() for parameter in run.parameters.values())
     record = training_record(progress, run.settings, run.datasets, num_parameters)
+    methods = [] if model.adapter is None else [method.to_dict() for method in model.adapter.configs]
     what = "whole base" if model.adapter is None else "adapter"
     matched = len(run.measuring.match_samples) if run.measuring else 0
     files = {
         CURVE_FILE: draw_learning_curve(progress, f"{run.name}: {what} trained on {config.base.name}", matched),
+        CARD_FILE: model_card(run.name, config.base.name, record, methods, CURVE_FILE).encode(),
         METRICS_FILE: to_jsonl([*progress.train_records, *progress.validation_records]).encode(),
     }
     if model.adapter is None:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -15,9 +16,10 @@ from quiver_trainer.checkpoint import read_checkpoint, restore, write_checkpoint
 from quiver_trainer.config import TrainConfig
 from quiver_trainer.data import Dataset
 from quiver_trainer.errors import TrainingError
+from quiver_trainer.events import EventFile
 from quiver_trainer.measuring import BestWeights, Measuring
 from quiver_trainer.optimiser import make_optimiser, peak_rates, rate_factor, set_learning_rate
-from quiver_trainer.progress import Progress, record_interval
+from quiver_trainer.progress import Progress, TrainRecord, ValidationRecord, record_interval
 from quiver_trainer.random_stream import RandomStream
 from quiver_trainer.report import Reporter
 from quiver_trainer.rows import Sample
@@ -66,6 +68,7 @@ class Run:
         if validation is not None:
             self.measuring = Measuring(config.evaluation, validation, self._mender, self._limits, self.num_steps)
         self.best = BestWeights(self.workplace.folder / "best.safetensors")
+        self._events = config.tensorboard and EventFile(config.tensorboard / self.name)
         self.progress = Progress()
 
     def _count_steps(self) -> int:
@@ -184,9 +187,16 @@ class Run:
         last = last or progress.stopped_early
         if last or step % record_interval(self.num_steps) == 0:
             epoch = progress.epoch + progress.batch / len(self._plan)
-            self.workplace.append_metrics(progress.close_window(epoch, rate, gradient_norm))
+            self._record(progress.close_window(epoch, rate, gradient_norm))
         if last or step % self.config.checkpoint_interval_steps == 0:
             self.save()
+
+    def _record(self, record: TrainRecord | ValidationRecord) -> None:
+        """For whoever watches."""
+        self.workplace.append_metrics(record)
+        if self._events:
+            scalars = {name: value for name, value in asdict(record).items() if value is not None and name != "step"}
+            self._events.add(record.step, scalars)
 
     def save(self) -> None:
         """Write a checkpoint to go on from."""
@@ -210,7 +220,7 @@ class Run:
         patience = self.config.evaluation.patience
         if patience is not None and self.progress.measured_since_best >= patience:
             self.progress.stopped_early = True
-        self.workplace.append_metrics(record)
+        self._record(record)
         self._reporter.validation(self.name, record)
 
 

@@ -1,0 +1,143 @@
+"""`quiver publish`: an adapter into a store, once it has loaded and given again the metrics of its record."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quiver_peft import T5
+from quiver_peft.adapters.store import AdapterStore, publish
+from quiver_peft.errors import QuiverError
+from quiver_peft.model import AnyModel, load_model
+from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.batches import BatchLimits
+from quiver_trainer.config import EvaluationSection
+from quiver_trainer.data import file_sha256, read_dataset
+from quiver_trainer.device import choose_device
+from quiver_trainer.errors import DataError, TrainingError
+from quiver_trainer.measuring import Measuring
+from quiver_trainer.progress import Progress, ValidationRecord
+from quiver_trainer.rows import Encoder
+from quiver_trainer.span_corruption import Mender
+from quiver_trainer.workplace import RECORD_FILE
+
+_DESCRIPTION = """\
+Put an adapter into a store, in one step: a server that serves the store offers it at once, and never half of it.
+
+  quiver publish --base models/demo-base --validation data/routing/validation.jsonl adapters/routing /srv/adapters
+  quiver publish --base models/demo-base --unmeasured adapters/from-elsewhere s3://bucket/adapters --id routing
+
+Before that the adapter is loaded on its base, and measured on the rows that it was validated on: its loss and exact
+matches must be those that it was recorded with. Nothing is written otherwise.
+"""
+# Of a loss, computed by other kernels or on another device.
+_TOLERANCE = 2e-3
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code: 0 published, 1 it could not be written, 2 it must not be published."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return int(stop.code or 0)
+    try:
+        revision = _run(options)
+    except QuiverError as error:
+        print(f"quiver publish: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"quiver publish: {error.filename or options.store}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    print(f"published {_id(options)} as revision {revision[:12]} in {options.store}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quiver publish", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of the base")
+    parser.add_argument("--validation", type=Path, metavar="FILE", help="the rows that it was validated on")
+    parser.add_argument("--unmeasured", action="store_true", help="only load it; needed where it has no record")
+    parser.add_argument("--id", help="under which id; its folder's name unless given")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there), cpu, cuda, cuda:1")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("store", metavar="STORE", help="folder of adapters, or a URL such as s3://bucket/adapters")
+    return parser
+
+
+def _id(options: argparse.Namespace) -> str:
+    return options.id or options.adapter.resolve().name
+
+
+def _run(options: argparse.Namespace) -> str:
+    record = _training_record(options.adapter)
+    dtype = record.get("settings", {}).get("dtype", "float32")
+    model = load_model(options.base, dtype=getattr(torch, dtype), device=choose_device(options.device))
+    model.load_adapters(options.adapter)
+    model.freeze()
+    if not options.unmeasured:
+        _require_record(options, record)
+        _compare(record, _measure(model, Tokenizer(options.base), options.validation, record["settings"]))
+    return publish(options.adapter, AdapterStore(options.store), _id(options))
+
+
+def _training_record(adapter: Path) -> Mapping[str, Any]:
+    """What the artefact says of its training; nothing where it says nothing. Whether it is whole, loading will tell."""
+    try:
+        return json.loads((adapter / RECORD_FILE).read_bytes())["training"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _require_record(options: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Raises DataError where there is nothing to compare with, or other rows."""
+    if record.get("validation_loss") is None:
+        raise DataError(
+            f"{options.adapter}: records no validation loss to compare with; --unmeasured publishes it once it loads"
+        )
+    if options.validation is None:
+        raise DataError("--validation FILE is needed, the rows it was validated on; or --unmeasured")
+    recorded, given = record["data"]["validation"]["sha256"], file_sha256(options.validation)
+    if recorded != given:
+        raise DataError(
+            f"{options.validation}: is not the file that {options.adapter} was validated on "
+            f"(SHA-256 {given[:12]}, recorded {recorded[:12]})"
+        )
+
+
+def _measure(model: AnyModel, tokenizer: Tokenizer, path: Path, settings: Mapping[str, Any]) -> ValidationRecord:
+    """As the training did."""
+    evaluation = {
+        key.removeprefix("evaluation."): value for key, value in settings.items() if key.startswith("evaluation.")
+    }
+    config, eos = model.base.config, model.base.config.eos_token_ids[0]
+    encoder = Encoder(
+        tokenizer, eos, config.vocab_size, settings["data.max_length"] or model.max_tokens, isinstance(model, T5)
+    )
+    data = read_dataset(path, encoder, skip_too_long=settings["data.too_long"] == "skip")
+    mender = Mender(tokenizer, eos, settings["seed"]) if data.has_texts else None
+    limits = BatchLimits(settings["batch_tokens"], settings["batch_size"])
+    measuring = Measuring(EvaluationSection(**evaluation), data, mender, limits, num_steps=1)
+    return measuring.measure(model, tokenizer, Progress())
+
+
+def _compare(record: Mapping[str, Any], measured: ValidationRecord) -> None:
+    """Raises TrainingError when an adapter is not as good as it says."""
+    for name, recorded, now in (
+        ("validation loss", record["validation_loss"], measured.validation_loss),
+        ("exact match", record["exact_match"], measured.exact_match),
+    ):
+        if recorded is None or now is None:
+            continue
+        # One answer of many may turn with the last bit of a logit.
+        tolerance = _TOLERANCE * max(1.0, recorded) if name == "validation loss" else 0.021
+        if abs(recorded - now) > tolerance:
+            raise TrainingError(
+                f"{name} is {now:.4f}, recorded {recorded:.4f}: not the adapter that was measured, or another base; "
+                "nothing was published"
+            )
