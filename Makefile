@@ -12,9 +12,11 @@ BASE ?= llama
 ifneq ($(filter $(BASE),llama t5),$(BASE))
 $(error BASE is $(BASE); it must be llama or t5)
 endif
+MINUTES ?= 30
 SUFFIX := $(if $(filter t5,$(BASE)),-t5)
 
-.PHONY: help setup demo serve test test-fast test-deploy lint bench bench-train bench-peers lock proto demo-base clean
+.PHONY: help setup demo serve test test-fast test-deploy reliability soak lint bench bench-train bench-peers lock proto \
+  demo-base clean
 
 help:  ## What can be done here.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +49,12 @@ test: lint  ## Everything that CI runs: lint and all tests, a file to a core.
 
 test-fast: setup  ## Unit tests only: a minute or two.
 	$(PYTEST) -m 'not slow'
+
+reliability: setup  ## Of the tests, those of tests/reliability in full size (about half an hour).
+	QUIVER_RELIABILITY=full OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/reliability
+
+soak: setup  ## Everything at once against an oracle, for MINUTES=30; figures and a picture to runs/soak.*
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore -m reliability.soak --minutes $(MINUTES)
 
 test-deploy: setup  ## Of the tests, those of the chart: helm, Envoy and, where there is one, podman.
 	$(BIN)/pytest tests/helm

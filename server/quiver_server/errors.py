@@ -13,6 +13,7 @@ RequestError                 the request's own failure; nobody else notices
 ├── AdapterUnloadedError     ABORTED: the adapter was unloaded from under the request, as an administrator asked
 ├── StoreUnavailableError    UNAVAILABLE: the store of adapters does not answer
 ├── DrainingError            UNAVAILABLE: the server is stopping
+├── SlowReaderError          ABORTED: the client did not read what was generated for it
 └── EngineFaultError         INTERNAL: a step of the engine failed
 """
 
@@ -114,6 +115,13 @@ class DrainingError(RequestError):
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "DRAINING"
+
+
+class SlowReaderError(RequestError):
+    """The client did not read what was generated for it."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "SLOW_READER"
 
 
 class EngineFaultError(RequestError):

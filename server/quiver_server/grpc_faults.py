@@ -1,17 +1,21 @@
-"""No call ends as UNKNOWN: bytes that are no message are the client's mistake, an exception nobody caught is ours."""
+"""Watches over calls: bytes that are no message are refused, an exception that nobody caught is INTERNAL and logged,
+and a client that reads nothing holds its place for a while only."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from quiver_server.errors import InvalidRequestError, RequestError
+from quiver_server.errors import InvalidRequestError, RequestError, SlowReaderError
 from quiver_server.service import refuse
 
 log = logging.getLogger(__name__)
+
+READER_SECONDS = 60.0  # how long a stream's client may read nothing while there is something to read
 
 if TYPE_CHECKING:
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class FaultInterceptor(grpc.aio.ServerInterceptor):
-    """Gives each call of one request a deserializer and a handler that turn what goes wrong into a RequestError."""
+    """Gives each of our methods a deserializer and a handler that turn what goes wrong into a RequestError."""
 
     async def intercept_service(
         self,
@@ -28,7 +32,7 @@ class FaultInterceptor(grpc.aio.ServerInterceptor):
     ) -> "_Handler | None":
         """The method's own handler, watched over."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None or not handler_call_details.method.startswith("/quiver."):
             return handler
         make: Any = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
@@ -61,11 +65,14 @@ def _watched(answer: Any) -> Any:
 
 
 def _watched_stream(answer: Any) -> Any:
-    async def watched(request: Any, context: "_Context") -> AsyncIterator[Any]:
+    async def watched(request: Any, context: "_Context") -> None:
         try:
             async with aclosing(answer(_checked(request), context)) as messages:
                 async for message in messages:
-                    yield message
+                    async with asyncio.timeout(READER_SECONDS):
+                        await context.write(message)
+        except TimeoutError:
+            await _give_up(context)
         except Exception as error:
             await _refuse(context, error)
 
@@ -76,6 +83,14 @@ def _checked(request: Any) -> Any:
     if isinstance(request, RequestError):
         raise request
     return request
+
+
+async def _give_up(context: "_Context") -> None:
+    """Everything is given back by now; what waits here until the client reads is the status alone."""
+    try:
+        await refuse(context, SlowReaderError(f"nothing was read for {READER_SECONDS:g} s: the answer was given up"))
+    except grpc.aio.InternalError:  # it went without reading: nobody is there to be told
+        raise asyncio.CancelledError from None
 
 
 async def _refuse(context: "_Context", error: Exception) -> None:

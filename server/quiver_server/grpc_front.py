@@ -67,7 +67,7 @@ class GrpcFront:
             ("grpc.max_receive_message_length", message_bytes),
             ("grpc.max_send_message_length", 4 * message_bytes),
         )
-        interceptors = [CallInterceptor(access, recorder), FaultInterceptor()]
+        interceptors = [FaultInterceptor(), CallInterceptor(access, recorder)]
         self._server = grpc.aio.server(options=(*_OPTIONS, *sizes), interceptors=interceptors)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(answering), self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,27 @@ from prometheus_client.parser import text_string_to_metric_families
 from quiver import Client, FinishReason, Generation, Tls
 
 STARTUP_SECONDS = 60.0
+SERVE = ("-m", "quiver.cli", "serve")
 _SERVING = re.compile(r"serving .* on ([^ ]+:\d+) \(")
 _METRICS = re.compile(r"metrics on (http://[^\s\"]+)")
 _HTTP = re.compile(r"OpenAI's API on (https?://[^\s\"]+)/v1")
 
 
 class LiveServer:
-    """One server process. `log`: the file that takes what it prints; num_threads: as of `spawn`."""
+    """One server process. `log`: the file that takes what it prints; num_threads, launcher: as of `spawn`."""
 
-    def __init__(self, base: Path, adapters: Path | str, log: Path, *options: str, num_threads: int | None = 1) -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapters: Path | str,
+        log: Path,
+        *options: str,
+        num_threads: int | None = 1,
+        launcher: Sequence[str] = SERVE,
+    ) -> None:
         self.log = log
         folders = ("--base", str(base), "--adapters", str(adapters))
-        self.process = spawn(log, *folders, *options, num_threads=num_threads)
+        self.process = spawn(log, *folders, *options, num_threads=num_threads, launcher=launcher)
         self.target = self._wait_for(_SERVING)
         self.metrics_url = self._wait_for(_METRICS)
 
@@ -99,13 +108,18 @@ class LiveServer:
         raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
 
 
-def spawn(log: Path, *options: str, num_threads: int | None = 1) -> subprocess.Popen[bytes]:
+def spawn(
+    log: Path, *options: str, num_threads: int | None = 1, launcher: Sequence[str] = SERVE
+) -> subprocess.Popen[bytes]:
     """Start `quiver serve` with these options, which win over the tests' own; returns at once.
 
     num_threads: of torch, one so that tests do not stand in each other's way; None: the server's own choice.
+    launcher: what Python runs, a module of the tests or of ours.
     """
-    command = [sys.executable, "-m", "quiver.cli", "serve", "--port", "0", "--metrics-port", "0", *options]
+    command = [sys.executable, *launcher, "--port", "0", "--metrics-port", "0", *options]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if launcher is not SERVE:
+        environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     environment.pop("OMP_NUM_THREADS", None)
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)

@@ -2,9 +2,13 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from server.live_server import LiveServer, eventually, run_refused, spawn
 
 from quiver import QuiverClientError, ServerUnavailable
@@ -15,20 +19,29 @@ PROMPT = [9, 20, 31]
 SIGTERM_BIT = 1 << 14
 
 
+def watch_health(channel: grpc.Channel) -> Iterator[health_pb2.HealthCheckResponse]:
+    """What the standard health service tells who watches it."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    return iter(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60))
+
+
 def test_sigterm_lets_running_streams_finish(llama_base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     server = LiveServer(llama_base, tmp_path / "adapters", tmp_path / "log")
-    with server.client() as client, server.client() as other:
+    with server.client() as client, server.client() as other, grpc.insecure_channel(server.target) as channel:
         expected = client.generate(PROMPT, max_new_tokens=250, ignore_eos=True).token_ids
         stream = client.stream(PROMPT, max_new_tokens=250, ignore_eos=True)
         tokens = list(next(stream).token_ids)
         assert other.is_healthy()
+        watch = watch_health(channel)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         assert (server.page_status("/livez"), server.page_status("/readyz")) == (200, 200)
         server.signal()
         eventually(lambda: "draining" in server.log.read_text())
         with pytest.raises(ServerUnavailable):
             other.generate(PROMPT, max_new_tokens=1)
         assert not other.is_healthy()
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert (server.page_status("/livez"), server.page_status("/readyz")) == (200, 503)
         assert server.process.poll() is None, "too late to show anything"
         tokens += [token for piece in stream for token in piece.token_ids]

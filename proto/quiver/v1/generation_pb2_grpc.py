@@ -39,6 +39,7 @@ class GenerationServiceStub:
     RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
     when to try again.
     DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
+    ABORTED             the client read nothing of a stream for a minute while there was something to read.
     UNAVAILABLE         the server is starting or draining; another replica may answer.
     INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
     """
@@ -85,6 +86,7 @@ class GenerationServiceServicer:
     RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
     when to try again.
     DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
+    ABORTED             the client read nothing of a stream for a minute while there was something to read.
     UNAVAILABLE         the server is starting or draining; another replica may answer.
     INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
     """
@@ -170,6 +172,7 @@ class GenerationService:
     RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
     when to try again.
     DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
+    ABORTED             the client read nothing of a stream for a minute while there was something to read.
     UNAVAILABLE         the server is starting or draining; another replica may answer.
     INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
     """

@@ -40,6 +40,7 @@ class GenerationServiceStub:
       RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
                           when to try again.
       DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
+      ABORTED             the client read nothing of a stream for a minute while there was something to read.
       UNAVAILABLE         the server is starting or draining; another replica may answer.
       INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
     """
@@ -84,6 +85,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
       RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
                           when to try again.
       DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
+      ABORTED             the client read nothing of a stream for a minute while there was something to read.
       UNAVAILABLE         the server is starting or draining; another replica may answer.
       INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
     """
@@ -124,6 +126,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
       RESOURCE_EXHAUSTED  the queue is full, or the adapter's or the token's share of it is; google.rpc.RetryInfo says
                           when to try again.
       DEADLINE_EXCEEDED   the client's deadline passed; the request was dropped.
+      ABORTED             the client read nothing of a stream for a minute while there was something to read.
       UNAVAILABLE         the server is starting or draining; another replica may answer.
       INTERNAL            a fault of the server; google.rpc.ErrorInfo carries a reason.
     """

@@ -1,0 +1,64 @@
+"""The real server with a fault put in, as a process: `python -m reliability.faulty_server FAULTS [serve's options]`.
+
+Only the test knows of it: what is replaced is replaced here, and the server's own code has no switch for it.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from quiver_server import grpc_faults, serve
+from quiver_server.batch import StepBatch
+from quiver_server.main import main
+from quiver_server.request import Sequence
+from quiver_server.runner import Runner
+from quiver_server.scheduler import ScheduledChunk, Scheduler
+
+FAULTY_PROMPT = [313] * 6  # who asks this meets the fault
+
+
+class FailingRunner(Runner):
+    """A step with the prompt in it raises."""
+
+    def run(self, batch: StepBatch) -> Tensor:
+        if int((batch.tokens == FAULTY_PROMPT[0]).sum()) >= len(FAULTY_PROMPT):
+            raise RuntimeError("a broken kernel")
+        return super().run(batch)
+
+
+class SlowRunner(Runner):
+    """A step takes 20 ms, as with a larger model."""
+
+    def run(self, batch: StepBatch) -> Tensor:
+        time.sleep(0.02)
+        return super().run(batch)
+
+
+class FailingScheduler(Scheduler):
+    """A fault outside of any step: the engine cannot go on."""
+
+    def schedule(self) -> list[ScheduledChunk]:
+        waiting: list[Sequence] = list(self.waiting)
+        if any(sequence.prompt == FAULTY_PROMPT for sequence in waiting):
+            raise IndexError("a fault of the scheduler")
+        return super().schedule()
+
+
+def _replace(module: Any, name: str, value: Any) -> Callable[[], None]:
+    return lambda: setattr(module, name, value)
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "step": _replace(serve, "Runner", FailingRunner),
+    "slow": _replace(serve, "Runner", SlowRunner),
+    "engine": _replace(serve, "Scheduler", FailingScheduler),
+    "impatient": _replace(grpc_faults, "READER_SECONDS", 1.0),
+}
+
+if __name__ == "__main__":
+    for fault in sys.argv[1].split(","):
+        FAULTS[fault]()
+    sys.exit(main(sys.argv[2:]))
