@@ -23,7 +23,8 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> ServerConfig:
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_server_takes_the_rendered_arguments(settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parsed(rendered(settings), monkeypatch)
-    assert config.adapters == ["/adapters"]
+    assert config.adapters == ["/adapters", *(["s3://bucket/adapters"] if settings == "everything" else [])]
+    assert (str(config.state), config.cache_mib) == ("/state", 4096)
     assert config.host == "0.0.0.0"
     assert config.http_port == (8000 if settings in ("everything", "gateway") else -1)
     assert config.prefix_cache is (settings != "everything")  # one of its extraArgs
@@ -43,3 +44,23 @@ def test_each_value_reaches_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.default_max_new_tokens, config.grace_seconds, config.http_port) == (16, 17.0, 3333)
     assert (config.log_format, config.otlp_endpoint) == ("json", "http://collector:4317")
     assert (config.dtype, str(config.base), config.device) == ("bfloat16", "/opt/x", "cpu")
+
+
+def test_stores_have_credentials_a_way_out_and_a_place_for_state() -> None:
+    changes = "adapters.stores={s3://bucket/a,https://host/b},adapters.storesEnvFrom[0].secretRef.name=bucket"
+    state = "adapters.state.existingClaim=kept,adapters.state.cacheMiB=7"
+    found = objects(render_text("--set", changes, "--set", state))
+    container = server(found)
+    assert [item for item in container["args"] if "adapters=" in item or "cache" in item] == [
+        "--adapters=/adapters",
+        "--adapters=s3://bucket/a",
+        "--adapters=https://host/b",
+        "--cache-mib=7",
+    ]
+    assert container["envFrom"] == [{"secretRef": {"name": "bucket"}}]
+    (deployment,) = (item for item in found if item["kind"] == "Deployment")
+    volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["state"]["persistentVolumeClaim"] == {"claimName": "kept"}
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    policies = [item["spec"] for item in found if item["kind"] == "NetworkPolicy"]
+    assert any("server" in str(policy["podSelector"]) and policy["egress"] for policy in policies)

@@ -117,6 +117,11 @@ POOL = 'inferencePool={"enabled":true,"pickerName":"p"}'
             ['autoscaling={"enabled":true,"maxReplicas":5}'],
             "5 replicas share the adapters volume",
         ),
+        (
+            ["replicaCount=2", "adapters.volume.size=", 'adapters.state={"existingClaim":"s"}'],
+            "2 replicas cannot share adapters.state.existingClaim",
+        ),
+        (['adapters.stores=["ftp://host/x"]'], "adapters/stores/0"),
         (["model.path=/models/base"], "model.path /models/base lies on a volume: set model.volume.existingClaim"),
         (["model.volume.existingClaim=m"], "a model from a volume or a download lies under /models/"),
         (['autoscaling={"enabled":true,"minReplicas":5,"maxReplicas":1}'], "minReplicas is greater than"),

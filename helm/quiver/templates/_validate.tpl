@@ -8,6 +8,9 @@
     {{- fail (printf "%d replicas share the %s volume: %s.volume.accessModes must hold ReadWriteMany" $most $name $name) -}}
   {{- end -}}
 {{- end -}}
+{{- if and (gt $most 1) $v.adapters.state.existingClaim -}}
+  {{- fail (printf "%d replicas cannot share adapters.state.existingClaim: each server keeps its own state" $most) -}}
+{{- end -}}
 {{- if and (hasPrefix "/models/" $v.model.path) (not (include "quiver.hasModels" .)) -}}
   {{- fail (printf "model.path %s lies on a volume: set model.volume.existingClaim, or model.download.image" $v.model.path) -}}
 {{- end -}}
