@@ -102,3 +102,24 @@ def test_the_same_bits(make_model: Callable[[Path], object], tmp_path: Path) -> 
     assert programs is not None
     made = programs._programs  # pyright: ignore[reportPrivateUsage]
     assert made and all(program is not None for program in made.values())
+
+
+def test_adapters_on_different_layers_share_a_program(tmp_path: Path) -> None:
+    """Any two of many adapters meet in a batch: a program for each pair would be made again and again."""
+    folder = tmp_path / "base"
+    tiny_llama(folder)
+    base = load_base(folder)
+    adapters: list[AdapterWeights] = []
+    for targets in (("q_proj", "v_proj"), ("o_proj",), ("up_proj", "down_proj"), ("gate_proj", "k_proj")):
+        path = tmp_path / "-".join(targets)
+        hf_lora(folder, path, targets=targets)
+        adapters.append(read_adapter(path, base))
+    fast, plain = (Answers(folder, adapters, with_programs=value) for value in (True, False))
+    for slots in ([1, 2], [2, 3], [3, 4], [1, 4], [0, 1], [2, 3, 4, 1]):
+        assert fast.ask(slots, seed=3) == plain.ask(slots, seed=3)
+    for ours, theirs in zip(fast.logits, plain.logits, strict=True):
+        assert torch.equal(ours, theirs)
+    programs = fast.driver.runner._programs  # pyright: ignore[reportPrivateUsage]
+    assert programs is not None
+    # Of the base alone, when only its row was left, and of LoRA.
+    assert len(programs._programs) <= 2  # pyright: ignore[reportPrivateUsage]

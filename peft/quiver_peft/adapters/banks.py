@@ -9,7 +9,7 @@ import torch
 
 from quiver_peft.adapters.arena import Arena, Extent, aligned
 from quiver_peft.adapters.bank_seam import BankSeam, RowGroup, VirtualRows
-from quiver_peft.adapters.native_seam import NativeRecord, NativeSeam, native_record
+from quiver_peft.adapters.native_seam import NativeRecord, NativeSeam, Sites, native_record
 from quiver_peft.adapters.placing import Placed, num_elements, place
 from quiver_peft.adapters.slot_tables import SlotTables, TableRow
 from quiver_peft.adapters.weights import AdapterWeights
@@ -42,7 +42,7 @@ class AdapterBanks:
         # Loads go beside the steps on the device too.
         self._loading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._residents: dict[int, _Resident] = {}
-        self._sites: dict[str, int] = {}  # numbered as they come, for the compiled kernels
+        self._sites = Sites()  # for the compiled kernels
         self._lock = threading.Lock()
         self._next_slot = FIRST_SLOT
         self._last_seam: tuple[list[RowGroup], Seam] = ([], NO_ADAPTERS)

@@ -2,7 +2,7 @@
 
 import operator
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -27,6 +27,18 @@ class Acts(NamedTuple):
     out_scales: int = 0
     bottlenecks: int = 0
 
+    def union(self, other: "Acts") -> "Acts":
+        """What is done by either."""
+        return Acts(*map(operator.or_, self, other))
+
+
+class Sites:
+    """The sites at which any adapter so far has acted: numbered as they come, and what was done there."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.acts = Acts()
+
 
 class NativeRecord(NamedTuple):
     """What the kernels are told of one adapter, and where it acts."""
@@ -35,8 +47,9 @@ class NativeRecord(NamedTuple):
     acts: Acts
 
 
-def native_record(placed: Placed, numbers: dict[str, int]) -> NativeRecord | None:
-    """numbers: of the sites; new ones are added. None for an adapter that the kernels cannot take."""
+def native_record(placed: Placed, sites: Sites) -> NativeRecord | None:
+    """sites: learn what the adapter does. None for an adapter that the kernels cannot take."""
+    numbers = sites.numbers
     found: dict[int, array[int] | None] = {}
 
     def add(site: str, kind: int, record: "array[int] | None") -> None:
@@ -57,6 +70,7 @@ def native_record(placed: Placed, numbers: dict[str, int]) -> NativeRecord | Non
         _bits(numbers[site] for site, scale in placed.scales.items() if scale.out),
         _bits(numbers[site] for site in placed.bottlenecks),
     )
+    sites.acts = sites.acts.union(acts)
     return NativeRecord(SiteRecords.of(records), acts)
 
 
@@ -70,16 +84,17 @@ class NativeSeam:
     address: of what changes with the batch. acts, has_virtual: all else that what it does depends on.
     """
 
-    def __init__(
-        self, used: Sequence[tuple[int, int, NativeRecord]], numbers: Mapping[str, int], virtual: BankSeam | None
-    ) -> None:
-        """used: rows [start, end) and whose they are. numbers: of the sites."""
+    def __init__(self, used: Sequence[tuple[int, int, NativeRecord]], sites: Sites, virtual: BankSeam | None) -> None:
+        """used: rows [start, end) and whose they are."""
         self._groups = Groups([RowsOf(start, end, record.sites) for start, end, record in used])
-        self._numbers = numbers
+        self._numbers = sites.numbers
         self._virtual = virtual
-        self.acts = Acts()
+        acts = Acts()
         for _, _, record in used:
-            self.acts = Acts(*map(operator.or_, self.acts, record.acts))
+            acts = acts.union(record.acts)
+        # A method that is used here at all is called wherever anybody uses it, which finds nothing to do in no time:
+        # so what the seam does depends on the methods in the batch, not on each adapter's own sites.
+        self.acts = Acts(*(everyone if ours else 0 for ours, everyone in zip(acts, sites.acts, strict=True)))
 
     @property
     def address(self) -> int:
