@@ -110,7 +110,6 @@ def test_the_phases_make_up_the_steps(llama: Bench, client: Client) -> None:
     parts = [llama.server.metric("quiver_step_phase_seconds_total", phase=phase) for phase in STEP_PHASES]
     assert all(parts)
     assert sum(parts) == pytest.approx(llama.server.metric("quiver_step_seconds_sum"), rel=1e-6)
-    assert max(parts) == parts[STEP_PHASES.index("run")]
 
 
 def test_what_a_failed_step_took_is_its_last_phase() -> None:
