@@ -105,6 +105,11 @@ class Cluster:
                 key: item for key, item in self._items.items() if key.kind == kind and namespace in ("", key.namespace)
             }
 
+    def find(self, kind: str, name: str) -> Object:
+        """The one object of this kind and name, in whatever namespace."""
+        (found,) = (item for key, item in self._items.items() if (key.kind.kind, key.name) == (kind, name))
+        return found
+
     def put(self, key: Key, item: Object, *, dry: bool = False) -> Object:
         """Write an object, new or changed. Raises Refusal when it is not valid. dry: check it and keep nothing."""
         with self.lock:

@@ -16,9 +16,9 @@ import kubernetes_validate
 import pytest
 import yaml
 from helm import tools
-from helm.chart import CHART, KUBERNETES, ROOT, Object, objects, render_text
+from helm.chart import CHART, KUBERNETES, ROOT, objects, render_text
 from helm.deploy.apistub import running_stub
-from helm.deploy.cluster import KINDS, Cluster
+from helm.deploy.cluster import Cluster
 from helm.deploy.routed import free_ports
 from tiny import hf_lora
 
@@ -131,12 +131,13 @@ class Cell:
     def forward(self, line: str) -> None:
         """A server with what is installed, in place of a tunnel to one, and the moment that a person waits."""
         assert line == f"kubectl port-forward service/quiver {self.port} &"
-        service, deployment = self.installed("Service", "quiver"), self.installed("Deployment", "quiver")
+        service, deployment = self.cluster.find("Service", "quiver"), self.cluster.find("Deployment", "quiver")
         assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         places = {
             "--base=": f"--base={ROOT}/trainer/demo/base", "--adapters=": f"--adapters={self.adapters}",
-            "--host=": "--host=127.0.0.1", "--port=": f"--port={self.port}", "--metrics-port=": "--metrics-port=0",
+            "--state=": f"--state={self.folder}/state", "--host=": "--host=127.0.0.1",
+            "--port=": f"--port={self.port}", "--metrics-port=": "--metrics-port=0",
         }  # fmt: skip
         arguments = [
             next((here for start, here in places.items() if word.startswith(start)), word) for word in container["args"]
@@ -145,13 +146,6 @@ class Cell:
         self.forwarding = subprocess.Popen(command, env=self.environment, cwd=self.folder, stderr=subprocess.DEVNULL)
         with Client(f"localhost:{self.port}") as client:
             client.wait_until_ready(60)
-
-    def installed(self, kind: str, name: str) -> Object:
-        """One object of the stub."""
-        (found,) = (
-            item for k in KINDS if k.kind == kind for key, item in self.cluster.of_kind(k).items() if key.name == name
-        )
-        return found
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helm.chart import CHART, SETTINGS, Object, helm, objects, rendered, run_helm
+from helm.chart import CHART, SETTINGS, helm, objects, rendered, run_helm
 from helm.deploy.apistub import running_stub
 from helm.deploy.cluster import KINDS, Cluster
 
@@ -37,13 +37,6 @@ class Api:
         """All objects that are there, but helm's own records and the namespace."""
         everything = (key for kind in KINDS for key in self.cluster.of_kind(kind))
         return {(key.kind.kind, key.name) for key in everything if key.kind.kind not in ("Secret", "Namespace")}
-
-    def get(self, kind: str, name: str) -> Object:
-        """One object."""
-        (found,) = (
-            item for k in KINDS if k.kind == kind for key, item in self.cluster.of_kind(k).items() if key.name == name
-        )
-        return found
 
 
 @pytest.fixture
@@ -82,17 +75,17 @@ def test_install_test_uninstall(api: Api, settings: str) -> None:
 
 def test_upgrade_and_rollback(api: Api) -> None:
     api.helm("install", "rel", CHART, "--wait", *SETTINGS["everything"])
-    first = api.get("Deployment", "rel-quiver")["spec"]
+    first = api.cluster.find("Deployment", "rel-quiver")["spec"]
     jobs = {name for kind, name in api.names() if kind == "Job"}
     changes = "server.maxRunning=99,training.jobs[1].recipe.max_steps=7,networkPolicy.enabled=false"
     api.helm("upgrade", "rel", CHART, "--wait", *SETTINGS["everything"], "--set", changes)
-    second = api.get("Deployment", "rel-quiver")["spec"]
+    second = api.cluster.find("Deployment", "rel-quiver")["spec"]
     assert "--max-running=99" in second["template"]["spec"]["containers"][0]["args"]
     assert not [name for kind, name in api.names() if kind == "NetworkPolicy"]
     new_jobs = {name for kind, name in api.names() if kind == "Job"}
     assert len(jobs & new_jobs) == len(jobs - new_jobs) == 1, "the changed recipe is another Job, the other stays"
     api.helm("rollback", "rel", "1", "--wait")
-    assert api.get("Deployment", "rel-quiver")["spec"] == first
+    assert api.cluster.find("Deployment", "rel-quiver")["spec"] == first
     assert api.names() == expected("everything")
     assert api.helm("history", "rel").count("\n") == 4  # a heading and three revisions
 
@@ -119,8 +112,8 @@ def test_two_releases_live_side_by_side(api: Api) -> None:
     api.helm("install", "rel", CHART, "--wait", *SETTINGS["multi-replica"])
     api.helm("install", "second", CHART, "--wait", *SETTINGS["multi-replica"])
     for name in ("rel-quiver", "rel-quiver-router"):
-        first = api.get("Deployment", name)["spec"]["selector"]["matchLabels"]
-        other = api.get("Deployment", name.replace("rel", "second"))["spec"]["template"]["metadata"]["labels"]
+        first = api.cluster.find("Deployment", name)["spec"]["selector"]["matchLabels"]
+        other = api.cluster.find("Deployment", name.replace("rel", "second"))["spec"]["template"]["metadata"]["labels"]
         assert not first.items() <= other.items()
     api.helm("uninstall", "second", "--wait")
     assert expected("multi-replica") <= api.names()
