@@ -1,13 +1,20 @@
 """What the ranks of the parallel tests do: see ranks.py. Asserts here fail the test that asked."""
 
+import itertools
+import json
+import multiprocessing
+from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor, nn
 
 from quiver_peft.adapters.adapter import Adapter
+from quiver_peft.adapters.artifact import read_adapter
 from quiver_peft.adapters.bottleneck import CanonicalAdaptersPEFTConfig
 from quiver_peft.adapters.configs import PEFTConfig
 from quiver_peft.adapters.ia3 import IA3PEFTConfig
@@ -21,6 +28,11 @@ from quiver_peft.parallel.adapters import create_split_adapter, gather_adapter, 
 from quiver_peft.parallel.bases import load_split_base
 from quiver_peft.parallel.mesh import Mesh, start_mesh
 from quiver_peft.parallel.shards import gather
+from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer import TrainConfig, TrainingInterrupted
+from quiver_trainer.parallel.launch import train_on_mesh
+from quiver_trainer.parallel.measure import greedy_answers
+from quiver_trainer.report import SilentReporter
 
 torch.set_num_threads(1)
 
@@ -166,3 +178,48 @@ def count_collectives(folder: str, methods: list[str]) -> dict[str, int]:
                 loss.backward()
             counts[name] = sum(spy.call_count for spy in spies)
     return counts
+
+
+def train(recipes: list[dict[str, Any]], stop_after: int | None = None) -> list[str]:
+    """Each recipe over the ranks, as `torchrun -m quiver_trainer` would; returns the revisions.
+
+    stop_after: one of the ranks is asked to stop after so many steps of each.
+    """
+    _save_without_starting_python()
+    configs = [TrainConfig.model_validate_json(json.dumps(recipe)) for recipe in recipes]
+    parallel = configs[0].parallel
+    revisions: list[str] = []
+    with start_mesh(tensor=parallel.tensor, sequence=parallel.sequence) as mesh:
+        for config in configs:
+            stops = itertools.count()
+            is_last = dist.get_rank() == dist.get_world_size() - 1
+
+            def should_stop(stops: Iterator[int] = stops, is_last: bool = is_last) -> bool:
+                return next(stops) == stop_after and is_last
+
+            try:
+                result = train_on_mesh(config, mesh, reporter=SilentReporter(), should_stop=should_stop)
+                revisions.append(result.revision)
+            except TrainingInterrupted as error:
+                revisions.append(str(error))
+    return revisions
+
+
+def answers(base: str, adapters: list[str], prompts: list[str]) -> list[list[list[int]]]:
+    """For each adapter folder the greedy answer to each prompt, at most 8 tokens, from a base over the ranks."""
+    found: list[list[list[int]]] = []
+    tokenizer = Tokenizer(base)
+    tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    alone = load_model(base)
+    with start_mesh(tensor=2) as mesh:
+        for adapter in adapters:
+            model = split_model(base, mesh)
+            whole = Adapter.from_weights(alone.base, read_adapter(adapter, alone.base))
+            model.adapter = split_adapter(whole, model.base, mesh).eval()
+            found.append(greedy_answers(model, tokens, 8, mesh))
+    return found
+
+
+def _save_without_starting_python() -> None:
+    """Megatron's checkpoints collect their results through a process that starts Python anew: seconds, here forked."""
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()  # pyright: ignore

@@ -126,6 +126,33 @@ class EvaluationSection(Section):
     )
 
 
+class ParallelSection(Section):
+    """How a run that torchrun started lies over its processes; what is left of them is data parallelism."""
+
+    tensor: int = Field(
+        default=1,
+        ge=1,
+        description="processes over which the base and its adapter are cut; each further group of so many trains on "
+        "its share of every batch. Above 1: start with torchrun",
+    )
+    sequence: bool = Field(
+        default=False,
+        description="also cut the tokens between the linears over the processes of tensor: less memory for activations",
+    )
+    pipeline: int = Field(default=1, description="must be 1: layers are not dealt over processes; use tensor")
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        if self.pipeline != 1:
+            raise ValueError(
+                f"pipeline parallelism is not offered (pipeline: {self.pipeline}): a base is one module from embedding "
+                "to head, and a T5's decoder needs its encoder's output in every layer; use tensor"
+            )
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence cuts tokens over the processes of tensor; set tensor above 1")
+        return self
+
+
 class TrainConfig(Section):
     """One training run. Without `adapter` the whole base is fine-tuned, and a Hugging Face folder is written."""
 
@@ -171,6 +198,8 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="type of the frozen base; an adapter is always trained in float32"
     )
+
+    parallel: ParallelSection = Field(default=ParallelSection(), description="over several processes")
 
     @field_validator("adapter")
     @classmethod

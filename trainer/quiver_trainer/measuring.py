@@ -14,7 +14,7 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import BatchLimits
 from quiver_trainer.config import EvaluationSection
 from quiver_trainer.data import Dataset, spread_evenly
-from quiver_trainer.evaluate import generated_metrics, validation_metrics
+from quiver_trainer.evaluate import GeneratedMetrics, ValidationMetrics, generated_metrics, validation_metrics
 from quiver_trainer.files import write_atomically
 from quiver_trainer.progress import Progress, ValidationRecord
 from quiver_trainer.span_corruption import Mender
@@ -36,19 +36,15 @@ class Measuring:
         count = settings.exact_match_samples
         self.match_samples = spread_evenly(mended, count) if count else []
         self.every = settings.interval_steps or max(1, -(-num_steps // 5))
-        self._max_new_tokens = settings.max_new_tokens
-        self._overlap = settings.overlap
-        self._limits = limits
+        self.max_new_tokens = settings.max_new_tokens
+        self.overlap = settings.overlap
+        self.limits = limits
 
     def measure(self, model: AnyModel, tokenizer: Tokenizer, progress: Progress) -> ValidationRecord:
         """How good the model is now."""
         started = time.perf_counter()
-        metrics = validation_metrics(model, self.loss_samples, self._limits)
-        generated = None
-        if self.match_samples:
-            generated = generated_metrics(
-                model, tokenizer, self.match_samples, self._max_new_tokens, overlap=self._overlap
-            )
+        metrics = self.foretold(model)
+        generated = self.generated(model, tokenizer) if self.match_samples else None
         progress.seconds += time.perf_counter() - started
         return ValidationRecord(
             progress.step,
@@ -60,6 +56,14 @@ class Measuring:
             None if generated is None else generated.rouge_l,
             None if generated is None else generated.bleu,
         )
+
+    def foretold(self, model: AnyModel) -> ValidationMetrics:
+        """On the samples for the loss."""
+        return validation_metrics(model, self.loss_samples, self.limits)
+
+    def generated(self, model: AnyModel, tokenizer: Tokenizer) -> GeneratedMetrics:
+        """On the samples that are answered."""
+        return generated_metrics(model, tokenizer, self.match_samples, self.max_new_tokens, overlap=self.overlap)
 
 
 class BestWeights:

@@ -120,3 +120,13 @@ class Reporter:
         for name, value in rows.items():
             table.add_row(name, value)
         self._console.print(table)
+
+
+class SilentReporter(Reporter):
+    """Of a process beside the one that reports."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def warn(self, text: str) -> None:
+        """It is said already."""

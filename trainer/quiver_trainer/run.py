@@ -51,14 +51,14 @@ class Run:
         self.failure: TrainingError | None = None
         self.stream = RandomStream(config.seed)
         self.workplace = Workplace(config.output)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._samples = datasets["train"]
-        self._limits = BatchLimits(config.token_budget, config.batch_size)
+        self.limits = BatchLimits(config.token_budget, config.batch_size)
         self._reporter = reporter
         self.parameters = trainable(model)
         methods = None if model.adapter is None else [method.name for method in model.adapter.ordered_methods]
         peaks = peak_rates(self.parameters, config.optimiser, methods)
-        self._optimiser = make_optimiser(self.parameters, config.optimiser, peaks)
+        self.optimiser = make_optimiser(self.parameters, config.optimiser, peaks)
         self._plan: list[list[int]] = []
         self.num_steps = self._count_steps()
         mends = isinstance(model, T5) and any(data.has_texts for data in datasets.values())
@@ -66,7 +66,7 @@ class Run:
         validation = datasets.get("validation")
         self.measuring = None
         if validation is not None:
-            self.measuring = Measuring(config.evaluation, validation, self._mender, self._limits, self.num_steps)
+            self.measuring = self.make_measuring(validation, self._mender)
         self.best = BestWeights(self.workplace.folder / "best.safetensors")
         self._events = config.tensorboard and EventFile(config.tensorboard / self.name)
         self.progress = Progress()
@@ -84,7 +84,7 @@ class Run:
     def _plan_epoch(self, epoch: int) -> list[list[int]]:
         seed = self.config.seed
         places = self._samples.epoch(seed, epoch)
-        return plan_epoch(places, self._samples.lengths, self._limits, seed=seed, epoch=epoch)
+        return plan_epoch(places, self._samples.lengths, self.limits, seed=seed, epoch=epoch)
 
     @property
     def is_over(self) -> bool:
@@ -100,7 +100,7 @@ class Run:
         """Go on from the checkpoint, whose settings have been compared."""
         checkpoint = read_checkpoint(self.workplace.checkpoint)
         assert checkpoint is not None
-        restore(checkpoint, self.parameters, self._optimiser, self.stream)
+        restore(checkpoint, self.parameters, self.optimiser, self.stream)
         self.progress = checkpoint.progress
 
     def begin(self) -> None:
@@ -111,14 +111,22 @@ class Run:
         if self.progress.step == 0:
             self._measure()
 
-    def next_batches(self) -> list[Batch]:
+    def make_measuring(self, validation: Dataset, mender: Mender | None) -> Measuring:
+        """On the validation rows."""
+        return Measuring(self.config.evaluation, validation, mender, self.limits, self.num_steps)
+
+    def next_samples(self) -> list[list[Sample]]:
         """What the next step learns from: `accumulation` batches, fewer at the end of an epoch."""
         progress = self.progress
         if progress.batch == len(self._plan):
             progress.epoch, progress.batch = progress.epoch + 1, 0
             self._plan = self._plan_epoch(progress.epoch)
         batches = self._plan[progress.batch : progress.batch + self.config.accumulation]
-        return [collate([self._sample(place) for place in batch], self.model) for batch in batches]
+        return [[self._sample(place) for place in batch] for batch in batches]
+
+    def next_batches(self) -> list[Batch]:
+        """The same as the model takes them."""
+        return [collate(samples, self.model) for samples in self.next_samples()]
 
     def _sample(self, place: int) -> Sample:
         sample = self._samples[place]
@@ -131,15 +139,15 @@ class Run:
         """
         started = time.perf_counter()
         factor = rate_factor(self.progress.step, self.num_steps, self.config.schedule)
-        rate = set_learning_rate(self._optimiser, factor)
+        rate = set_learning_rate(self.optimiser, factor)
         norm = self._clip_gradients()
         overflowed = self.config.dtype == "float16" and math.isfinite(loss) and not math.isfinite(norm)
         if not overflowed and not (math.isfinite(loss) and math.isfinite(norm)):
             self._fail(f"the loss is {loss} and its gradient {norm}; nothing of this step was kept", rate)
             return
         if not overflowed:
-            self._optimiser.step()
-        self._optimiser.zero_grad()
+            self.optimiser.step()
+        self.optimiser.zero_grad()
         self._adapt_scale(overflowed)
         seconds += time.perf_counter() - started
         num_tokens = sum(batch.num_tokens for batch in batches)
@@ -162,7 +170,11 @@ class Run:
                 if parameter.grad is not None:
                     parameter.grad /= self.loss_scale
         limit = self.config.optimiser.max_gradient_norm
-        return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit).item()
+        return self.clip(math.inf if limit is None else limit)
+
+    def clip(self, longest: float) -> float:
+        """Scale the gradients down to `longest`; returns their length before."""
+        return nn.utils.clip_grad_norm_(list(self.parameters.values()), longest).item()
 
     def _adapt_scale(self, overflowed: bool) -> None:
         progress = self.progress
@@ -201,7 +213,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint to go on from."""
         write_checkpoint(
-            self.workplace.checkpoint, self.parameters, self._optimiser, self.stream, self.progress, self.settings
+            self.workplace.checkpoint, self.parameters, self.optimiser, self.stream, self.progress, self.settings
         )
 
     def finish(self) -> None:
@@ -214,7 +226,7 @@ class Run:
         if self.measuring is None:
             return
         with self._reporter.validating():
-            record = self.measuring.measure(self.model, self._tokenizer, self.progress)
+            record = self.measuring.measure(self.model, self.tokenizer, self.progress)
         if self.progress.add_validation(record) and self.config.evaluation.keep == "best":
             self.best.keep(self.parameters)
         patience = self.config.evaluation.patience

@@ -9,7 +9,7 @@ from quiver_trainer.config import TrainConfig
 from quiver_trainer.data import file_sha256
 
 # These change where or how often something is written, or where it is computed, but not what is learnt.
-_IRRELEVANT = ("output", "device", "checkpoint_interval_steps", "tensorboard")
+_IRRELEVANT = ("output", "device", "checkpoint_interval_steps", "tensorboard", "parallel")
 
 
 def run_settings(config: TrainConfig, base_fingerprint: str, methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

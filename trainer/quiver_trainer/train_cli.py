@@ -1,6 +1,7 @@
 """`quiver train`: a recipe in, an adapter folder (or a fine-tuned base) out."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ from quiver_peft.model import AnyModel, load_model
 from quiver_trainer.config import TrainConfig
 from quiver_trainer.describe import list_settings, to_recipe
 from quiver_trainer.device import choose_device
-from quiver_trainer.errors import TrainingError, TrainingInterrupted
+from quiver_trainer.errors import ConfigError, TrainingError, TrainingInterrupted
 from quiver_trainer.many import ManyRecipe, load_recipes
-from quiver_trainer.report import Reporter
+from quiver_trainer.report import Reporter, SilentReporter
 from quiver_trainer.result import CURVE_FILE
 from quiver_trainer.settings import run_settings
 from quiver_trainer.stopping import StopRequest, stop_on_signals
@@ -55,6 +56,10 @@ Many adapters train at once on one base in memory, each to the result that it wo
   sweep:                              # every value of every key with every other; also without jobs
     optimiser.learning_rate: [1e-3, 3e-3]
   pass_tokens: 4096                   # about how many tokens go through the base together: bounds the memory
+
+Over several GPUs, machines or CPUs (parallel.tensor cuts the base; what is left of the processes deals the rows):
+
+  torchrun --nproc-per-node 8 -m quiver_trainer routing.yaml parallel.tensor=4 parallel.sequence=true
 
 Relative paths start at the folder of the YAML file; in key=value, at the shell's current folder.
 A run that was stopped or killed goes on from its last checkpoint when the same command is given again.
@@ -109,6 +114,10 @@ def _run(options: argparse.Namespace, stop: StopRequest) -> int:
     if options.print_config:
         configs = recipe.configs if isinstance(recipe, ManyRecipe) else [recipe]
         print("\n".join(to_recipe(config) for config in configs), end="")
+    elif _is_started_by_torchrun():
+        if isinstance(recipe, ManyRecipe):
+            raise ConfigError(f"{options.recipe}: many runs train in one process; start each of them alone by torchrun")
+        _train_over_ranks(recipe, options.restart, stop)
     elif isinstance(recipe, ManyRecipe):
         train_many(recipe, restart=options.restart, should_stop=stop, reporter=reporter)
     else:
@@ -116,9 +125,28 @@ def _run(options: argparse.Namespace, stop: StopRequest) -> int:
     return 0
 
 
+def _is_started_by_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(os.environ)
+
+
+def _train_over_ranks(config: TrainConfig, restart: bool, stop: StopRequest) -> None:
+    # Megatron-Core is imported here and in no other case.
+    from quiver_trainer.parallel.launch import train_over_ranks
+
+    reporter = Reporter() if os.environ["RANK"] == "0" else SilentReporter()
+    result = train_over_ranks(config, restart=restart, reporter=reporter, should_stop=stop)
+    if not result.was_finished:
+        _conclude(config, result, reporter)
+
+
 def _train_one(config: TrainConfig, restart: bool, stop: StopRequest, reporter: Reporter) -> None:
     methods = [section.to_peft() for section in config.adapter or ()]
     settings = run_settings(config, fingerprint(config.base), [method.to_dict() for method in methods])
+    if config.parallel.tensor > 1:
+        raise ConfigError(
+            f"parallel.tensor: {config.parallel.tensor} needs as many processes, or a multiple; start them by\n"
+            f"  torchrun --nproc-per-node {config.parallel.tensor} -m quiver_trainer CONFIG.yaml key=value ..."
+        )
     # Asked before the base is loaded, so that a run that is done or cannot begin says so at once.
     start = Workplace(config.output).decide_start(settings, restart=restart)
     if start.kind == "finished":

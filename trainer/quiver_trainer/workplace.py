@@ -38,6 +38,7 @@ class Workplace:
         self.output = output
         self.folder = output.with_name(f".{output.name}.training")
         self.checkpoint = self.folder / "checkpoint"
+        self.distributed = self.folder / "distributed"  # the checkpoint of a run over several processes
         self.metrics = self.folder / METRICS_FILE
 
     def decide_start(self, settings: Mapping[str, Any], *, restart: bool) -> Start:
@@ -45,6 +46,11 @@ class Workplace:
         result = self._read_result()
         if restart:
             return Start("fresh")
+        if self.distributed.exists():
+            raise ConfigError(
+                f"{self.distributed}: the checkpoint of a run over several processes. Any number of them can go on "
+                "from it: torchrun --nproc-per-node 1 -m quiver_trainer; or start over with --restart"
+            )
         checkpoint = read_checkpoint(self.checkpoint)
         if checkpoint is not None and not differences(checkpoint.settings, settings):
             return Start("resume")
@@ -93,6 +99,7 @@ class Workplace:
     def clear(self) -> None:
         """Forget an unfinished run."""
         shutil.rmtree(self.checkpoint, ignore_errors=True)
+        shutil.rmtree(self.distributed, ignore_errors=True)
         self.metrics.unlink(missing_ok=True)
 
     def remove(self) -> None:

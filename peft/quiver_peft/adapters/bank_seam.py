@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from quiver_peft.adapters.placing import Placed
 from quiver_peft.base.sites import Linear, Site
-from quiver_peft.kernels.elementwise import look_up
 from quiver_peft.kernels.grouped_bottleneck import BottleneckSegment, add_grouped_bottleneck_
 from quiver_peft.kernels.grouped_lora import LoraSegment, add_grouped_lora_
 from quiver_peft.kernels.grouped_scale import ScaleSegment, scale_inputs, scale_outputs_
@@ -84,7 +83,7 @@ class BankSeam:
 
     def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """tokens: [T] -> [T, D], the rows of virtual tokens replaced."""
-        embedded = look_up(embedding.weight, tokens)
+        embedded = embedding(tokens)
         for rows in self._prompts:
             embedded[rows.start : rows.end] = 0 if rows.embeddings is None else rows.embeddings
         return embedded

@@ -23,11 +23,17 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        sync_folder(staging)
-        _swap_in(staging, folder)
-        sync_folder(folder.parent)
+        put_in_place(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Exchange `folder` for a sibling that was written beside it; what was there before is removed."""
+    sync_folder(staging)
+    _swap_in(staging, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _swap_in(staging: Path, folder: Path) -> None:

@@ -12,9 +12,9 @@ from quiver_peft.base.attention import Attend, CausalAttention
 from quiver_peft.base.base import Base
 from quiver_peft.base.config import GPTConfig
 from quiver_peft.base.families import GPT_FAMILIES
-from quiver_peft.base.layers import MLP, Attention, Rotary, make_norm
+from quiver_peft.base.layers import MLP, Attention, Embedding, Rotary, make_norm
 from quiver_peft.base.sites import NO_ADAPTERS, Seam, Site
-from quiver_peft.kernels.elementwise import add, look_up
+from quiver_peft.kernels.elementwise import add
 
 _EMBEDDING = Site.embedding()
 
@@ -46,9 +46,9 @@ class GPTBase(Base):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self._config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         learned = config.rope is None
-        self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size) if learned else None
+        self.position_embedding = Embedding(config.max_positions, config.hidden_size) if learned else None
         self.rotary = None if config.rope is None else Rotary(config.rope)
         blocks = [Block(config, layer) for layer in range(config.num_layers)]
         self.layers = nn.ModuleList(blocks)
@@ -94,7 +94,7 @@ class GPTBase(Base):
         attend = attend or CausalAttention(self.config.windows)
         h = seam.embed(_EMBEDDING, tokens, self.embedding)
         if self.position_embedding is not None:
-            h = add(h, look_up(self.position_embedding.weight, positions))
+            h = add(h, self.position_embedding(positions))
         rotary = None if self.rotary is None else self.rotary(positions, h.dtype)
         h = self.spread.split(h)
         for block in self.layers:

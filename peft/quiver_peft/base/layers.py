@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from quiver_peft.base.attention import Attend
 from quiver_peft.base.config import BaseConfig, RopeConfig
 from quiver_peft.base.sites import Linear, Seam, Site, Stack
-from quiver_peft.kernels.elementwise import Activation, activate, layer_norm, rms_norm, rotary, rotate
+from quiver_peft.kernels.elementwise import Activation, activate, layer_norm, look_up, rms_norm, rotary, rotate
+
+
+class Embedding(nn.Embedding):
+    """A row of the weight for each id."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[*] int64 -> [*, D]."""
+        return look_up(self.weight, input)
 
 
 class RMSNorm(nn.Module):

@@ -12,7 +12,7 @@ from quiver_peft.base.base import Base
 from quiver_peft.base.checkpoint import has_head
 from quiver_peft.base.config import T5Config
 from quiver_peft.base.families import T5_FAMILIES
-from quiver_peft.base.layers import MLP, Attention, make_norm
+from quiver_peft.base.layers import MLP, Attention, Embedding, make_norm
 from quiver_peft.base.sites import NO_ADAPTERS, Linear, Seam, Site
 from quiver_peft.base.t5_attention import RelativeBias, Sources
 from quiver_peft.kernels.elementwise import add
@@ -119,7 +119,7 @@ class T5Base(Base):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self._config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self._encoder_blocks = [EncoderBlock(config, layer) for layer in range(config.num_encoder_layers)]
         self._decoder_blocks = [DecoderBlock(config, layer) for layer in range(config.num_layers)]
         self.encoder = Stack(config, self._encoder_blocks, bidirectional=True)

@@ -28,7 +28,7 @@ from quiver_peft.adapters.prefix import PrefixEncoder, PrefixModule, PrefixRows
 from quiver_peft.adapters.targets import Target
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear
-from quiver_peft.parallel.linears import ColumnLinear, SplitLinear
+from quiver_peft.parallel.linears import is_cut_by_rows
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import WHOLE, Shard, even, gather, mark
 
@@ -39,11 +39,9 @@ def create_split_adapter(base: Base, configs: Sequence[PEFTConfig], mesh: Mesh) 
 
 
 def split_adapter(adapter: Adapter, base: Base, mesh: Mesh) -> Adapter:
-    """This rank's share of a whole adapter, with the base's other weights frozen."""
-    if mesh.tensor_size > 1:
-        linears = {linear.site.name: linear for linear in base.linears()}
-        adapter = Adapter([_split_method(method, base, linears, mesh) for method in _methods(adapter)])
-    return adapter.to(mesh.device)
+    """This rank's share of a whole adapter; of one rank all of it, with the same marks."""
+    linears = {linear.site.name: linear for linear in base.linears()}
+    return Adapter([_split_method(method, base, linears, mesh) for method in _methods(adapter)]).to(mesh.device)
 
 
 def gather_adapter(adapter: Adapter, whole: Adapter, mesh: Mesh) -> Adapter:
@@ -78,9 +76,8 @@ def _split_method(method: AnyMethod, base: Base, linears: dict[str, Linear], mes
 
 def _local_target(target: Target, linear: Linear) -> Target:
     """The same rows as this rank's linear has them."""
-    if isinstance(linear, ColumnLinear):
+    if is_cut_by_rows(linear):
         return replace(target, rows=linear.rows_of(target.part))
-    assert isinstance(linear, SplitLinear)
     return replace(target, in_features=linear.weight.shape[1])
 
 
@@ -92,7 +89,7 @@ def _rows_shard(target: Target, linear: Linear) -> Shard:
 
 
 def _split_pair(pair: LoraPair, linear: Linear, mesh: Mesh) -> LoraPair:
-    by_rows = isinstance(linear, ColumnLinear)
+    by_rows = is_cut_by_rows(linear)
     rows = _rows_shard(pair.target, linear)
     a_shard, b_shard = (WHOLE, rows) if by_rows else (Shard(1, ((0, pair.target.in_features),)), WHOLE)
     lengths = None if pair.magnitude is None else (rows if by_rows else WHOLE).share(pair.magnitude.data, mesh)
@@ -108,7 +105,7 @@ def _split_pair(pair: LoraPair, linear: Linear, mesh: Mesh) -> LoraPair:
 
 
 def _split_scale(scale: IA3Scale, linear: Linear, mesh: Mesh) -> IA3Scale:
-    by_rows = isinstance(linear, ColumnLinear)
+    by_rows = is_cut_by_rows(linear)
     shard = WHOLE
     if by_rows != scale.on_input:
         shard = even(scale.target.in_features) if scale.on_input else _rows_shard(scale.target, linear)

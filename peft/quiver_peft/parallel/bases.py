@@ -14,13 +14,10 @@ from quiver_peft.base.sites import Linear
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.base.t5_attention import RelativeBias
 from quiver_peft.errors import CheckpointError
-from quiver_peft.parallel.linears import ColumnLinear, RowLinear
+from quiver_peft.parallel.linears import ColumnLinear, RowLinear, is_cut_by_rows
 from quiver_peft.parallel.mesh import Mesh
-from quiver_peft.parallel.shards import Shard, mark, shard_of
-from quiver_peft.parallel.vocabulary import SplitHead, TensorParallelSpread, split_embedding
-
-# The linears whose inputs are cut: they end a sub-layer that began with one whose outputs are.
-_ROW_KINDS = ("attention.out", "cross_attention.out", "mlp.down")
+from quiver_peft.parallel.shards import Shard, gather, mark, shard_of
+from quiver_peft.parallel.vocabulary import SplitHead, TensorParallelSpread, split_embedding, vocabulary_shard
 
 
 def load_split_base(folder: str | Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32) -> GPTBase | T5Base:
@@ -30,9 +27,27 @@ def load_split_base(folder: str | Path, mesh: Mesh, *, dtype: torch.dtype = torc
     if mesh.tensor_size > 1:
         _require_divisible(base, mesh)
         _split(base, mesh)
+    else:
+        _mark(base, mesh)
     _materialise(base, mesh)
     base.fill(folder, lambda rename, tensor: _cut(base, mesh, rename, tensor))
     return base.eval()
+
+
+@torch.no_grad()
+def gather_base(base: GPTBase | T5Base, folder: str | Path, mesh: Mesh) -> GPTBase | T5Base:
+    """The whole base that all ranks hold, on the first rank's CPU in fp32, to be written; on others there is no more
+    of it than its shapes. folder: that it was read from. Every rank must ask.
+    """
+    whole = type(base).skeleton(folder, dtype=torch.float32)
+    if mesh.is_first:
+        whole.to_empty(device="cpu")
+    places = dict(whole.named_parameters())
+    for name, parameter in base.named_parameters():
+        found = gather(parameter, mesh)
+        if mesh.is_first:
+            places[name].data.copy_(found)
+    return whole
 
 
 def _require_divisible(base: Base, mesh: Mesh) -> None:
@@ -53,8 +68,7 @@ def _split(base: Base, mesh: Mesh) -> None:
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
-                kind = RowLinear if child.site.kind in _ROW_KINDS else ColumnLinear
-                setattr(module, name, kind(child, mesh))
+                setattr(module, name, (ColumnLinear if is_cut_by_rows(child) else RowLinear)(child, mesh))
         if isinstance(module, RelativeBias):
             num_buckets, num_heads = module.weight.shape
             weight = module.weight.new_empty(num_buckets, num_heads // mesh.tensor_size)
@@ -63,6 +77,17 @@ def _split(base: Base, mesh: Mesh) -> None:
     if base.head is not None:
         base.head = SplitHead(base.head, mesh)  # pyright: ignore[reportAttributeAccessIssue] - its weight is all
     base.spread = TensorParallelSpread(mesh, base.config.vocab_size)
+
+
+def _mark(base: Base, mesh: Mesh) -> None:
+    """What would be cut, on one rank: checkpoints of any number of ranks know the same pieces."""
+    for linear in base.linears():
+        for parameter in (linear.weight, linear.bias):
+            if parameter is not None and is_cut_by_rows(linear):
+                mark(parameter, Shard(0, tuple(linear.parts.values())))
+    for table in (base.embedding, base.head):
+        if table is not None:
+            mark(table.weight, vocabulary_shard(base.config.vocab_size, mesh))
 
 
 def _materialise(base: Base, mesh: Mesh) -> None:

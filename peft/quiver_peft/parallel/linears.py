@@ -23,6 +23,14 @@ from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import Shard, gather, mark
 from quiver_peft.parallel.tokens import join_tokens, sequence_first, sum_and_split_tokens
 
+# The linears whose inputs are cut: they end a sub-layer that began with one whose outputs are.
+_CUT_BY_COLUMNS = ("attention.out", "cross_attention.out", "mlp.down")
+
+
+def is_cut_by_rows(linear: Linear) -> bool:
+    """Whether a rank's share is rows (outputs), else columns (inputs); by its place, so also of a whole one."""
+    return linear.site.kind not in _CUT_BY_COLUMNS
+
 
 def _as_it_is(weight: Tensor) -> Tensor:
     return weight  # Megatron asks for an initialisation that it is told to leave out

@@ -7,13 +7,16 @@ step, all together, by Megatron's `finalize_model_grads`, instead of activations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from quiver_peft.parallel.mesh import Mesh
+
+TensorT = TypeVar("TensorT", bound=Tensor)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Shard:
 WHOLE = Shard()
 
 
-def mark(parameter: nn.Parameter, shard: Shard = WHOLE, *, gradient_is_share: bool = False) -> nn.Parameter:
+def mark(parameter: TensorT, shard: Shard = WHOLE, *, gradient_is_share: bool = False) -> TensorT:
     """Write down how a parameter lies, where Megatron (for the last) and `shard_of` look for it."""
     parameter.quiver_shard = shard  # pyright: ignore[reportAttributeAccessIssue]
     parameter.sequence_parallel = gradient_is_share  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,8 @@
+"""`python -m quiver_trainer` is `quiver train`: what torchrun starts in every process."""
+
+import sys
+
+from quiver_trainer.train_cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
