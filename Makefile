@@ -80,6 +80,9 @@ bench-peers: setup  ## Measure it against vLLM, OpenVINO and Hugging Face in tur
 gpu: .venv-gpu/.ready  ## On a GPU machine: the tests that need one and a benchmark, to runs/gpu.json (under nine minutes).
 	PYTHONPATH=tests .venv-gpu/bin/python -m bench.gpu --out runs/gpu.json
 
+gpu-train: .venv-gpu/.ready  ## On a machine with GPUs: training over all of them, layout by layout, to runs/gpu-train.json.
+	PYTHONPATH=tests .venv-gpu/bin/python -m bench.gpu_train
+
 lock:  ## Take the newest versions of what Quiver stands on, and write them to .ci/constraints.txt (then `make test`).
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)

@@ -5,12 +5,15 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron_models import megatron_logits, megatron_model
 from torch import Tensor, nn
 
 from quiver_peft.adapters.adapter import Adapter
@@ -26,6 +29,7 @@ from quiver_peft.errors import QuiverError
 from quiver_peft.model import GPT, T5, AnyModel, load_model
 from quiver_peft.parallel.adapters import create_split_adapter, gather_adapter, split_adapter
 from quiver_peft.parallel.bases import load_split_base
+from quiver_peft.parallel.megatron_checkpoint import read_megatron, write_megatron
 from quiver_peft.parallel.mesh import Mesh, start_mesh
 from quiver_peft.parallel.shards import gather
 from quiver_peft.tokenizer import Tokenizer
@@ -218,6 +222,60 @@ def answers(base: str, adapters: list[str], prompts: list[str]) -> list[list[lis
             model.adapter = split_adapter(whole, model.base, mesh).eval()
             found.append(greedy_answers(model, tokens, 8, mesh))
     return found
+
+
+def megatron_both_ways(folder: str, scratch: str) -> dict[str, float]:
+    """The largest difference between our logits and those of Megatron's own model, in proportion to the largest logit:
+    after and before it has read what we wrote, and after we have read what it wrote."""
+    _save_without_starting_python()
+    alone = load_model(folder)
+    tokens, target = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(5)), None
+    if isinstance(alone, T5):
+        target = tokens.flip(1)[:, :11].contiguous()
+    # T5 1.0 scales what goes into its tied head; Megatron's T5Model does not.
+    scale = alone.base.config.hidden_size**-0.5 if getattr(alone.base.config, "scaled_head", False) else 1.0
+    found: dict[str, float] = {}
+    with start_mesh() as mesh:
+        theirs = megatron_model(alone.base.config)
+        found["before"] = _difference(alone, theirs, scale, tokens, target)
+        randomise(theirs)
+        for name, parameter in theirs.named_parameters():
+            if name == "lm_head.output_layer.bias":
+                parameter.data.zero_()
+        second = Path(scratch, "theirs")
+        second.mkdir()
+        dist_checkpointing.save(theirs.sharded_state_dict(), str(second))
+        other = load_model(folder)
+        read_megatron(other.base, second)
+        found["read"] = _difference(other, theirs, scale, tokens, target)
+        first = Path(scratch, "ours")
+        write_megatron(alone.base, first)
+        # Without what Transformer Engine's layers keep of FP8, of which there is nothing here.
+        wanted = {key: value for key, value in theirs.sharded_state_dict().items() if "_extra_state" not in key}
+        loaded: Any = dist_checkpointing.load(wanted, str(first))
+        theirs.load_state_dict(loaded, strict=False)
+        found["written"] = _difference(alone, theirs, scale, tokens, target)
+        assert mesh.is_first
+    return found
+
+
+def _difference(ours: AnyModel, theirs: nn.Module, scale: float, tokens: Tensor, target: Tensor | None) -> float:
+    with torch.no_grad():
+        expected = ours(tokens) if target is None else ours(tokens, target)
+    difference = (megatron_logits(theirs, tokens, target) * scale - expected).abs().max()
+    return (difference / expected.abs().max()).item()
+
+
+def megatron_refusal(folder: str, other: str, scratch: str) -> str:
+    """What is said of the checkpoint of another architecture."""
+    _save_without_starting_python()
+    with start_mesh():
+        write_megatron(load_model(folder).base, Path(scratch))
+        try:
+            read_megatron(load_model(other).base, Path(scratch))
+        except QuiverError as error:
+            return str(error)
+    return ""
 
 
 def _save_without_starting_python() -> None:

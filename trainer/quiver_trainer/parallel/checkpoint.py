@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.optim import AdamW
 
 from quiver_peft.adapters.folders import put_in_place
@@ -110,8 +111,9 @@ def _read(folder: Path, shards: Iterable[ShardedTensor]) -> None:
     places = {key: shard.data for key, shard in wanted.items()}
     try:
         found: Any = dist_checkpointing.load(wanted, str(folder / _TENSORS), strict="raise_all")
-    except Exception as error:  # whatever Megatron and torch raise for files that are not whole
-        raise TrainingError(f"{folder}: not a whole checkpoint ({error}); start over with --restart") from None
+    except (Exception, CheckpointException) as error:  # whatever Megatron and torch raise for files that are not whole
+        why = str(error).rstrip().rpartition("\n")[2]
+        raise TrainingError(f"{folder}: not a whole checkpoint ({why}); start over with --restart") from None
     with torch.no_grad():
         for key, place in places.items():
             assert place is not None

@@ -30,12 +30,14 @@ class Gradients:
         mesh: Mesh,
         parameters: Mapping[str, nn.Parameter],
         seed: int,
+        *,
+        overlap: bool = True,
     ) -> None:
+        """overlap: reduce gradients while those of earlier layers are still computed; False is for measuring that."""
         self._parameters = list(parameters.values())
         self._model, self._mesh, self._seed = model, mesh, seed
-        # Gradients are summed while those of earlier layers are still computed: Megatron starts each bucket's
-        # all-reduce as soon as it is full.
-        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
+        # Megatron starts each bucket's all-reduce as soon as it is full.
+        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap)
         self._ddp = DistributedDataParallel(_megatron_config(model, mesh), reduction, model)
 
     def compute(self, batches: Sequence[Sequence[Sample]], step: int, loss_scale: float) -> float:

@@ -35,6 +35,8 @@ class ParallelRun(Run):
         mesh: Mesh,
     ) -> None:
         self._mesh = mesh
+        if not mesh.is_first:
+            config = config.model_copy(update={"tensorboard": None})
         super().__init__(config, model, tokenizer, datasets, settings, reporter)
         self._gradients = Gradients(model, mesh, self.parameters, config.seed)
         self.best = DistributedBest(self.workplace.folder / "best", mesh)

@@ -1,0 +1,87 @@
+"""Bases to and from Megatron-Core's distributed checkpoints of GPTModel and T5Model, as a command."""
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from quiver_peft.errors import QuiverError
+from quiver_peft.model import load_model
+from quiver_peft.parallel.megatron_checkpoint import read_megatron, write_megatron
+from quiver_peft.parallel.mesh import start_mesh
+from quiver_trainer.result import write_base
+
+_DESCRIPTION = """\
+Convert between a Hugging Face folder and a distributed checkpoint of Megatron-Core's GPTModel or T5Model:
+
+  python -m quiver_trainer.parallel.convert write --base models/demo-base CHECKPOINT
+  python -m quiver_trainer.parallel.convert read --base models/demo-base CHECKPOINT models/trained-by-megatron
+
+What is read becomes a Hugging Face folder (float32); --base says the architecture and lends the tokenizer. Checkpoints
+of any tensor- and pipeline-parallel layout are read; the state of an optimiser in them is passed over.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code: 0 done, 1 reading or writing failed, 2 something given is wrong."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return int(stop.code or 0)
+    _be_alone()
+    try:
+        with start_mesh(device="cpu"):
+            _run(options)
+    except QuiverError as error:
+        print(f"quiver convert: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"quiver convert: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m quiver_trainer.parallel.convert",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    for name, what in (("write", "from Hugging Face to Megatron"), ("read", "from Megatron to Hugging Face")):
+        direction = directions.add_parser(name, help=what)
+        direction.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder")
+        direction.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the checkpoint")
+        if name == "read":
+            direction.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; must not be there yet")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    model = load_model(options.base, dtype=torch.float32)
+    if options.direction == "write":
+        write_megatron(model.base, options.checkpoint)
+        print(f"wrote {options.checkpoint}")
+        return
+    if options.output.exists():
+        raise QuiverError(f"{options.output}: is there already; remove it, or choose another folder")
+    read_megatron(model.base, options.checkpoint)
+    options.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    write_base(model, options.base, options.output.absolute(), {"converted": {"from": "Megatron-Core"}}, {})
+    print(f"wrote {options.output}")
+
+
+def _be_alone() -> None:
+    """A mesh of this process."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
