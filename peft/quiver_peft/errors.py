@@ -2,6 +2,7 @@
 
     QuiverError                    anything this project raises on purpose
     ├── CheckpointError            a base folder cannot be read as a model we know
+    ├── ChatError                  a base's chat template refuses messages: mend these
     ├── StoreError                 a store of adapters does not answer, or is none: try again, or mend its URL
     └── AdapterError               an adapter folder or configuration is malformed: mend the adapter
         └── BaseMismatchError      a well-formed adapter, but made for another base: choose the other base
@@ -16,6 +17,10 @@ class QuiverError(Exception):
 
 class CheckpointError(QuiverError):
     """A base folder cannot be read: a missing file, an unknown architecture, a tensor too many or too few."""
+
+
+class ChatError(QuiverError):
+    """A base's chat template refuses some messages."""
 
 
 class StoreError(QuiverError):

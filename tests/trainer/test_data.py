@@ -1,11 +1,14 @@
 """Rows are read strictly: every refusal names the file, the line, the value and the rule."""
 
+import json
 import tracemalloc
 from pathlib import Path
 
 import pytest
-from tiny import EOS, VOCAB_SIZE
+from tiny import EOS, VOCAB_SIZE, edit_json, tiny_tokenizer
+from transformers import AutoTokenizer
 
+from quiver_peft.chat_template import read_chat_template
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data import Dataset, read_dataset, spread_evenly
 from quiver_trainer.errors import DataError
@@ -150,3 +153,34 @@ def test_rows_need_no_memory(base_folder: Path, tmp_path: Path) -> None:
     assert data[57].tokens[-2:] == [7, 5] and len(data[57].tokens) == 20_001
     tracemalloc.stop()
     assert size < 200_000 < 4 * sum(data.lengths)
+
+
+CHAT = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+
+
+def test_of_a_chat_the_last_turn_is_learnt(base_folder: Path, tmp_path: Path) -> None:
+    """The prompt is transformers' own, for the turn that is learnt."""
+    tiny_tokenizer(tmp_path)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=template)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    expected = theirs.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=False)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}))
+    tokenizer = Tokenizer(tmp_path)
+    chats = Encoder(tokenizer, EOS, VOCAB_SIZE, None, chat_template=read_chat_template(tmp_path))
+    (sample,) = read_dataset(path, chats)
+    given = tokenizer.encode(expected, add_special_tokens=False)
+    assert sample.tokens == [*given, *tokenizer.encode("Here.", add_special_tokens=False), EOS]
+    assert sample.num_prompt_tokens == len(given) and EOS in given
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 'messages' need a base with a chat template"):
+        read_dataset(path, encoder(base_folder))
+
+
+@pytest.mark.parametrize("messages", [[], CHAT[:1], [CHAT[1], CHAT[0]], "hello", [{"role": "user"}, CHAT[1]], [1, 2]])
+def test_what_is_no_chat_to_learn_from_is_refused(messages: object, base_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: ('messages' must be at least two|a message is an object)"):
+        read_dataset(path, encoder(base_folder))

@@ -24,7 +24,7 @@ class DataSection(Section):
 
     train: Path | tuple[WeightedFile, ...] = Field(
         description='JSONL file of rows to learn from, {"prompt": ..., "completion": ...}, {"prompt_tokens": [...], '
-        '"completion_tokens": [...]} or {"text": ...}; or a list of {path: ..., weight: ...}'
+        '"completion_tokens": [...]} {"messages": [...]} or {"text": ...}; or a list of {path: ..., weight: ...}'
     )
     validation: Path | None = Field(default=None, description="JSONL file of rows to measure on; null: no validation")
     max_length: int | None = Field(

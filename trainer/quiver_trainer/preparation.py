@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from quiver_peft import T5
+from quiver_peft.chat_template import read_chat_template
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.config import TrainConfig, WeightedFile
@@ -21,7 +22,12 @@ def read_datasets(config: TrainConfig, model: AnyModel, tokenizer: Tokenizer, re
         raise ConfigError(f"{config.base}: config.json names no eos_token_id, so no answer could learn to end")
     room = _max_length(config, model)
     encoder = Encoder(
-        tokenizer, model.base.config.eos_token_ids[0], model.base.config.vocab_size, room, isinstance(model, T5)
+        tokenizer,
+        model.base.config.eos_token_ids[0],
+        model.base.config.vocab_size,
+        room,
+        mends_texts=isinstance(model, T5),
+        chat_template=read_chat_template(config.base),
     )
     datasets = {"train": _read(config.data.train_files, encoder, config, reporter)}
     if config.data.validation is not None:

@@ -11,6 +11,7 @@ import torch
 
 from quiver_peft import T5
 from quiver_peft.adapters.store import AdapterStore, publish
+from quiver_peft.chat_template import read_chat_template
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def _run(options: argparse.Namespace) -> str:
     model.freeze()
     if not options.unmeasured:
         _require_record(options, record)
-        _compare(record, _measure(model, Tokenizer(options.base), options.validation, record["settings"]))
+        _compare(record, _measure(options, model, record["settings"]))
     return publish(options.adapter, AdapterStore(options.store), _id(options))
 
 
@@ -110,16 +111,22 @@ def _require_record(options: argparse.Namespace, record: Mapping[str, Any]) -> N
         )
 
 
-def _measure(model: AnyModel, tokenizer: Tokenizer, path: Path, settings: Mapping[str, Any]) -> ValidationRecord:
+def _measure(options: argparse.Namespace, model: AnyModel, settings: Mapping[str, Any]) -> ValidationRecord:
     """As the training did."""
+    tokenizer, template = Tokenizer(options.base), read_chat_template(options.base)
     evaluation = {
         key.removeprefix("evaluation."): value for key, value in settings.items() if key.startswith("evaluation.")
     }
     config, eos = model.base.config, model.base.config.eos_token_ids[0]
     encoder = Encoder(
-        tokenizer, eos, config.vocab_size, settings["data.max_length"] or model.max_tokens, isinstance(model, T5)
+        tokenizer,
+        eos,
+        config.vocab_size,
+        settings["data.max_length"] or model.max_tokens,
+        mends_texts=isinstance(model, T5),
+        chat_template=template,
     )
-    data = read_dataset(path, encoder, skip_too_long=settings["data.too_long"] == "skip")
+    data = read_dataset(options.validation, encoder, skip_too_long=settings["data.too_long"] == "skip")
     mender = Mender(tokenizer, eos, settings["seed"]) if data.has_texts else None
     limits = BatchLimits(settings["batch_tokens"], settings["batch_size"])
     measuring = Measuring(EvaluationSection(**evaluation), data, mender, limits, num_steps=1)

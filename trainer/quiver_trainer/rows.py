@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from quiver_peft.chat_template import ChatTemplate, Message
+from quiver_peft.errors import ChatError
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.errors import DataError
 
@@ -58,6 +60,17 @@ class Line:
             raise DataError(f"{self.where}: {key!r} holds half of a surrogate pair, which is no character") from None
         return text
 
+    def messages(self) -> list[Message]:
+        """A chat that ends with the assistant's turn. Raises DataError."""
+        value = self.value["messages"]
+        messages = cast(list[Any], value) if isinstance(value, list) else []
+        for message in messages:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise DataError(f"{self.where}: a message is an object with role and content, not {_shorten(message)}")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise DataError(f"{self.where}: 'messages' must be at least two, the last of them the assistant's")
+        return messages
+
     def token_ids(self, key: str, vocab_size: int) -> list[int]:
         """A list of ids of the vocabulary, at least one. Raises DataError."""
         ids = self.value.get(key)
@@ -94,11 +107,14 @@ class Encoder:
     vocab_size: int
     max_length: int | None
     mends_texts: bool = False
+    chat_template: ChatTemplate | None = None
 
     def samples(self, line: Line) -> list[Sample]:
         """Of one row; a text longer than `max_length` gives several. Raises DataError."""
         if "text" in line.value:
             return self._pieces(line)
+        if "messages" in line.value:
+            return [self._chat(line)]
         if "prompt_tokens" in line.value or "completion_tokens" in line.value:
             prompt = line.token_ids("prompt_tokens", self.vocab_size)
             completion = line.token_ids("completion_tokens", self.vocab_size)
@@ -109,6 +125,26 @@ class Encoder:
             raise DataError(f"{line.where}: the tokenizer finds no tokens in the prompt {_shorten(text)}")
         completion = self.tokenizer.encode(line.text("completion"), add_special_tokens=False)
         return [Sample([*prompt, *completion, self.eos], len(prompt))]
+
+    def _chat(self, line: Line) -> Sample:
+        """The prompt is what a server gives the model for the last turn."""
+        messages = line.messages()
+        if self.chat_template is None:
+            raise DataError(f"{line.where}: 'messages' need a base with a chat template; this one's folder has none")
+        try:
+            prompt = self.chat_template.render(messages[:-1])
+            whole = self.chat_template.render(messages, for_answer=False)
+        except ChatError as error:
+            raise DataError(f"{line.where}: {error}") from None
+        if not whole.startswith(prompt):
+            raise DataError(f"{line.where}: the base's chat template writes a chat anew when an answer is added to it")
+        given, learnt = (
+            self.tokenizer.encode(text, add_special_tokens=False) for text in (prompt, whole[len(prompt) :])
+        )
+        # What a template writes behind the end of a turn is never generated.
+        end = len(learnt) - learnt[::-1].index(self.eos) if self.eos in learnt else len(learnt)
+        learnt = learnt[:end] if self.eos in learnt else [*learnt, self.eos]
+        return Sample([*given, *learnt], len(given))
 
     def _pieces(self, line: Line) -> list[Sample]:
         tokens = self.tokenizer.encode(line.text("text"), add_special_tokens=not self.mends_texts)

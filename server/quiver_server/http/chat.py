@@ -2,8 +2,8 @@
 
 from typing import Any, cast
 
+from quiver_peft.chat_template import Message
 from quiver_server.errors import InvalidRequestError
-from quiver_server.http.chat_template import Message
 from quiver_server.http.parameters import UnsupportedError
 
 _KEYS = {"role", "content", "name"}

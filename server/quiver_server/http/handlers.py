@@ -7,13 +7,14 @@ from typing import Any, cast
 
 from aiohttp import web
 
+from quiver_peft.chat_template import ChatTemplate
+from quiver_peft.errors import ChatError
 from quiver_server.answering import Answering
 from quiver_server.call import current_call
 from quiver_server.errors import InvalidRequestError, RequestError
 from quiver_server.generation import Piece, Session
 from quiver_server.http.answers import Head, Json, Part, Writer
 from quiver_server.http.chat import read_messages
-from quiver_server.http.chat_template import ChatTemplate
 from quiver_server.http.errors import dumps, error_body, error_response
 from quiver_server.http.models import Models
 from quiver_server.http.parameters import (
@@ -68,7 +69,10 @@ class Handlers:
                 "tokenizer_config.json; /v1/completions takes plain prompts",
                 "messages",
             )
-        text = self._chat_template.render(messages)
+        try:
+            text = self._chat_template.render(messages)
+        except ChatError as error:
+            raise InvalidRequestError(str(error), "messages") from None
         try:
             # The template writes the special tokens itself.
             ids = await self._answering.tokenize(text, add_special_tokens=False)

@@ -1,11 +1,11 @@
 """Wiring of the HTTP front."""
 
+from quiver_peft.chat_template import read_chat_template
 from quiver_server.access import Access
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.answering import Answering
 from quiver_server.call_record import CallRecorder
 from quiver_server.config import ServerConfig
-from quiver_server.http.chat_template import read_chat_template
 from quiver_server.http.front import HttpFront
 from quiver_server.http.handlers import Handlers
 from quiver_server.http.models import Models

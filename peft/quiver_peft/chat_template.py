@@ -15,8 +15,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from quiver_peft.errors import CheckpointError
-from quiver_server.errors import InvalidRequestError
+from quiver_peft.errors import ChatError, CheckpointError
 
 _CONFIG_FILE = "tokenizer_config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -50,16 +49,18 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise CheckpointError(f"{where}: the chat template, line {error.lineno}: {error.message}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt for the assistant's next turn. Raises InvalidRequestError for messages the template refuses."""
+    def render(self, messages: Sequence[Message], *, for_answer: bool = True) -> str:
+        """A chat as text, up to where the assistant's next turn begins unless not `for_answer`.
+
+        Raises ChatError for messages the template refuses.
+        """
+        own: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": for_answer}
         try:
-            return self._template.render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
-            )
+            return self._template.render(messages=list(messages), **own, **self._special_tokens)
         # A template is a program of the base's: whatever stops it stops at these messages.
         except Exception as error:
             what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise InvalidRequestError(f"the base's chat template refuses these messages: {what}", "messages") from None
+            raise ChatError(f"the base's chat template refuses these messages: {what}") from None
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
