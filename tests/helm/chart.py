@@ -67,13 +67,15 @@ def the(items: list[Object], kind: str, name: str | None = None) -> Object:
 
 
 def pods(items: list[Object]) -> dict[str, Object]:
-    """{kind/name: a pod's metadata and spec}, wherever an object makes pods."""
-    found = {f"{item['kind']}/{item['metadata']['name']}": item for item in items}
-    return {
-        where: item if item["kind"] == "Pod" else item["spec"]["template"]
-        for where, item in found.items()
-        if item["kind"] in ("Pod", "Deployment", "Job")
-    }
+    """{kind/name: a pod's metadata and spec}, wherever an object makes pods; a Job's with the label it gives them."""
+    found: dict[str, Object] = {}
+    for item in items:
+        name = item["metadata"]["name"]
+        if item["kind"] in ("Pod", "Deployment", "Job"):
+            found[f"{item['kind']}/{name}"] = item if item["kind"] == "Pod" else item["spec"]["template"]
+        if item["kind"] == "Job":
+            item["spec"]["template"]["metadata"]["labels"]["batch.kubernetes.io/job-name"] = name
+    return found
 
 
 def containers(pod: Object) -> list[Object]:

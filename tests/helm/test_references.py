@@ -39,9 +39,10 @@ def test_services_reach_pods_that_have_their_ports(items: list[Object]) -> None:
     expected = {"rel-quiver": "rel-quiver-router" if routed else "rel-quiver", "rel-quiver-replicas": "rel-quiver"}
     if "http" in ports(pods(items)["Deployment/rel-quiver"]):
         expected["rel-quiver-http"] = "rel-quiver"
-    services = of_kind(items, "Service")
-    assert {service["metadata"]["name"] for service in services} == set(expected)
-    for service in services:
+    services = {service["metadata"]["name"]: service for service in of_kind(items, "Service")}
+    jobs = {item["metadata"]["name"] for item in of_kind(items, "Job") if item["spec"].get("completions", 1) > 1}
+    assert set(services) == set(expected) | jobs
+    for service in (services[name] for name in expected):
         chosen = selected(service["spec"]["selector"], items)
         assert chosen == [f"Deployment/{expected[service['metadata']['name']]}"]
         for port in service["spec"]["ports"]:
@@ -154,6 +155,25 @@ def test_an_inference_pool_and_its_picker_speak_to_a_port_of_the_servers(
     (profile,) = picker["schedulingProfiles"]
     used = [plugin["pluginRef"] for plugin in profile["plugins"]] + [picker["parser"]["pluginRef"]]
     assert sorted(used) == sorted(plugin["type"] for plugin in picker["plugins"])
+
+
+def test_the_pods_of_a_job_with_several_nodes_find_each_other(items: list[Object]) -> None:
+    """At pod 0, by the name that Kubernetes gives a pod with a subdomain: NAME-INDEX.SERVICE."""
+    for job in of_kind(items, "Job"):
+        spec, name = job["spec"], job["metadata"]["name"]
+        nodes = spec.get("completions", 1)
+        assert ("subdomain" in spec["template"]["spec"]) is (nodes > 1)
+        if nodes == 1:
+            continue
+        assert (spec["completionMode"], spec["parallelism"]) == ("Indexed", nodes)
+        service = the(items, "Service", spec["template"]["spec"]["subdomain"])
+        assert selected(service["spec"]["selector"], items) == [f"Job/{name}"]
+        assert service["spec"]["publishNotReadyAddresses"] is True
+        (container,) = spec["template"]["spec"]["containers"]
+        assert f"--nnodes={nodes}" in container["command"]
+        assert f"--master-addr={name}-0.{service['metadata']['name']}" in container["command"]
+        assert f"--master-port={service['spec']['ports'][0]['port']}" in container["command"]
+        assert len(f"{name}-{nodes - 1}") <= 63
 
 
 def test_threads_are_the_cpus_asked_for(items: list[Object]) -> None:

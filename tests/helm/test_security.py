@@ -137,12 +137,35 @@ def test_what_fetches_may_go_out_as_far_as_it_is_told() -> None:
     assert (training["ingress"], training["egress"]) == ([], [])
 
 
+def test_servers_that_read_urls_may_go_out_too() -> None:
+    def egress(*more: str) -> Object:
+        return policy(
+            objects(render_text("--set-json", 'networkPolicy.egress=[{"ports":[{"port":443}]}]', *more)), "server"
+        )
+
+    assert egress()["egress"] == []
+    dns, told = egress("--set", "adapters.stores={s3://bucket}")["egress"]
+    assert ({port["port"] for port in dns["ports"]}, told) == ({53}, {"ports": [{"port": 443}]})
+
+
+def test_nodes_that_train_together_reach_each_other_and_dns() -> None:
+    items = objects(rendered("everything"))
+    (job,) = (item for item in of_kind(items, "Job") if "completions" in item["spec"])
+    spec = the(items, "NetworkPolicy", job["metadata"]["name"])["spec"]
+    own = {"podSelector": {"matchLabels": {"batch.kubernetes.io/job-name": job["metadata"]["name"]}}}
+    assert spec["podSelector"] == own["podSelector"]
+    assert spec["ingress"] == [{"from": [own]}]
+    dns, others = spec["egress"]
+    assert ({port["port"] for port in dns["ports"]}, others) == ({53}, {"to": [own]})
+
+
 def test_a_policy_covers_each_workload() -> None:
     items = objects(rendered("everything"))
     covered = [item["spec"]["podSelector"]["matchLabels"] for item in of_kind(items, "NetworkPolicy")]
+    several = {f"Job/{item['metadata']['name']}" for item in of_kind(items, "Job") if "completions" in item["spec"]}
     for where, pod in pods(items).items():
         matches = [labels for labels in covered if labels.items() <= pod["metadata"]["labels"].items()]
-        assert len(matches) == (0 if where == "Pod/rel-quiver-test" else 1), where
+        assert len(matches) == (0 if where == "Pod/rel-quiver-test" else 1 + (where in several)), where
 
 
 def test_claims_outlive_the_release() -> None:

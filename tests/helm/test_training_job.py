@@ -1,16 +1,21 @@
 """The training Job, run: its own arguments and recipe, in folders in place of its volumes, beside a running server."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helm.chart import Object, objects, of_kind, render_text, the
+from helm.deploy.routed import free_ports
 from server.bench import make_base
 from server.live_server import LiveServer
 
 from quiver import AdapterNotFound
+from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.base.load import load_base
 
 pytestmark = pytest.mark.slow
 RECIPE = {
@@ -20,13 +25,13 @@ RECIPE = {
 }
 
 
-def job(recipe: Object, *more: str) -> list[Object]:
-    values = {"data": {"configMap": "rows"}, "jobs": [{"name": "routing", "recipe": recipe}]}
+def job(recipe: Object, *more: str, nodes: int = 1) -> list[Object]:
+    values = {"data": {"configMap": "rows"}, "jobs": [{"name": "routing", "recipe": recipe, "nodes": nodes}]}
     return objects(render_text("--set-json", f"training={json.dumps(values)}", *more))
 
 
-def run_job(items: list[Object], volumes: dict[str, Path]) -> subprocess.CompletedProcess[str]:
-    """What the Job's container would do: `volumes` are the folders in place of its mounts."""
+def commands(items: list[Object], volumes: dict[str, Path]) -> list[list[str]]:
+    """What the containers of the Job's pods would run: `volumes` are the folders in place of their mounts."""
     spec = the(items, "Job")["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     config = next(volume["configMap"]["name"] for volume in spec["volumes"] if volume["name"] == "recipe")
@@ -39,7 +44,28 @@ def run_job(items: list[Object], volumes: dict[str, Path]) -> subprocess.Complet
         text = text.replace(f"{inside}/", f"{outside}/")
         arguments = [argument.replace(inside, outside) for argument in arguments]
     (volumes["recipe"] / "recipe.yaml").write_text(text)
-    command = [sys.executable, "-m", "quiver.cli", *arguments]
+    if "command" not in container:
+        return [[sys.executable, "-m", "quiver.cli", *arguments]]
+    program, *options = container["command"]
+    assert program == "torchrun"
+    launcher = [sys.executable, "-m", "torch.distributed.run"]  # which is what torchrun runs
+    nodes = the(items, "Job")["spec"]["completions"]
+    return [[*launcher, *(on_node(word, index, items) for word in options), *arguments] for index in range(nodes)]
+
+
+def on_node(word: str, index: int, items: list[Object]) -> str:
+    """A word of the command as the kubelet fills it in there; the name of pod 0 is this machine."""
+    name = the(items, "Job")["metadata"]["name"]
+    (container,) = the(items, "Job")["spec"]["template"]["spec"]["containers"]
+    (variable,) = (item for item in container["env"] if item["name"] == "NODE_RANK")
+    path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+    assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    return word.replace("$(NODE_RANK)", str(index)).replace(f"{name}-0.{name}", "127.0.0.1")
+
+
+def run_job(items: list[Object], volumes: dict[str, Path]) -> subprocess.CompletedProcess[str]:
+    """A Job of one pod, run to its end."""
+    (command,) = commands(items, volumes)
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -74,6 +100,29 @@ def test_the_adapter_is_served_as_soon_as_the_job_has_ended(volumes: dict[str, P
     again = run_job(job(RECIPE), volumes)
     assert again.returncode == 0, again.stderr
     assert "finished already" in again.stdout + again.stderr
+
+
+def test_two_nodes_train_one_adapter(volumes: dict[str, Path]) -> None:
+    """Each started alone, with the command of its pod; they meet at pod 0."""
+    shared = ("--set", "adapters.volume.accessModes={ReadWriteMany}")
+    items = job({**RECIPE, "parallel": {"tensor": 2}}, *shared, nodes=2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (free,) = free_ports(1)
+    running = [
+        subprocess.Popen(
+            [word.replace("=29500", f"={free}") for word in command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands(items, volumes)
+    ]
+    printed = [process.communicate(timeout=200)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(printed)
+    assert [folder.name for folder in volumes["adapters"].iterdir()] == ["routing"]
+    base = load_base(volumes["base"], dtype=torch.float32, device="cpu")
+    read_adapter(volumes["adapters"] / "routing", base=base)
 
 
 def test_what_trying_again_cannot_mend_ends_the_job(volumes: dict[str, Path]) -> None:

@@ -96,6 +96,7 @@ def test_a_profile_holds_only_what_it_changes(profile: str) -> None:
         ("tokens.key=a/b", "/tokens/key"),
         ("training.jobs[0].name=Bad_Name", "/training/jobs/0"),
         ("training.jobs[0].name=good", "/training/jobs/0"),  # no recipe
+        ("training.jobs[0].nodes=0", "/training/jobs/0/nodes"),
     ],
 )
 def test_what_the_schema_refuses(change: str, words: str) -> None:
@@ -137,6 +138,10 @@ POOL = 'inferencePool={"enabled":true,"pickerName":"p"}'
         ([JOB], "training.jobs need rows: set one of"),
         ([JOB, 'training.data={"existingClaim":"a","configMap":"b"}'], "training.jobs need rows: set one of"),
         ([JOB, "training.data.configMap=a", 'adapters.volume.size=""'], "adapters.volume needs a size or an"),
+        (
+            [JOB.replace('"name"', '"nodes":2,"name"'), "training.data.configMap=a"],
+            "the 2 nodes of a share the adapters volume: adapters.volume.accessModes must hold ReadWriteMany",
+        ),
         (
             [JOB, "training.data.configMap=a", "model.path=/models/base", "model.download.image=x"],
             "training.jobs need the base too",

@@ -53,6 +53,11 @@
   {{- if eq (empty $v.training.data.existingClaim) (empty $v.training.data.configMap) -}}
     {{- fail "training.jobs need rows: set one of training.data.existingClaim and training.data.configMap" -}}
   {{- end -}}
+  {{- range $v.training.jobs -}}
+    {{- if and (gt (int (default 1 .nodes)) 1) (not (has "ReadWriteMany" $v.adapters.volume.accessModes)) -}}
+      {{- fail (printf "training.jobs: the %d nodes of %s share the adapters volume: adapters.volume.accessModes must hold ReadWriteMany" (int .nodes) .name) -}}
+    {{- end -}}
+  {{- end -}}
   {{- if and $v.model.download.image (not $v.model.volume.existingClaim) (not $v.model.volume.size) -}}
     {{- fail "training.jobs need the base too: give model.volume a size or an existingClaim" -}}
   {{- end -}}
