@@ -49,7 +49,13 @@ def configure_logging(form: LogFormat) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if form is LogFormat.JSON else _TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_without_vanished_clients)
     logging.captureWarnings(True)
+
+
+def _without_vanished_clients(record: logging.LogRecord) -> bool:
+    """gRPC logs an error, with a traceback, when a client goes just while its answer is being sent."""
+    return record.exc_info is None or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -131,8 +131,25 @@ def test_an_adapter_is_read_whole() -> None:
         "virtual_tokens": 20,
         "parameters": 1000,
         "description": "lora rank 8",
+        "disk_bytes": 30,
+        "aliases": ({"name": "live", "adapter_id": "support", "revision": "abc"},),
+        "revisions": (
+            {
+                "revision": "abc",
+                "state": "resident",
+                "running": 2,
+                "device_bytes": 5,
+                "host_bytes": 6,
+                "disk_bytes": 7,
+                "pinned": True,
+            },
+        ),
     }
-    values: dict[str, Any] = expected | {"state": adapters_pb2.Adapter.STATE_FAILED}
+    revision: dict[str, Any] = expected["revisions"][0] | {"state": adapters_pb2.Adapter.STATE_RESIDENT}
+    values: dict[str, Any] = expected | {
+        "state": adapters_pb2.Adapter.STATE_FAILED,
+        "revisions": [adapters_pb2.Revision(**revision)],
+    }
     message = adapters_pb2.Adapter(**values)
 
     assert asdict(response_messages.adapter(_over_the_wire(message))) == expected

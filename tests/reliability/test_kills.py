@@ -1,5 +1,6 @@
 """kill -9 at random moments: nothing half-written is ever served, and a new process serves what the old one did."""
 
+import os
 import random
 import subprocess
 import sys
@@ -24,7 +25,8 @@ NUM_TOKENS = 6
 
 def test_killed_while_saving(base: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reliability.saver", str(base), str(tmp_path / "adapter"), str(NUM_SAVES), "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
 

@@ -119,7 +119,7 @@ def test_unknown_revision(client: Client) -> None:
     refusal(
         lambda: client.generate("hello", adapter=f"attention-r4@{other}"),
         AdapterNotFound,
-        f"adapter 'attention-r4' has the revision {revision[:12]}, not {other}",
+        f"adapter 'attention-r4' has no revision {other}; kept are: {revision[:12]}",
     )
     refusal(
         lambda: client.generate("hello", adapter="attention-r4@main"), InvalidRequest, "revision 'main' is malformed"

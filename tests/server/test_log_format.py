@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextvars import copy_context
 
 import pytest
+from grpc._cython import cygrpc
 
 from quiver_server.call import enter_call, name_call
 from quiver_server.log_format import LogFormat, configure_logging
@@ -68,3 +69,14 @@ def test_what_happens_within_a_call_has_its_name(
     before, within = capsys.readouterr().err.splitlines()
     assert "request_id" not in before
     assert "mine-1" in within
+
+
+def test_a_client_that_went_while_it_was_answered_is_no_error(
+    configure: Callable[[LogFormat], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(LogFormat.JSON)
+    gone: Exception = cygrpc.ExecuteBatchError("gone")  # pyright: ignore # it has no stub
+    for error in (gone, ValueError("broken")):
+        logging.getLogger("grpc._cython.cygrpc").error("raised in core", exc_info=error)
+    (told,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert "broken" in told["exception"]

@@ -71,7 +71,9 @@ class HttpFront:
         """Not ready any more; what runs has so long to end. New requests are refused until it has, then not heard."""
         self._draining = True
         if self._running:
-            await asyncio.wait(self._running, timeout=seconds)
+            _, late = await asyncio.wait(self._running, timeout=seconds)
+            for task in late:
+                task.cancel()
         await self._runner.cleanup()
 
     @web.middleware
