@@ -61,8 +61,8 @@ class Bench:
         assert answer_tokens(answer) == self.expected(adapter_id, prompt, num_tokens)
 
 
-def make_base(folder: Path, family: str = "llama", *, seed: int = 0) -> Path:
-    """A tiny base with its tokenizer."""
+def make_base(folder: Path, family: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+    """A tiny base with its tokenizer. overrides: of the family's configuration."""
     makers: dict[str, Callable[..., Any]] = {
         "llama": tiny_llama,
         "gpt2": tiny_gpt2,
@@ -70,7 +70,7 @@ def make_base(folder: Path, family: str = "llama", *, seed: int = 0) -> Path:
         "t5": tiny_t5,
         "flan": tiny_flan,
     }
-    makers[family](folder, seed=seed)
+    makers[family](folder, seed=seed, **overrides)
     tiny_tokenizer(folder)
     return folder
 

@@ -31,6 +31,12 @@ def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def enduring_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with room for streams that outlast, on any machine, what a test does beside them."""
+    return make_base(tmp_path_factory.mktemp("enduring"), max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="session")
 def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 with a tokenizer. Not to be changed."""
     return make_base(tmp_path_factory.mktemp("gpt2"), "gpt2")

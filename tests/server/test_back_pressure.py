@@ -11,27 +11,28 @@ from quiver import Client, DeadlineExceeded, ServerBusy
 
 
 @pytest.fixture(scope="module")
-def narrow(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server that runs one sequence at a time, lets three wait, and nobody for longer than a fifth of a second."""
+def narrow(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server that runs one sequence at a time, lets three wait, and nobody for longer than a second."""
     folder = tmp_path_factory.mktemp("narrow")
     (folder / "adapters").mkdir()
-    options = ("--max-running", "1", "--max-waiting", "3", "--max-queue-seconds", "0.2", "--max-adapter-share", "1")
-    server = LiveServer(llama_base, folder / "adapters", folder / "log", *options)
+    options = ("--max-running", "1", "--max-waiting", "3", "--max-queue-seconds", "1", "--max-adapter-share", "1")
+    server = LiveServer(enduring_base, folder / "adapters", folder / "log", *options)
     yield server
     assert server.stop() == 0, server.log.read_text()
 
 
 def test_who_waits_too_long_is_refused_with_a_hint(narrow: LiveServer) -> None:
     with narrow.client() as client, narrow.client() as other:
-        stream = client.stream([5, 6, 7], max_new_tokens=240, ignore_eos=True, n=4, temperature=1.0, seed=1)
+        stream = client.stream([5, 6, 7], max_new_tokens=8000, ignore_eos=True, n=4, temperature=1.0, seed=1)
         next(stream)
         error = refusal(lambda: other.generate([5], max_new_tokens=1), ServerBusy, "all this server holds")
         assert isinstance(error, ServerBusy) and error.retry_after_seconds
         stream.close()
+        eventually(lambda: narrow.metric("quiver_waiting_sequences") == 0)
         eventually(lambda: narrow.metric("quiver_running_sequences") == 0)
-        stream = client.stream([5, 6, 7], max_new_tokens=240, ignore_eos=True, n=3, temperature=1.0, seed=1)
+        stream = client.stream([5, 6, 7], max_new_tokens=8000, ignore_eos=True, n=3, temperature=1.0, seed=1)
         next(stream)
-        error = refusal(lambda: other.generate([5], max_new_tokens=1), ServerBusy, "waited 0.2 s without starting")
+        error = refusal(lambda: other.generate([5], max_new_tokens=1), ServerBusy, "waited 1 s without starting")
         assert isinstance(error, ServerBusy) and error.retry_after_seconds
         eventually(lambda: narrow.metric("quiver_waiting_sequences") <= 2)  # it left the queue
         stream.close()

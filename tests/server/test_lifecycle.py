@@ -17,6 +17,7 @@ from quiver.request_messages import GenerateOptions
 
 PROMPT = [9, 20, 31, 42, 53]
 LONG: GenerateOptions = {"max_new_tokens": 240, "ignore_eos": True}
+ENDURING: GenerateOptions = {"max_new_tokens": 8000, "ignore_eos": True}  # until it is closed
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -135,11 +136,11 @@ def test_a_resident_adapter_survives_a_broken_replacement(llama: Bench, client: 
 
 
 @pytest.fixture(scope="module")
-def small(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A server whose adapter memory holds two of its five adapters, and whose cache holds two long sequences."""
+def small(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server whose adapter memory holds two of its five adapters, and that runs four sequences at a time."""
     settings = {f"large-{i}": {"rank": 32, "targets": "all-linear"} for i in range(5)}
     options = ("--adapter-memory-mib", "1", "--max-running", "4", "--max-waiting", "12", "--max-adapter-share", "1")
-    with running_bench(tmp_path_factory.mktemp("small"), llama_base, settings, *options) as bench:
+    with running_bench(tmp_path_factory.mktemp("small"), enduring_base, settings, *options) as bench:
         yield bench
 
 
@@ -160,7 +161,7 @@ def test_eviction_changes_no_answer(small: Bench) -> None:
 def test_one_that_waits_for_memory_holds_up_nobody(small: Bench) -> None:
     """Two adapters run on all the memory there is; a third waits for it. Base and first answer meanwhile."""
     with small.server.client() as client, ThreadPoolExecutor(1) as thread:
-        streams = [client.stream(PROMPT, **{**LONG, "adapter": name}) for name in ("large-0", "large-1")]
+        streams = [client.stream(PROMPT, **{**ENDURING, "adapter": name}) for name in ("large-0", "large-1")]
         for stream in streams:
             next(stream)
         waiting = thread.submit(client.generate, PROMPT, adapter="large-2", max_new_tokens=6)
@@ -201,11 +202,11 @@ def test_an_adapter_larger_than_the_memory_is_refused_and_nobody_evicted(small: 
 
 def test_a_full_queue_refuses_at_once(small: Bench) -> None:
     with small.server.client() as client:
-        stream = client.stream(PROMPT, **{**LONG, "n": 16, "temperature": 1.0, "seed": 1})
+        stream = client.stream(PROMPT, **{**ENDURING, "n": 16, "temperature": 1.0, "seed": 1})
         next(stream)
         with pytest.raises(ServerBusy, match="which is all this server holds; try again shortly") as caught:
             client.generate(PROMPT)
         assert caught.value.reason == "BUSY"
         stream.close()
-        eventually(lambda: small.server.metric("quiver_running_sequences") == 0)
+        eventually(lambda: small.server.metric("quiver_waiting_sequences") == 0)
         small.check(client)
