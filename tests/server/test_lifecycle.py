@@ -16,7 +16,7 @@ from quiver import Client, Generation, InvalidRequest, ServerBusy
 from quiver.request_messages import GenerateOptions
 
 PROMPT = [9, 20, 31, 42, 53]
-LONG: GenerateOptions = {"max_new_tokens": 240, "ignore_eos": True}
+LONG: GenerateOptions = {"max_new_tokens": 2000, "ignore_eos": True}
 ENDURING: GenerateOptions = {"max_new_tokens": 8000, "ignore_eos": True}  # until it is closed
 WEIGHTS = "adapter_model.safetensors"
 
@@ -47,25 +47,6 @@ def test_load_adapter_from_a_source(llama: Bench, client: Client) -> None:
     llama.check(client, "renamed")
 
 
-def test_a_running_stream_finishes_on_the_old_revision(llama: Bench, client: Client, tmp_path: Path) -> None:
-    llama.add("changing", rank=4, seed=22)
-    oracle = hf_lora(llama.base, tmp_path / "new", rank=6, seed=23)
-    old = client.load_adapter("changing")
-    alone = client.generate(PROMPT, **{**LONG, "adapter": "changing"}).token_ids
-    stream = client.stream(PROMPT, **{**LONG, "adapter": "changing"})
-    first = next(stream)
-    replace_files(tmp_path / "new", llama.adapters / "changing")
-    new = client.load_adapter("changing")
-    assert new.revision != old.revision
-    assert new.rank == 6
-    assert llama.server.metric("quiver_running_sequences") >= 1, "too late to show anything"
-    llama.oracles["changing"] = oracle
-    llama.check(client, "changing")
-    assert (*first.token_ids, *(token for piece in stream for token in piece.token_ids)) == alone
-    assert client.generate(PROMPT, **{**LONG, "adapter": "changing"}).token_ids != alone
-    assert client.generate(PROMPT, adapter=f"changing@{new.revision[:12]}", max_new_tokens=1).token_ids
-
-
 def test_loading_what_has_not_changed_does_nothing(llama: Bench, client: Client) -> None:
     first = client.load_adapter("mlp-r8")
     loads = llama.server.metric("quiver_adapter_loads_total", result="ok")
@@ -84,29 +65,6 @@ def test_many_first_requests_load_once(llama: Bench, client: Client) -> None:
         answers = list(threads.map(ask, [PROMPT] * 12))
     assert len({answer.token_ids for answer in answers}) == 1
     assert llama.server.metric("quiver_adapter_loads_total", result="ok") == loads + 1
-
-
-def test_unload_waits_for_the_running_request(llama: Bench, client: Client) -> None:
-    llama.add("leaving", rank=4, seed=25)
-    loaded = client.load_adapter("leaving")
-    free = llama.server.metric("quiver_adapter_free_bytes")
-    expected = client.generate(PROMPT, **{**LONG, "adapter": "leaving"}).token_ids
-    stream = client.stream(PROMPT, **{**LONG, "adapter": "leaving"})
-    tokens = list(next(stream).token_ids)
-    freed: list[int] = []
-    unload = threading.Thread(target=lambda: freed.append(client.unload_adapter("leaving")))
-    unload.start()
-    time.sleep(0.05)
-    assert not freed
-    assert llama.server.metric("quiver_running_sequences") == 1, "too late to show anything"
-    tokens += [token for piece in stream for token in piece.token_ids]
-    unload.join(20)
-    assert tuple(tokens) == expected
-    assert freed == [loaded.device_bytes + loaded.host_bytes]
-    assert llama.server.metric("quiver_adapter_free_bytes") >= free + loaded.device_bytes
-    assert client.get_adapter("leaving").state == "registered"
-    assert client.unload_adapter("leaving") == 0
-    llama.check(client, "leaving")
 
 
 def test_a_failed_adapter_is_tried_again_once_it_is_mended(llama: Bench, client: Client) -> None:
@@ -133,6 +91,57 @@ def test_a_resident_adapter_survives_a_broken_replacement(llama: Bench, client: 
     with pytest.raises(InvalidRequest, match="not a whole safetensors file"):
         client.load_adapter("guarded")
     llama.check(client, "guarded")
+
+
+@pytest.fixture(scope="module")
+def enduring(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server for streams that last."""
+    with running_bench(tmp_path_factory.mktemp("enduring-bench"), enduring_base, {}) as bench:
+        yield bench
+
+
+def test_a_running_stream_finishes_on_the_old_revision(enduring: Bench, tmp_path: Path) -> None:
+    with enduring.server.client() as client:
+        enduring.add("changing", rank=4, seed=22)
+        oracle = hf_lora(enduring.base, tmp_path / "new", rank=6, seed=23)
+        old = client.load_adapter("changing")
+        alone = client.generate(PROMPT, **{**LONG, "adapter": "changing"}).token_ids
+        stream = client.stream(PROMPT, **{**LONG, "adapter": "changing"})
+        first = next(stream)
+        replace_files(tmp_path / "new", enduring.adapters / "changing")
+        new = client.load_adapter("changing")
+        assert new.revision != old.revision
+        assert new.rank == 6
+        assert enduring.server.metric("quiver_running_sequences") >= 1, "too late to show anything"
+        enduring.oracles["changing"] = oracle
+        enduring.check(client, "changing")
+        assert (*first.token_ids, *(token for piece in stream for token in piece.token_ids)) == alone
+        assert client.generate(PROMPT, **{**LONG, "adapter": "changing"}).token_ids != alone
+        assert client.generate(PROMPT, adapter=f"changing@{new.revision[:12]}", max_new_tokens=1).token_ids
+
+
+def test_unload_waits_for_the_running_request(enduring: Bench) -> None:
+    with enduring.server.client() as client:
+        enduring.add("leaving", rank=4, seed=25)
+        loaded = client.load_adapter("leaving")
+        free = enduring.server.metric("quiver_adapter_free_bytes")
+        expected = client.generate(PROMPT, **{**LONG, "adapter": "leaving"}).token_ids
+        stream = client.stream(PROMPT, **{**LONG, "adapter": "leaving"})
+        tokens = list(next(stream).token_ids)
+        freed: list[int] = []
+        unload = threading.Thread(target=lambda: freed.append(client.unload_adapter("leaving")))
+        unload.start()
+        time.sleep(0.05)
+        assert not freed
+        assert enduring.server.metric("quiver_running_sequences") == 1, "too late to show anything"
+        tokens += [token for piece in stream for token in piece.token_ids]
+        unload.join(20)
+        assert tuple(tokens) == expected
+        assert freed == [loaded.device_bytes + loaded.host_bytes]
+        assert enduring.server.metric("quiver_adapter_free_bytes") >= free + loaded.device_bytes
+        assert client.get_adapter("leaving").state == "registered"
+        assert client.unload_adapter("leaving") == 0
+        enduring.check(client, "leaving")
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +210,7 @@ def test_an_adapter_larger_than_the_memory_is_refused_and_nobody_evicted(small: 
 
 
 def test_a_full_queue_refuses_at_once(small: Bench) -> None:
+    eventually(lambda: small.server.metric("quiver_running_sequences") == 0)  # what others have closed is gone
     with small.server.client() as client:
         stream = client.stream(PROMPT, **{**ENDURING, "n": 16, "temperature": 1.0, "seed": 1})
         next(stream)

@@ -25,12 +25,12 @@ def watch_health(channel: grpc.Channel) -> Iterator[health_pb2.HealthCheckRespon
     return iter(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60))
 
 
-def test_sigterm_lets_running_streams_finish(llama_base: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_running_streams_finish(enduring_base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
-    server = LiveServer(llama_base, tmp_path / "adapters", tmp_path / "log")
+    server = LiveServer(enduring_base, tmp_path / "adapters", tmp_path / "log")
     with server.client() as client, server.client() as other, grpc.insecure_channel(server.target) as channel:
-        expected = client.generate(PROMPT, max_new_tokens=250, ignore_eos=True).token_ids
-        stream = client.stream(PROMPT, max_new_tokens=250, ignore_eos=True)
+        expected = client.generate(PROMPT, max_new_tokens=1500, ignore_eos=True).token_ids
+        stream = client.stream(PROMPT, max_new_tokens=1500, ignore_eos=True)
         tokens = list(next(stream).token_ids)
         assert other.is_healthy()
         watch = watch_health(channel)

@@ -20,7 +20,7 @@ from quiver.request_messages import GenerateOptions
 from quiver_peft.adapters.store import AdapterStore, publish
 
 PROMPT = [9, 20, 31, 42, 53]
-LONG: GenerateOptions = {"max_new_tokens": 240, "ignore_eos": True}
+LONG: GenerateOptions = {"max_new_tokens": 1500, "ignore_eos": True}
 
 
 class Revisions:
@@ -53,9 +53,9 @@ class Revisions:
 
 
 @pytest.fixture(scope="module")
-def bench(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("revisions")
-    with running_bench(folder, llama_base, {}, "--state", str(folder / "state")) as bench:
+    with running_bench(folder, enduring_base, {}, "--state", str(folder / "state")) as bench:
         yield bench
 
 
@@ -229,7 +229,7 @@ def test_unload_refuses_or_cancels_as_asked(bench: Bench, client: Client, suppor
     client.unload_adapter("support")
     free = bench.server.metric("quiver_adapter_free_bytes")
     loaded = client.load_adapter("support")
-    many: GenerateOptions = {**LONG, "n": 12, "temperature": 1.0, "seed": 3}
+    many: GenerateOptions = {**LONG, "max_new_tokens": 600, "n": 12, "temperature": 1.0, "seed": 3}
     other = client.generate(PROMPT, **many)
     streams = [client.stream(PROMPT, **{**many, "adapter": "support"}), client.stream(PROMPT, **many)]
     tokens: dict[int, list[int]] = {index: [] for index in range(12)}
