@@ -1,5 +1,6 @@
 """`make bench-peers`: the same requests to our server and to a rival, in turns on one machine."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from rich.progress import Progress
 WORK = Path("runs/bench")
 RESULTS = Path("tests/bench/results")
 _WARM_TOKENS = 4
+# Both sides as on a processor without AVX-512: ours, torch's operators and oneDNN; the peer of vLLM asks for the second.
+_AVX2 = {"QUIVER_KERNELS": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def warm_requests(work: Path, cell: Cell) -> Path:
@@ -97,6 +100,9 @@ def main(
     quick: Annotated[
         bool, typer.Option(help="Few tokens, one pair: does everything work? No figures to keep.")
     ] = False,
+    avx2: Annotated[
+        bool, typer.Option("--avx2", help="Leave AVX-512 unused on both sides (not of OpenVINO, which cannot).")
+    ] = False,
     work: Annotated[Path, typer.Option(help="Models, request lists, logs.")] = WORK,
     environments: Annotated[Path, typer.Option(help="The rivals' virtual environments.")] = WORK / "environments",
     output: Annotated[Path | None, typer.Option(help="Folder for JSON and PNG; of --quick: the work folder.")] = None,
@@ -108,6 +114,8 @@ def main(
     same tokens: all of them, but for ties that rounding decides.
     """
     console = Console()
+    if avx2:
+        os.environ.update(_AVX2)
     chosen = matches([name for name in rivals.split(",") if name], [name for name in cells.split(",") if name])
     by_name = {cell.name: cell for cell in select([], quick=quick)}
     duels = [Duel(match, by_name[match.cell]) for match in chosen]

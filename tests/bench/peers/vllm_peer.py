@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import bench.peers.instructions  # noqa: F401
 from bench.peers.protocol import Answer, serve
 from bench.records import Record
 from bench.workload import Request
