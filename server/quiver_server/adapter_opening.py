@@ -1,7 +1,6 @@
 """Puts the adapter store together from its parts."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from quiver_peft.adapters.adapter_files import AdapterFiles
@@ -13,6 +12,7 @@ from quiver_server.adapter_reading import AdapterReader
 from quiver_server.adapter_sources import AdapterSources
 from quiver_server.adapter_store import AdapterStore, StoreParts
 from quiver_server.adapter_watch import Changes
+from quiver_server.background import background_threads
 from quiver_server.disk_cache import DiskCache
 from quiver_server.metrics import Metrics
 from quiver_server.registry import Registry
@@ -33,7 +33,7 @@ def open_adapters(
     sources = AdapterSources(roots)
     registry = Registry(state)
     disk = DiskCache(registry.folder / "cache", disk_bytes, lambda exact: registry.decided.names(exact))
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+    thread = background_threads(1, "adapter-loader")
     changes = Changes()
     reader = AdapterReader(parse, WeightsCache(host_bytes), disk, thread)
     memory = AdapterMemory(banks, thread, metrics, changes.note)

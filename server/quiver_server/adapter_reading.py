@@ -7,7 +7,7 @@ happens in the loader's one thread, beside the step loop.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import TypeVar
 
 from quiver_peft.adapters.adapter_files import AdapterFiles
@@ -15,6 +15,7 @@ from quiver_peft.adapters.store_files import Stamp
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.errors import AdapterError, BaseMismatchError, StoreError
 from quiver_server.adapter_sources import Place
+from quiver_server.background import background_threads
 from quiver_server.disk_cache import DiskCache, Exact
 from quiver_server.errors import MalformedAdapterError, OtherBaseError, StoreUnavailableError, UnknownAdapterError
 from quiver_server.weights_cache import WeightsCache
@@ -35,7 +36,7 @@ class AdapterReader:
         self.host = host
         self.disk = disk
         self._thread = thread
-        self._store_threads = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="adapter-store")
+        self._store_threads = background_threads(_STORE_THREADS, "adapter-store")
 
     def close(self) -> None:
         """Nothing is asked any more; what is under way ends by itself."""

@@ -21,7 +21,7 @@ from rich.progress import Progress
 WORK = Path("runs/bench")
 RESULTS = Path("tests/bench/results")
 _WARM_TOKENS = 4
-# Both sides as on a processor without AVX-512: ours, torch's operators and oneDNN; the peer of vLLM asks for the second.
+# Both sides as on a processor without AVX-512: our kernels, torch's (which the peer of vLLM looks at) and oneDNN's.
 _AVX2 = {"QUIVER_KERNELS": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 

@@ -96,7 +96,7 @@ def main() -> None:
         make(folder, options.adapters)
         memory = ("--adapter-memory-mib", str((NUM_STREAMS + 4) * 9))
         memory += ("--adapter-host-memory-mib", str(options.host_mib))
-        server = LiveServer(folder / "base", folder / "adapters", folder / "log", *memory)
+        server = LiveServer(folder / "base", folder / "adapters", folder / "log", *memory, num_threads=None)
         with server.client() as client:
             for index in range(NUM_STREAMS):
                 client.load_adapter(f"a{index}", pin=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from quiver_peft.adapters.adapterhub import WEIGHTS_FILE as HUB_WEIGHTS_FILE
@@ -30,7 +31,7 @@ class AdapterFiles:
         files = {CONFIG_FILE: self.config, self.weights_name: self.weights}
         return files if self.record is None else {**files, QUIVER_FILE: self.record}
 
-    @property
+    @cached_property
     def revision(self) -> str:
         """SHA-256 of configuration and weights: the same bytes are the same adapter, wherever they lie."""
         return revision_of(self.config, self.weights)
