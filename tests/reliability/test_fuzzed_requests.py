@@ -114,7 +114,7 @@ def test_mutated_messages(bench: Bench) -> None:
             for name in ("", "attention-r4"):  # a changed LoadAdapter may rightly give the others' ids other content
                 bench.check(client, name)
     print(dict(codes))
-    assert min(codes[name] for name in ("OK", "INVALID_ARGUMENT", "NOT_FOUND")) > NUM_CALLS / 100, codes
+    assert min(codes[name] for name in ("OK", "INVALID_ARGUMENT", "NOT_FOUND")) > NUM_CALLS / 200, codes
     assert bench.server.metric("quiver_running_sequences") == 0
     assert bench.server.metric("quiver_kv_usage_ratio") == 0
 
