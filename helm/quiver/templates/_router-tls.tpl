@@ -1,5 +1,5 @@
 {{- /* The router's TLS. Certificates and authorities are Secrets in Envoy's sense: files of the same ConfigMap that name the mounted
-files, and follow them when the kubelet replaces them. */ -}}
+files: Envoy watches the folders of those, and reads them again when the kubelet replaces what ..data points to. */ -}}
 {{- define "quiver.routerFrontTls" -}}
 transport_socket:
   name: envoy.transport_sockets.tls
@@ -60,7 +60,6 @@ transport_socket:
       tls_certificate:
         certificate_chain: {filename: {{ .folder }}/{{ .tls.certKey }}}
         private_key: {filename: {{ .folder }}/{{ .tls.keyKey }}}
-        watched_directory: {path: {{ .folder }}}
 {{- end -}}
 
 {{- define "quiver.sdsAuthority" -}}
@@ -70,5 +69,4 @@ transport_socket:
       name: {{ .name }}
       validation_context:
         trusted_ca: {filename: {{ .folder }}/{{ .key }}}
-        watched_directory: {path: {{ .folder }}}
 {{- end -}}

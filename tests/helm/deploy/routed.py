@@ -65,7 +65,6 @@ class Release:
         for mount in mounts:
             if mount["name"] in folders:
                 text = text.replace(mount["mountPath"] + "/", f"{folders[mount['name']]}/")
-                text = text.replace(f"path: {mount['mountPath']}}}", f"path: {folders[mount['name']]}}}")
         return text
 
     def write_envoy_config(self) -> Path:
@@ -95,6 +94,13 @@ class Release:
             for address, server in zip(addresses, pool.map(self._start, addresses), strict=True):
                 self.servers[address] = server
         self.names.addresses = [*self.names.addresses, *addresses]
+
+    def restart(self, address: str) -> None:
+        """End a server and start it again there; returns when Envoy knows it to be well."""
+        assert self.servers[address].stop() == 0
+        self.wait_for_healthy(len(self.servers) - 1)
+        self.servers[address] = self._start(address)
+        self.wait_for_healthy(len(self.servers))
 
     def _start(self, address: str) -> LiveServer:
         pod = the(self.items, "Deployment", "rel-quiver")["spec"]["template"]

@@ -4,6 +4,7 @@ Secrets are folders that change as the kubelet changes them: files are links int
 """
 
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -41,8 +42,11 @@ def replace(secret: Path, content: dict[str, str | Path]) -> None:
         (version / key).write_text(value.read_text() if isinstance(value, Path) else value)
         if not (secret / key).is_symlink():
             (secret / key).symlink_to(Path("..data") / key)
+    before = (secret / "..data").resolve()
     (secret / "..new").symlink_to(version.name)
     (secret / "..new").rename(secret / "..data")
+    if before.name != "..data":  # not the first
+        shutil.rmtree(before)
 
 
 class Secrets:
@@ -50,14 +54,18 @@ class Secrets:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ca = make_authority(folder)
         self.names = "DNS:rel-quiver.prod.svc,DNS:localhost,IP:127.0.0.1"
         self.paths = {name: folder / name for name in ("servers", "front", "tokens")}
-        for name in ("servers", "front"):
-            self.renew(name)
+        self.renew_all("first")
         table = f'[[token]]\nname = "user"\ntoken = "{USER}"\n'
         replace(self.paths["tokens"], {"tokens.toml": table, "test": USER})
-        self.client = Tls(self.ca, *make_certificate(self.ca, folder, "client"))
+
+    def renew_all(self, authority: str) -> None:
+        """Another authority, and certificates of it for everybody."""
+        self.ca = make_authority(self.folder, authority)
+        for name in ("servers", "front"):
+            self.renew(name)
+        self.client = Tls(self.ca, *make_certificate(self.ca, self.folder, f"client-of-{authority}"))
 
     def renew(self, name: str) -> None:
         """Another certificate in this Secret."""
@@ -142,6 +150,18 @@ def test_a_replaced_secret_is_used_without_a_restart(release: Release, secrets: 
         client.generate(PROMPT, max_new_tokens=1)  # on the connection that was there
     with connect(release, secrets.client) as client:
         client.generate(PROMPT, max_new_tokens=1)
+
+
+def test_a_replaced_authority_is_trusted_and_the_one_before_no_more(release: Release, secrets: Secrets) -> None:
+    """By the router, of clients and of servers; it shows its own new certificate to servers."""
+    before = secrets.client
+    secrets.renew_all("second")
+    release.restart("127.0.0.2")  # which knows the new ones only, and ends the connections that were there
+    with connect(release, secrets.client) as client:
+        client.generate(PROMPT, max_new_tokens=1)
+    for tls in (before, Tls(secrets.ca, before.cert, before.key)):
+        with connect(release, tls) as client, pytest.raises(ServerUnavailable):
+            client.generate(PROMPT, max_new_tokens=1)
 
 
 def test_the_router_sends_nothing_to_a_server_with_another_name(release: Release, secrets: Secrets) -> None:
