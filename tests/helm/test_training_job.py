@@ -23,6 +23,7 @@ RECIPE = {
     "data": {"train": "/data/train.jsonl"},
     "max_steps": 2,
 }
+SHARED = ("--set", "adapters.volume.accessModes={ReadWriteMany}")
 
 
 def job(recipe: Object, *more: str, nodes: int = 1) -> list[Object]:
@@ -47,10 +48,9 @@ def commands(items: list[Object], volumes: dict[str, Path]) -> list[list[str]]:
     if "command" not in container:
         return [[sys.executable, "-m", "quiver.cli", *arguments]]
     program, *options = container["command"]
-    assert program == "torchrun"
-    launcher = [sys.executable, "-m", "torch.distributed.run"]  # which is what torchrun runs
+    assert program == "python"
     nodes = the(items, "Job")["spec"]["completions"]
-    return [[*launcher, *(on_node(word, index, items) for word in options), *arguments] for index in range(nodes)]
+    return [[sys.executable, *(on_node(word, index, items) for word in options), *arguments] for index in range(nodes)]
 
 
 def on_node(word: str, index: int, items: list[Object]) -> str:
@@ -63,10 +63,22 @@ def on_node(word: str, index: int, items: list[Object]) -> str:
     return word.replace("$(NODE_RANK)", str(index)).replace(f"{name}-0.{name}", "127.0.0.1")
 
 
-def run_job(items: list[Object], volumes: dict[str, Path]) -> subprocess.CompletedProcess[str]:
-    """A Job of one pod, run to its end."""
-    (command,) = commands(items, volumes)
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def run_job(items: list[Object], volumes: dict[str, Path]) -> list[tuple[int, str]]:
+    """A Job run to its end: exit code and output of each of its pods."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (free,) = free_ports(1)
+    running = [
+        subprocess.Popen(
+            [word.replace("=29500", f"={free}") for word in command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands(items, volumes)
+    ]
+    printed = [process.communicate(timeout=200)[0] for process in running]
+    return [(process.returncode, text) for process, text in zip(running, printed, strict=True)]
 
 
 @pytest.fixture
@@ -86,8 +98,8 @@ def test_the_adapter_is_served_as_soon_as_the_job_has_ended(volumes: dict[str, P
         with server.client() as client:
             with pytest.raises(AdapterNotFound):
                 client.generate("Ticket 1:", adapter="routing", max_new_tokens=2)
-            result = run_job(job(RECIPE), volumes)
-            assert result.returncode == 0, result.stdout + result.stderr
+            ((code, printed),) = run_job(job(RECIPE), volumes)
+            assert code == 0, printed
             answer = client.generate("Ticket 1:", adapter="routing", max_new_tokens=2)
         assert answer.adapter is not None
         assert answer.adapter.methods == ("lora",)
@@ -97,43 +109,30 @@ def test_the_adapter_is_served_as_soon_as_the_job_has_ended(volumes: dict[str, P
         assert server.stop() == 0
     assert [folder.name for folder in volumes["adapters"].iterdir()] == ["routing"], "something was left behind"
     # The Job that a node's failure starts again has nothing left to do.
-    again = run_job(job(RECIPE), volumes)
-    assert again.returncode == 0, again.stderr
-    assert "finished already" in again.stdout + again.stderr
+    ((code, printed),) = run_job(job(RECIPE), volumes)
+    assert code == 0, printed
+    assert "finished already" in printed
 
 
 def test_two_nodes_train_one_adapter(volumes: dict[str, Path]) -> None:
     """Each started alone, with the command of its pod; they meet at pod 0."""
-    shared = ("--set", "adapters.volume.accessModes={ReadWriteMany}")
-    items = job({**RECIPE, "parallel": {"tensor": 2}}, *shared, nodes=2)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    (free,) = free_ports(1)
-    running = [
-        subprocess.Popen(
-            [word.replace("=29500", f"={free}") for word in command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command in commands(items, volumes)
-    ]
-    printed = [process.communicate(timeout=200)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(printed)
+    pods = run_job(job({**RECIPE, "parallel": {"tensor": 2}}, *SHARED, nodes=2), volumes)
+    assert [code for code, _ in pods] == [0, 0], "\n".join(printed for _, printed in pods)
     assert [folder.name for folder in volumes["adapters"].iterdir()] == ["routing"]
     base = load_base(volumes["base"], dtype=torch.float32, device="cpu")
     read_adapter(volumes["adapters"] / "routing", base=base)
 
 
-def test_what_trying_again_cannot_mend_ends_the_job(volumes: dict[str, Path]) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_trying_again_cannot_mend_ends_the_job(volumes: dict[str, Path], nodes: int) -> None:
     """Exit code 2, which the Job's failure policy names."""
-    items = job({**RECIPE, "batch_syze": 4})
-    result = run_job(items, volumes)
+    items = job({**RECIPE, "batch_syze": 4}, *SHARED, nodes=nodes)
+    pods = run_job(items, volumes)
     rule, _ = the(items, "Job")["spec"]["podFailurePolicy"]["rules"]
-    assert result.returncode in rule["onExitCodes"]["values"]
+    assert [code for code, _ in pods] == rule["onExitCodes"]["values"] * nodes
     assert rule["action"] == "FailJob"
     assert rule["onExitCodes"]["containerName"] == "train"
-    assert "batch_syze is not a known key" in result.stderr
+    assert all("batch_syze is not a known key" in printed for _, printed in pods)
 
 
 def test_another_recipe_is_another_job() -> None:
@@ -153,6 +152,6 @@ def test_a_volume_of_one_node_keeps_the_job_beside_the_server() -> None:
     (term,) = spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     server = the(job(RECIPE), "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert term["labelSelector"]["matchLabels"].items() <= server.items()
-    shared = job(RECIPE, "--set", "adapters.volume.accessModes={ReadWriteMany}")
+    shared = job(RECIPE, *SHARED)
     assert "affinity" not in the(shared, "Job")["spec"]["template"]["spec"]
     assert len(of_kind(shared, "Job")) == 1
