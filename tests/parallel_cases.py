@@ -281,3 +281,11 @@ def megatron_refusal(folder: str, other: str, scratch: str) -> str:
 def _save_without_starting_python() -> None:
     """Megatron's checkpoints collect their results through a process that starts Python anew: seconds, here forked."""
     filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()  # pyright: ignore
+
+
+def gpu_train(settings: dict[str, Any], base: str) -> dict[str, Any]:
+    """What a rank of the GPU script does for one layout."""
+    from bench.gpu_train_ranks import train
+
+    with start_mesh(tensor=settings["tensor"], sequence=settings["sequence"]) as mesh:
+        return train(settings, Path(base), mesh)

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Generator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench.gpu_train import SIZES, Layout, compare, make_base
 from ranks import Processes, rank_processes
 from safetensors.torch import load_file
 from server.live_server import LiveServer
@@ -170,3 +172,21 @@ def test_a_server_answers_as_the_ranks_do(processes: Processes, base: Path, tmp_
                     assert [token for token in said if token != EOS] == answer
     finally:
         server.stop()
+
+
+@pytest.mark.slow
+def test_layouts_of_the_gpu_script_agree(processes: Processes, tmp_path: Path) -> None:
+    """What its ranks do, whoever starts them; the command itself: `bench/test_gpu_train.py`."""
+    make_base(tmp_path / "base", SIZES["tiny"])
+
+    def losses(layout: Layout) -> dict[str, Any]:
+        settings = {**asdict(layout), "size": "tiny", "steps": 5, "device": "cpu"}
+        found = processes.run("gpu_train", world=layout.processes, settings=settings, base=tmp_path / "base")
+        assert all(rank["losses"] == found[0]["losses"] for rank in found)
+        return found[0]
+
+    for dtype in ("float32", "bfloat16"):
+        expected = losses(Layout(1, 1, False, True, dtype))["losses"]
+        assert expected[-1] != expected[0]
+        for tensor, sequence in ((1, False), (2, True)):
+            assert compare(losses(Layout(2, tensor, sequence, True, dtype)), expected, dtype)["agrees"]
