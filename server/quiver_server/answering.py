@@ -1,18 +1,20 @@
 """Between the service and the engine: a request is read, allowed, admitted and run, and its end counted."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import current_caller
+from quiver_server.asked import Asked, naming_prompt
 from quiver_server.call import Call, current_call, name_call
 from quiver_server.errors import DrainingError, RequestError
-from quiver_server.generation import Generator, Piece, Session
+from quiver_server.generation import Generator
 from quiver_server.limits import Limits, require
 from quiver_server.metrics import Metrics
-from quiver_server.wire import Asked, read_request, read_score_request
+from quiver_server.session import Piece, Session
+from quiver_server.wire import read_request, read_score_request
 
 _LONG_BYTES = 16 * 1024  # what takes milliseconds to tokenize
 
@@ -35,11 +37,35 @@ class Answering:
 
     async def open(self, message: generation_pb2.GenerateRequest) -> Session:
         """Admit a request to generate. Raises RequestError."""
-        return await self._open(message, lambda: read_request(message, self.tokenizer, self.limits))
+        return await self._open(
+            message, lambda: (read_request(message, self.tokenizer, self.limits),), 1, message.ByteSize()
+        )
+
+    async def open_several(
+        self, message: generation_pb2.GenerateRequest, prompts: Sequence[str | list[int]], *, draws: bool
+    ) -> Session:
+        """Admit one request of several prompts, texts or token ids: all of them or none.
+
+        message: what else it says; its own prompt is overwritten. draws: whether tokens are generated; otherwise the
+        prompts are scored. Raises RequestError.
+        """
+
+        def read() -> tuple[Asked, ...]:
+            several: list[Asked] = []
+            for i, prompt in enumerate(prompts):
+                _set_prompt(message, prompt)
+                with naming_prompt(i, len(prompts)):
+                    asked = read_request(message, self.tokenizer, self.limits)
+                several.append(asked if draws else asked.without_drawing())
+            return tuple(several)
+
+        return await self._open(message, read, len(prompts), sum(map(len, prompts)))
 
     async def open_score(self, message: generation_pb2.ScoreRequest) -> Session:
         """Admit a request to score. Raises RequestError."""
-        return await self._open(message, lambda: read_score_request(message, self.tokenizer, self.limits))
+        return await self._open(
+            message, lambda: (read_score_request(message, self.tokenizer, self.limits),), 1, message.ByteSize()
+        )
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text that could be a prompt. Raises RequestError."""
@@ -50,13 +76,19 @@ class Answering:
         return await _beside(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def _open(
-        self, message: generation_pb2.GenerateRequest | generation_pb2.ScoreRequest, read: Callable[[], Asked]
+        self,
+        message: generation_pb2.GenerateRequest | generation_pb2.ScoreRequest,
+        read: Callable[[], tuple[Asked, ...]],
+        num_prompts: int,
+        num_bytes: int,
     ) -> Session:
         try:
             if message.request_id:
                 name_call(message.request_id)
             current_caller().check_adapter(message.adapter_id)
-            return self.generator.open(await _beside(message.ByteSize(), read))
+            if num_prompts > 1:  # before anything is spent on them
+                self.generator.check_places(message.adapter_id.partition("@")[0], num_prompts)
+            return self.generator.open(await _beside(num_bytes, read))
         except RequestError as error:
             self._metrics.requests.labels("", error.code.name).inc()
             raise
@@ -66,7 +98,7 @@ class Answering:
         code = "CANCELLED"
         pieces = self.generator.run(session)
         try:
-            with current_caller().using(session.asked.num_candidates):
+            with current_caller().using(session.num_candidates):
                 async for piece in pieces:
                     yield piece
             code = "OK"
@@ -79,9 +111,16 @@ class Answering:
             metrics = self._metrics
             adapter = metrics.adapter_label("" if session.adapter is None else session.adapter.id)
             metrics.requests.labels(adapter, code).inc()
-            metrics.prompt_tokens.labels(adapter).inc(session.asked.num_prompt_tokens)
+            metrics.prompt_tokens.labels(adapter).inc(session.num_sent_tokens)
             metrics.cached_prompt_tokens.labels(adapter).inc(session.num_reused_tokens)
             metrics.generated_tokens.labels(adapter).inc(session.num_generated_tokens)
+
+
+def _set_prompt(message: generation_pb2.GenerateRequest, prompt: str | list[int]) -> None:
+    if isinstance(prompt, str):
+        message.text = prompt
+    else:
+        message.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
 
 
 def _tell(call: Call, session: Session) -> None:
@@ -89,8 +128,8 @@ def _tell(call: Call, session: Session) -> None:
     if session.adapter is not None:
         call.details |= {"adapter": session.adapter.id, "revision": session.adapter.revision}
     call.details |= {
-        "candidates": session.asked.num_candidates,
-        "prompt_tokens": session.asked.num_prompt_tokens,
+        "candidates": session.num_candidates,
+        "prompt_tokens": session.num_sent_tokens,
         "cached_tokens": session.num_reused_tokens,
         "generated_tokens": session.num_generated_tokens,
     }

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from quiver_peft.adapters.banks import BASE_SLOT
@@ -11,103 +11,16 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapter_entry import Resident
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.admission import Admission
+from quiver_server.asked import Asked, naming_prompt
 from quiver_server.engine import Delivery, Engine
 from quiver_server.errors import BusyError, DrainingError, InvalidRequestError, RequestError
 from quiver_server.limits import Limits
 from quiver_server.metrics import Metrics
-from quiver_server.request import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprob
+from quiver_server.request import SamplingParams, Sequence, TokenEvent
+from quiver_server.session import Candidate, Piece, Session
 from quiver_server.text_stream import TextStream
-from quiver_server.wire import Asked
 
-
-@dataclass(frozen=True)
-class Piece:
-    """What one token adds to one candidate."""
-
-    index: int
-    text: str
-    token_id: int
-    logprob: TokenLogprob | None
-    prompt_logprobs: tuple[TokenLogprob, ...]
-    finish_reason: FinishReason | None
-
-
-@dataclass(eq=False)
-class Candidate:
-    """One candidate: its sequence in the engine and its text."""
-
-    sequence: Sequence
-    text: TextStream
-    gone: asyncio.Event  # set once the engine has let go of the sequence
-    ended: bool = False
-    last_token_seconds: float | None = None
-
-    def push(self, event: TokenEvent) -> Piece:
-        """The piece that an event makes; `ended` afterwards tells whether it was the last."""
-        token = event.token_id
-        assert token is not None
-        reason = event.finish_reason
-        text = "" if reason in (FinishReason.EOS, FinishReason.STOP_TOKEN) else self.text.push(token)
-        if reason is not None and not self.text.stopped:
-            text += self.text.finish()
-        if self.text.stopped:
-            reason = FinishReason.STOP_STRING
-        self.ended = reason is not None
-        return Piece(self.sequence.index, text, token, event.logprob, event.prompt_logprobs, reason)
-
-
-class Session:
-    """One admitted request. adapter: None for the base. Times are of the monotonic clock."""
-
-    def __init__(self, asked: Asked, arrival_seconds: float) -> None:
-        self.asked = asked
-        self.adapter: Resident | None = None
-        self.arrival_seconds = arrival_seconds
-        self.leased_seconds: float | None = None  # when the adapter was in memory
-        self.started_seconds: float | None = None
-        self.first_token_seconds: float | None = None
-        self.last_token_seconds: float | None = None
-        self.num_generated_tokens = 0
-        self.num_remaining_tokens = 0
-        self.num_reused_tokens = 0
-        self._end: Callable[[RequestError], None] | None = None
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """Rows that the adapter puts before the prompt."""
-        return 0 if self.adapter is None else self.adapter.num_virtual_tokens
-
-    def ended_by(self, end: Callable[[RequestError], None] | None) -> None:
-        """How the adapter may end this request from outside; None: no more."""
-        if self.adapter is not None:
-            if self._end is not None:
-                self.adapter.enders.discard(self._end)
-            if end is not None:
-                self.adapter.enders.add(end)
-        self._end = end
-
-    def note_token(self, candidate: Candidate, metrics: Metrics) -> None:
-        """A token of a candidate arrived now; when scoring, a continuation's score."""
-        now = time.monotonic()
-        if self.first_token_seconds is None:
-            self.first_token_seconds = now
-            metrics.queue.observe((self.started_seconds or now) - self.arrival_seconds)
-            if not self.asked.continuations:
-                metrics.time_to_first_token.observe(now - self.arrival_seconds)
-        self.last_token_seconds = now
-        if self.asked.continuations:
-            return
-        if candidate.last_token_seconds is not None:
-            metrics.inter_token.observe(now - candidate.last_token_seconds)
-        candidate.last_token_seconds = now
-        self.num_generated_tokens += 1
-        self.note_remaining(self.num_remaining_tokens - 1)
-
-    def note_remaining(self, num_tokens: int) -> None:
-        """So many tokens may still be generated, which is how long the adapter may be needed."""
-        if self.adapter is not None:
-            self.adapter.num_remaining_tokens += num_tokens - self.num_remaining_tokens
-        self.num_remaining_tokens = num_tokens
+_Queue = asyncio.Queue[tuple[Candidate, TokenEvent]]
 
 
 class Generator:
@@ -139,26 +52,29 @@ class Generator:
         self._closing: set[asyncio.Task[None]] = set()
         self.draining = False
 
-    def open(self, asked: Asked) -> Session:
-        """Admit a request, or raise BusyError or DrainingError."""
+    def open(self, asked: tuple[Asked, ...]) -> Session:
+        """Admit a request of one prompt or several, or raise BusyError, InvalidRequestError or DrainingError."""
         if self.draining:
             raise DrainingError("the server is stopping; another replica may answer")
-        self._admission.check(asked)
-        return Session(asked, time.monotonic())
+        session = Session(asked, time.monotonic())
+        self.check_places(session.tenant, session.num_candidates)
+        return session
+
+    def check_places(self, tenant: str, num_candidates: int) -> None:
+        """Raises BusyError or InvalidRequestError where there is no place for so many sequences of one adapter."""
+        self._admission.check(tenant, num_candidates)
 
     async def run(self, session: Session) -> AsyncIterator[Piece]:
         """The pieces of all candidates as they come. Leaving early cancels the rest; the adapter is then given back."""
-        asked = session.asked
-        self._admission.enter(asked)
+        self._admission.enter(session.tenant, session.num_candidates)
         candidates: list[Candidate] = []
         try:
-            if asked.adapter_id:
-                session.adapter = await self._store.acquire(asked.adapter_id)
-                session.leased_seconds = time.monotonic()
-                session.note_remaining(asked.params.max_new_tokens * asked.num_candidates)
-                self._check_room(session)
-            queue: asyncio.Queue[tuple[Candidate, TokenEvent]] = asyncio.Queue()
-            candidates += [self._submit(session, index, queue) for index in range(asked.num_candidates)]
+            if session.adapter_id:
+                await self._lease(session)
+            queue: _Queue = asyncio.Queue()
+            for prompt, asked in enumerate(session.asked):
+                for index in range(asked.num_candidates):
+                    candidates.append(self._submit(session, prompt, index, len(candidates), queue))
             session.ended_by(partial(_end_one, candidates, queue))
             while not all(candidate.ended for candidate in candidates):
                 candidate, event = await self._next(queue, session)
@@ -176,9 +92,7 @@ class Generator:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    async def _next(
-        self, queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]", session: Session
-    ) -> tuple[Candidate, TokenEvent]:
+    async def _next(self, queue: _Queue, session: Session) -> tuple[Candidate, TokenEvent]:
         """The next event. Raises BusyError for a request that nobody has begun for too long."""
         limit = self._max_queue_seconds
         while session.started_seconds is None:
@@ -191,21 +105,29 @@ class Generator:
                     raise BusyError(f"waited {limit:g} s without starting (--max-queue-seconds)") from None
         return await queue.get()
 
-    def _check_room(self, session: Session) -> None:
+    async def _lease(self, session: Session) -> None:
+        """Hold the adapter. Raises RequestError, also for a prompt that does not fit beside it."""
+        session.adapter = await self._store.acquire(session.adapter_id)
+        session.leased_seconds = time.monotonic()
+        session.note_remaining(sum(asked.params.max_new_tokens * asked.num_candidates for asked in session.asked))
+        for i, asked in enumerate(session.asked):
+            with naming_prompt(i, len(session.asked)):
+                self._check_room(asked, session.adapter)
+
+    def _check_room(self, asked: Asked, adapter: Resident) -> None:
         """Virtual tokens take positions too, which is known only now that the adapter is."""
-        asked, num_virtual, length = session.asked, session.num_virtual_tokens, self._limits.context_length
-        num_prompt = len(asked.prompt)
+        num_prompt, num_virtual, length = len(asked.prompt), adapter.num_virtual_tokens, self._limits.context_length
         if num_virtual + num_prompt + asked.num_following > length:
             raise InvalidRequestError(
                 f"the prompt has {num_prompt} tokens; with the {num_virtual} virtual tokens of adapter "
                 f"{asked.adapter_id!r} and {asked.following} it must fit into the context of {length}",
                 "prompt",
             )
-        num_prompt_tokens = 0 if session.adapter is None else session.adapter.num_prompt_tokens
-        self._limits.check_source_length(num_prompt, num_prompt_tokens, "prompt")
+        self._limits.check_source_length(num_prompt, adapter.num_prompt_tokens, "prompt")
 
-    def _submit(self, session: Session, index: int, queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]") -> Candidate:
-        asked = session.asked
+    def _submit(self, session: Session, prompt: int, index: int, number: int, queue: _Queue) -> Candidate:
+        """Candidate `index` of a prompt, `number` among all, enters the engine."""
+        asked = session.asked[prompt]
 
         def emit(event: TokenEvent) -> None:
             if event.is_last:
@@ -213,26 +135,26 @@ class Generator:
             if event.token_id is not None or event.error is not None:
                 queue.put_nowait((candidate, event))
 
-        def on_started() -> None:
-            if session.started_seconds is None:
-                session.started_seconds = time.monotonic()
-                session.num_reused_tokens = sequence.num_reused_tokens
-
         room = self._limits.context_length - session.num_virtual_tokens - len(asked.prompt)
         params = replace(asked.params, max_new_tokens=min(asked.params.max_new_tokens, room))
-        sequence = self._sequence(session, params, index, emit)
-        sequence.on_started = on_started
+        sequence = self._sequence(session, asked, params, index, emit)
+        sequence.on_started = lambda: session.note_started(prompt, sequence.num_reused_tokens)
         text = TextStream(self._tokenizer, asked.stop_strings, asked.include_stop_string, asked.params.min_new_tokens)
-        candidate = Candidate(sequence, text, asyncio.Event())
+        candidate = Candidate(number, sequence, text, asyncio.Event())
         self._engine.submit(sequence)
         return candidate
 
     def _sequence(
-        self, session: Session, params: SamplingParams, index: int, emit: Callable[[TokenEvent], None]
+        self,
+        session: Session,
+        asked: Asked,
+        params: SamplingParams,
+        index: int,
+        emit: Callable[[TokenEvent], None],
     ) -> Sequence:
         """What the engine computes; with an encoder-decoder the prompt is the source."""
-        prompt, adapter = session.asked.prompt, session.adapter
-        scored = session.asked.continuations[index] if session.asked.continuations else []
+        prompt, adapter = asked.prompt, session.adapter
+        scored = asked.continuations[index] if asked.continuations else []
         slot, revision = (BASE_SLOT, "") if adapter is None else (adapter.slot, adapter.revision)
         if self._start_token_id is None:
             sequence = Sequence(prompt + scored, params, index, emit, slot, session.num_virtual_tokens)
@@ -244,7 +166,7 @@ class Generator:
             sequence.num_virtual_source_tokens = 0 if adapter is None else adapter.num_prompt_tokens
         sequence.revision = revision
         sequence.tenant = "" if adapter is None else adapter.id
-        sequence.priority = session.asked.priority
+        sequence.priority = asked.priority
         return sequence
 
     async def _close(self, session: Session, candidates: Iterable[Candidate]) -> None:
@@ -253,7 +175,7 @@ class Generator:
             if not candidate.gone.is_set():
                 self._engine.cancel(candidate.sequence)
                 await candidate.gone.wait()
-        self._admission.leave(session.asked)
+        self._admission.leave(session.tenant, session.num_candidates)
         if session.adapter is not None:
             session.note_remaining(0)
             await self._store.release(session.adapter)
@@ -264,9 +186,7 @@ class Generator:
             await asyncio.wait(set(self._closing))
 
 
-def _end_one(
-    candidates: Iterable[Candidate], queue: "asyncio.Queue[tuple[Candidate, TokenEvent]]", error: RequestError
-) -> None:
+def _end_one(candidates: Iterable[Candidate], queue: _Queue, error: RequestError) -> None:
     """Fail a request through one of its candidates that have not ended, if any."""
     for candidate in candidates:
         if not candidate.ended:

@@ -11,7 +11,7 @@ from quiver.v1 import generation_pb2, generation_pb2_grpc
 from quiver_server.answering import Answering
 from quiver_server.call import REQUEST_ID_KEY, current_call
 from quiver_server.errors import RequestError
-from quiver_server.generation import Piece, Session
+from quiver_server.session import Piece, Session
 from quiver_server.wire import FINISH_REASONS, fill_score, logprob_message
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         response = generation_pb2.GenerateResponse()
         try:
             session = await self._answering.open(request)
-            candidates = [response.candidates.add(index=i) for i in range(session.asked.num_candidates)]
+            candidates = [response.candidates.add(index=i) for i in range(session.num_candidates)]
             async for piece in self._answering.pieces(session):
                 _extend(candidates[piece.index], piece)
             _describe(response, session)
@@ -74,7 +74,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     _describe(message, session)
                     first = False
                 num_ended += piece.finish_reason is not None
-                if num_ended == session.asked.num_candidates:
+                if num_ended == session.num_candidates:
                     _summarise(message, session)
                 yield message
         except RequestError as error:
@@ -89,7 +89,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         response = generation_pb2.ScoreResponse()
         try:
             session = await self._answering.open_score(request)
-            scores = [response.scores.add() for _ in range(session.asked.num_candidates)]
+            scores = [response.scores.add() for _ in range(session.num_candidates)]
             async for piece in self._answering.pieces(session):
                 fill_score(scores[piece.index], piece.prompt_logprobs, request.top_logprobs)
             _describe(response, session)
@@ -147,7 +147,7 @@ def _describe(message: _Answer, session: Session) -> None:
 
 def _summarise(message: _Answer, session: Session) -> None:
     """What it took."""
-    message.usage.prompt_tokens = len(session.asked.prompt)
+    message.usage.prompt_tokens = session.num_prompt_tokens
     message.usage.virtual_tokens = session.num_virtual_tokens
     message.usage.cached_tokens = session.num_reused_tokens
     message.usage.generated_tokens = session.num_generated_tokens

@@ -9,6 +9,47 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass
+class Spelling:
+    """What each token adds to the text of those before it."""
+
+    tokenizer: Tokenizer
+    _ids: list[int] = field(default_factory=list[int])
+    _window: int = 0  # ids from here on are decoded together, because a token's text may depend on its neighbours
+    _num_read: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """So far."""
+        return len(self._ids)
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is whole now: not half a character."""
+        self._ids.append(token_id)
+        before = self.tokenizer.decode(self._ids[self._window : self._num_read])
+        now = self.tokenizer.decode(self._ids[self._window :])
+        if now.endswith(_INCOMPLETE) or len(now) <= len(before):
+            return ""
+        self._window, self._num_read = self._num_read, len(self._ids)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """No token follows; returns what was not whole."""
+        rest = self.tokenizer.decode(self._ids[self._window :])
+        rest = rest[len(self.tokenizer.decode(self._ids[self._window : self._num_read])) :]
+        self._num_read = len(self._ids)
+        return rest
+
+
+def offsets_of(tokenizer: Tokenizer, ids: Seq[int]) -> list[int]:
+    """Where in the text of all each token begins; within a character, where that does."""
+    spelling, offsets, num_characters = Spelling(tokenizer), list[int](), 0
+    for token_id in ids:
+        offsets.append(num_characters)
+        num_characters += len(spelling.push(token_id))
+    return offsets
+
+
+@dataclass
 class TextStream:
     """The text of one candidate as it grows.
 
@@ -21,26 +62,19 @@ class TextStream:
     min_new_tokens: int = 0
     text: str = ""
     stopped: bool = False
-    _ids: list[int] = field(default_factory=list[int])
-    _decoded: str = ""  # text of _ids[:_num_read], whole characters only
-    _window: int = 0  # ids from here on are decoded together, because a token's text may depend on its neighbours
-    _num_read: int = 0
+    _decoded: str = ""
+
+    def __post_init__(self) -> None:
+        self._spelling = Spelling(self.tokenizer)
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that may now be shown: not half a character, not the start of a stop."""
-        self._ids.append(token_id)
-        before = self.tokenizer.decode(self._ids[self._window : self._num_read])
-        now = self.tokenizer.decode(self._ids[self._window :])
-        if not now.endswith(_INCOMPLETE) and len(now) > len(before):
-            self._decoded += now[len(before) :]
-            self._window, self._num_read = self._num_read, len(self._ids)
+        self._decoded += self._spelling.push(token_id)
         return self._show(final=False)
 
     def finish(self) -> str:
         """No token follows; returns the text that was held back."""
-        rest = self.tokenizer.decode(self._ids[self._window :])
-        self._decoded += rest[len(self.tokenizer.decode(self._ids[self._window : self._num_read])) :]
-        self._num_read = len(self._ids)
+        self._decoded += self._spelling.finish()
         return self._show(final=True)
 
     def _show(self, *, final: bool) -> str:
@@ -48,7 +82,7 @@ class TextStream:
         if self.stopped:
             return ""
         end = len(self._decoded)
-        looking = len(self._ids) >= self.min_new_tokens
+        looking = self._spelling.num_tokens >= self.min_new_tokens
         if looking and (found := self._find_stop()) is not None:
             end, self.stopped = found, True
         elif not final:

@@ -3,10 +3,11 @@
 import math
 import secrets
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
+from quiver_server.asked import NOTHING_DRAWN, Asked
 from quiver_server.errors import InvalidRequestError
 from quiver_server.limits import (
     MAX_CANDIDATES,
@@ -27,58 +28,6 @@ FINISH_REASONS = {
     FinishReason.STOP_TOKEN: generation_pb2.FINISH_REASON_STOP_TOKEN,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
-
-# How Score runs: the continuation is part of the prompt, and the one token that ends the sequence is thrown away.
-_NOTHING_DRAWN = SamplingParams(
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    seed=0,
-    max_new_tokens=1,
-    min_new_tokens=0,
-    stop_ids=frozenset(),
-    eos_ids=frozenset(),
-    num_top_logprobs=1,
-    prompt_logprobs=True,
-)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A valid request. continuations: what Score is to score, one for each candidate; empty when generating."""
-
-    adapter_id: str
-    prompt: list[int]
-    params: SamplingParams
-    num_candidates: int
-    stop_strings: tuple[str, ...]
-    include_stop_string: bool
-    priority: int = 0
-    continuations: tuple[list[int], ...] = ()
-
-    @property
-    def tenant(self) -> str:
-        """The adapter's id without a revision; "": the base."""
-        return self.adapter_id.partition("@")[0]
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens that were sent: the prompt, and each continuation."""
-        return len(self.prompt) + sum(map(len, self.continuations))
-
-    @property
-    def num_following(self) -> int:
-        """Tokens that must fit into the context after the prompt."""
-        return max(map(len, self.continuations), default=1)
-
-    @property
-    def following(self) -> str:
-        """The same in words."""
-        return f"a continuation of {self.num_following}" if self.continuations else "at least one generated token"
 
 
 def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> Asked:
@@ -123,11 +72,12 @@ def read_score_request(message: generation_pb2.ScoreRequest, tokenizer: Tokenize
     asked = Asked(
         message.adapter_id,
         prompt,
-        replace(_NOTHING_DRAWN, num_top_logprobs=max(message.top_logprobs, 1)),
+        replace(NOTHING_DRAWN, num_top_logprobs=max(message.top_logprobs, 1)),
         number,
         (),
         False,
         continuations=continuations,
+        draws=False,
     )
     if len(prompt) + asked.num_following > limits.context_length:
         raise InvalidRequestError(

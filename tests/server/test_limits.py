@@ -11,8 +11,7 @@ from server.refusals import refusal
 from quiver import Client, InvalidRequest, ServerBusy
 from quiver.request_messages import GenerateOptions
 from quiver_server.admission import Admission
-from quiver_server.errors import BusyError
-from quiver_server.wire import Asked
+from quiver_server.errors import BusyError, InvalidRequestError
 
 OPTIONS = {
     "--max-prompt-tokens": "20",
@@ -83,21 +82,21 @@ def test_a_flood_for_one_adapter_leaves_others_their_places(bounded: Bench, clie
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_admission_counts_what_is_inside(share: float) -> None:
     """Whatever the share, an adapter has one place; and all together never more than there are."""
-
-    def asked(adapter_id: str, num: int = 1) -> Asked:
-        return Asked(adapter_id, [5], None, num, (), False, "")  # type: ignore[arg-type] - not looked at
-
     admission = Admission(6, share)
     most = {0.0: 1, 0.5: 3, 1.0: 6}[share]
-    admission.check(asked("a", most))
+    admission.check("a", most)
+    with pytest.raises(InvalidRequestError, match=f"asks for {most + 1} sequences at once; this server holds {most}"):
+        admission.check("a", most + 1)
+    admission.enter("a", 1)
     with pytest.raises(BusyError):
-        admission.check(asked("a", most + 1))
+        admission.check("a", most)
+    admission.leave("a", 1)
     for i in range(6):
-        admission.enter(asked(f"{i}@abcdef"))
+        admission.enter(str(i), 1)
     with pytest.raises(BusyError, match="6 sequences are running or waiting, which is all this server holds"):
-        admission.check(asked("b"))
-    admission.leave(asked("0@abcdef"))
-    admission.check(asked("b"))
+        admission.check("b", 1)
+    admission.leave("0", 1)
+    admission.check("b", 1)
 
 
 def test_a_default_that_nobody_may_ask_for(llama_base: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API writes them: what the engine's pieces become, whole or as chunks of a stream."""
+"""Answers as OpenAI's API writes them, whole or as chunks of a stream."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -6,32 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quiver_peft.tokenizer import Tokenizer
-from quiver_server.generation import Piece, Session
+from quiver_server.http.choices import Part
 from quiver_server.request import FinishReason, TokenLogprob
+from quiver_server.session import Session
+from quiver_server.text_stream import offsets_of
 
 _LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 Json = dict[str, Any]
-
-
-@dataclass
-class Part:
-    """What one candidate has said, or one chunk of it. num_characters: of its tokens before this part."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list[int])
-    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
-    finish_reason: FinishReason | None = None
-    num_characters: int = 0
-
-    def add(self, piece: Piece) -> None:
-        """One token more."""
-        self.text += piece.text
-        self.token_ids.append(piece.token_id)
-        if piece.logprob is not None:
-            self.logprobs.append(piece.logprob)
-        self.finish_reason = piece.finish_reason
 
 
 @dataclass(frozen=True)
@@ -73,7 +55,8 @@ class Writer:
 
     def chunk(self, head: Head, part: Part) -> Json:
         """A part of a stream."""
-        content: Json = {"delta": {"content": part.text} if part.text else {}} if self.is_chat else {"text": part.text}
+        text = _text(part)
+        content: Json = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
         return {**head.fields(self._chunk_kind), "choices": [self._choice(part, content)]}
 
     def opening(self, head: Head, num_candidates: int) -> list[Json]:
@@ -89,11 +72,7 @@ class Writer:
 
     def says_something(self, part: Part) -> bool:
         """Whether a part is worth a chunk: a token may end within a character."""
-        return bool(part.text or part.logprobs or part.finish_reason or self._with_token_ids)
-
-    def num_characters(self, part: Part) -> int:
-        """Of a part's tokens, each by itself."""
-        return sum(map(len, self._tokenizer.pieces(part.token_ids)))
+        return bool(part.text or part.logprobs or part.finish_reason or part.echo or self._with_token_ids)
 
     @property
     def _chunk_kind(self) -> str:
@@ -101,7 +80,7 @@ class Writer:
 
     def _message(self, part: Part) -> Json:
         if not self.is_chat:
-            return {"text": part.text}
+            return {"text": _text(part)}
         return {"message": {"role": "assistant", "content": part.text, "refusal": None}}
 
     def _choice(self, part: Part, content: Json) -> Json:
@@ -114,9 +93,9 @@ class Writer:
         return choice
 
     def _logprobs(self, part: Part) -> Json | None:
-        if not part.logprobs:
-            return None
-        return self._chat_logprobs(part.logprobs) if self.is_chat else self._completion_logprobs(part)
+        if not self.is_chat:
+            return self._completion_logprobs(part)
+        return self._chat_logprobs(part.logprobs) if part.logprobs else None
 
     def _chat_logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         content = [
@@ -134,13 +113,19 @@ class Writer:
         spelled = None if _INCOMPLETE in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": spelled}
 
-    def _completion_logprobs(self, part: Part) -> Json:
-        texts = self._tokenizer.pieces([item.token_id for item in part.logprobs])
-        offsets = [part.num_characters + sum(map(len, texts[:i])) for i in range(len(texts))]
+    def _completion_logprobs(self, part: Part) -> Json | None:
+        """With the prompt's, where that is repeated: nothing tells how likely its first token was."""
+        items, offsets, first = part.logprobs, part.offsets, list[int]()
+        if part.echo is not None and part.echo.logprobs is not None:
+            items, first = [*part.echo.logprobs, *items], [part.echo.token_ids[0]]
+            offsets = offsets_of(self._tokenizer, part.echo.token_ids) + offsets
+        if not offsets:
+            return None
+        unknown = [None] * len(first)
         return {
-            "tokens": texts,
-            "token_logprobs": [max(item.logprob, _LEAST_LOGPROB) for item in part.logprobs],
-            "top_logprobs": [self._top(item) for item in part.logprobs],
+            "tokens": self._tokenizer.pieces([*first, *(item.token_id for item in items)]),
+            "token_logprobs": [*unknown, *(max(item.logprob, _LEAST_LOGPROB) for item in items)],
+            "top_logprobs": [*unknown, *(self._top(item) for item in items)],
             "text_offset": offsets,
         }
 
@@ -153,9 +138,13 @@ class Writer:
         return best
 
 
+def _text(part: Part) -> str:
+    return part.text if part.echo is None else part.echo.text + part.text
+
+
 def usage(session: Session) -> Json:
     """Tokens counted over the whole request, as gRPC's Usage counts them."""
-    prompt, generated = len(session.asked.prompt), session.num_generated_tokens
+    prompt, generated = session.num_prompt_tokens, session.num_generated_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,

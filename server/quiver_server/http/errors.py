@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +34,13 @@ _DRAINING_RETRY_SECONDS = 1.0  # by then another replica has the client's connec
 
 def error_body(error: RequestError, names: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The error as JSON. names: of the wire's fields, as HTTP spells them, for its `param` and its words."""
-    message, param = str(error), (names or {}).get(error.field, error.field)
-    if error.field and param != error.field:
-        message = message.replace(error.field, param)
+    message, (field, bracket, number) = str(error), error.field.partition("[")
+    name = (names or {}).get(field, field)
+    param = name + bracket + number
+    if name != field:
+        message = re.sub(rf"\b{re.escape(field)}\b", param, message)
+    if bracket and param not in message:
+        message = f"{param}: {message}"
     code = "model_not_found" if isinstance(error, UnknownAdapterError) else error.reason.lower()
     return _body(message, status_of(error), param or None, code)
 

@@ -1,8 +1,11 @@
 """The endpoints of the HTTP front. Each request becomes what gRPC's would be, and runs as gRPC's does."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from aiohttp import web
@@ -12,19 +15,19 @@ from quiver_peft.errors import ChatError
 from quiver_server.answering import Answering
 from quiver_server.call import current_call
 from quiver_server.errors import InvalidRequestError, RequestError
-from quiver_server.generation import Piece, Session
-from quiver_server.http.answers import Head, Json, Part, Writer
+from quiver_server.http.answers import Head, Json, Writer
 from quiver_server.http.chat import read_messages
+from quiver_server.http.choices import Choices
 from quiver_server.http.errors import dumps, error_body, error_response
 from quiver_server.http.models import Models
 from quiver_server.http.parameters import (
     CHAT_PARAMETERS,
     COMPLETION_PARAMETERS,
     Question,
-    UnsupportedError,
     read_question,
-    token_ids,
 )
+from quiver_server.http.prompts import read_prompts
+from quiver_server.session import Piece, Session
 
 _STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
@@ -33,6 +36,16 @@ class NoChatTemplateError(InvalidRequestError):
     """The base has no chat template: it was not made for chats, or its folder lacks a file."""
 
     reason = "NO_CHAT_TEMPLATE"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One answer in the making."""
+
+    question: Question
+    writer: Writer
+    session: Session
+    choices: Choices
 
 
 class Handlers:
@@ -55,8 +68,7 @@ class Handlers:
         """`POST /v1/completions`."""
         body = await _read_body(request)
         question = read_question(body, "prompt", COMPLETION_PARAMETERS)
-        _set_prompt(question, body.get("prompt"))
-        return await self._answer(request, question, is_chat=False)
+        return await self._answer(request, question, read_prompts(body.get("prompt")), is_chat=False)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
@@ -78,22 +90,23 @@ class Handlers:
             ids = await self._answering.tokenize(text, add_special_tokens=False)
         except RequestError as error:
             return _refused(error, question)
-        question.message.tokens.ids.extend(ids)
-        return await self._answer(request, question, is_chat=True)
+        return await self._answer(request, question, [ids], is_chat=True)
 
-    async def _answer(self, request: web.Request, question: Question, *, is_chat: bool) -> web.StreamResponse:
+    async def _answer(
+        self, request: web.Request, question: Question, prompts: Sequence[str | list[int]], *, is_chat: bool
+    ) -> web.StreamResponse:
         writer = Writer(self._answering.tokenizer, is_chat=is_chat, with_token_ids=question.return_token_ids)
         question.message.adapter_id = await self._models.adapter_id(question.model)
         try:
-            session = await self._answering.open(question.message)
+            session = await self._answering.open_several(question.message, prompts, draws=question.draws)
+            choices = Choices(self._answering.tokenizer, session, prompts if question.echo else ())
+            answer = _Answer(question, writer, session, choices)
             async with aclosing(cast("Any", self._answering.pieces(session))) as pieces:
                 if question.stream:
-                    return await self._stream(request, question, writer, session, pieces)
-                parts = [Part(index) for index in range(session.asked.num_candidates)]
+                    return await self._stream(request, answer, pieces)
                 async for piece in pieces:
-                    parts[piece.index].add(piece)
-                answer = writer.whole(self._head(session, is_chat), parts, session)
-                return web.json_response(answer, dumps=dumps)
+                    choices.add(piece)
+            return web.json_response(text=await self._whole(answer))
         except RequestError as error:
             return _refused(error, question)
 
@@ -101,44 +114,41 @@ class Handlers:
         prefix = "chatcmpl" if is_chat else "cmpl"
         return Head(f"{prefix}-{current_call().request_id}", *self._models.answered(session))
 
-    async def _stream(
-        self,
-        request: web.Request,
-        question: Question,
-        writer: Writer,
-        session: Session,
-        pieces: AsyncIterator[Piece],
-    ) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, answer: _Answer, pieces: AsyncIterator[Piece]) -> web.StreamResponse:
         """Server-sent events. What fails before the first token has a status of its own, later only an event."""
         first = await anext(pieces)
         response = web.StreamResponse(headers=_STREAM_HEADERS)
         await response.prepare(request)
         try:
-            async for chunk in self._chunks(question, writer, session, first, pieces):
+            async for chunk in self._chunks(answer, first, pieces):
                 await _send(response, dumps(chunk))
             await _send(response, "[DONE]")
         except RequestError as error:
             current_call().refuse(error)
-            await _send(response, dumps(error_body(error, question.names)))
+            await _send(response, dumps(error_body(error, answer.question.names)))
         await response.write_eof()
         return response
 
-    async def _chunks(
-        self, question: Question, writer: Writer, session: Session, first: Piece, pieces: AsyncIterator[Piece]
-    ) -> AsyncIterator[Json]:
+    async def _whole(self, answer: _Answer) -> str:
+        head, parts = self._head(answer.session, answer.writer.is_chat), answer.choices.parts
+        work = partial(answer.writer.whole, head, parts, answer.session)
+        return dumps(await asyncio.to_thread(work) if answer.question.echo else work())
+
+    async def _chunks(self, answer: _Answer, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[Json]:
+        question, writer, session, choices = answer.question, answer.writer, answer.session, answer.choices
         head = self._head(session, writer.is_chat)
         without_usage = {"usage": None} if question.include_usage else {}
-        for chunk in writer.opening(head, session.asked.num_candidates):
+        for chunk in writer.opening(head, session.num_candidates):
             yield {**chunk, **without_usage}
-        num_characters = [0] * session.asked.num_candidates
         piece: Piece | None = first
         while piece is not None:
-            part = Part(piece.index, num_characters=num_characters[piece.index])
-            part.add(piece)
+            choices.add(piece)
+            part = choices.take(piece.index)
             if writer.says_something(part):
-                yield {**writer.chunk(head, part), **without_usage}
-            if part.logprobs:
-                num_characters[piece.index] += writer.num_characters(part)
+                work = partial(writer.chunk, head, part)
+                # A prompt may be long: the loop answers others meanwhile.
+                chunk = await asyncio.to_thread(work) if part.echo else work()
+                yield {**chunk, **without_usage}
             piece = await anext(pieces, None)
         if question.include_usage:
             yield writer.closing(head, session)
@@ -168,20 +178,3 @@ async def _read_body(request: web.Request) -> Mapping[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequestError("the body must be a JSON object")
     return cast(dict[str, Any], body)
-
-
-def _set_prompt(question: Question, prompt: Any) -> None:
-    """A text, or token ids; or a list of one of these. Raises InvalidRequestError."""
-    if isinstance(prompt, list) and len(cast(list[Any], prompt)) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        question.message.text = prompt
-        return
-    if isinstance(prompt, list) and any(isinstance(item, str | list) for item in cast(list[Any], prompt)):
-        raise UnsupportedError(
-            "prompt is a list of several; send a request for each: they run in the same batch", "prompt"
-        )
-    try:
-        question.message.tokens.ids.extend(token_ids(prompt))
-    except ValueError:
-        raise InvalidRequestError("prompt must be a text or a list of token ids", "prompt") from None

@@ -1,4 +1,4 @@
-"""Models as HTTP clients name them: the base by its own name, each adapter by its id."""
+"""Models as HTTP clients name them: the base by its own name, each adapter by its id, each alias by its name."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ from quiver_server.adapter_entry import Entry
 from quiver_server.adapter_messages import state_of
 from quiver_server.adapter_store import AdapterStore
 from quiver_server.errors import InvalidRequestError, RequestError, UnknownAdapterError
-from quiver_server.generation import Session
+from quiver_server.session import Session
 
 
 class Models:
@@ -40,16 +40,21 @@ class Models:
 
     async def listed(self) -> list[dict[str, Any]]:
         """Those that the caller may ask, as OpenAI describes a model."""
-        grant = current_caller().grant
-        base = [self._describe(self._base_name, None, self._fingerprint)] if grant.base else []
-        return base + [self._adapter(entry) for entry in await self._store.entries() if grant.allows(entry.id)]
+        grant, aliases = current_caller().grant, self._store.registry.decided.aliases
+        base = [self._base()] if grant.base else []
+        # An adapter that an alias hides cannot be asked.
+        entries = [entry for entry in await self._store.entries() if entry.id not in aliases]
+        adapters = [self._adapter(entry) for entry in entries if grant.allows(entry.id)]
+        return base + adapters + [self._alias(name) for name in sorted(aliases) if grant.allows(name)]
 
     async def described(self, model: str) -> dict[str, Any]:
         """One of them. Raises RequestError."""
         adapter_id = await self.adapter_id(model)
         current_caller().check_adapter(adapter_id)
         if not adapter_id:
-            return self._describe(self._base_name, None, self._fingerprint)
+            return self._base()
+        if adapter_id in self._store.registry.decided.aliases:
+            return self._alias(adapter_id)
         return self._adapter(await self._store.get(adapter_id.partition("@")[0]))
 
     async def _has_adapter(self, name: str) -> bool:
@@ -59,18 +64,27 @@ class Models:
             return False
         return True
 
+    def _base(self) -> dict[str, Any]:
+        return self._describe(self._base_name, self._base_name, None, self._fingerprint)
+
     def _adapter(self, entry: Entry) -> dict[str, Any]:
         # Known once it is in memory.
         revision = None if entry.resident is None else entry.resident.revision
-        return {**self._describe(entry.id, self._base_name, revision), "state": state_of(entry, self._store).value}
+        described = self._describe(entry.id, self._base_name, self._base_name, revision)
+        return {**described, "state": state_of(entry, self._store).value}
 
-    def _describe(self, name: str, parent: str | None, revision: str | None) -> dict[str, Any]:
+    def _alias(self, name: str) -> dict[str, Any]:
+        """Its root is the adapter's revision that it names."""
+        exact = self._store.registry.decided.aliases[name]
+        return self._describe(name, str(exact), self._base_name, exact.revision)
+
+    def _describe(self, name: str, root: str, parent: str | None, revision: str | None) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
             "created": self._created_seconds,
             "owned_by": "quiver",
-            "root": self._base_name,
+            "root": root,
             "parent": parent,
             "revision": revision,
         }

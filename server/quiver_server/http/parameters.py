@@ -26,7 +26,8 @@ class Question:
     """A request, read.
 
     message: without its prompt and its adapter_id, which is made of `model` by who knows the models. names: of the
-    message's fields that the client set, as it spelled them.
+    message's fields that the client set, as it spelled them. echo: whether each choice begins with its prompt. draws:
+    whether tokens are generated: with echo, 0 of them may be asked for.
     """
 
     message: generation_pb2.GenerateRequest
@@ -35,6 +36,8 @@ class Question:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    echo: bool
+    draws: bool
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
 def read_question(body: Mapping[str, Any], prompt: str, parameters: Mapping[str, Parameter]) -> Question:
     """All but the prompt, whose parameter is called `prompt`. Raises InvalidRequestError."""
     given = {name: value for name, value in body.items() if value is not None}
+    is_chat = parameters is CHAT_PARAMETERS
+    echo = not is_chat and _read("echo", given.pop("echo", False), _flag)
     model = given.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("model is missing: name an adapter or the base; /v1/models lists them", "model")
@@ -144,8 +149,14 @@ def read_question(body: Mapping[str, Any], prompt: str, parameters: Mapping[str,
             names[parameters[name].field] = name
         elif given[name] not in _ASKS_NOTHING.get(name, ()):
             raise UnsupportedError(f"{name} is not supported by this server; leave it out", name)
-    if "logprobs" in given and parameters is COMPLETION_PARAMETERS:
+    if "logprobs" in given and not is_chat:
         message.output.logprobs = True  # a number there, which may be 0: no alternatives
+    if echo and message.output.logprobs:
+        message.output.prompt_logprobs = True
+        names["output.prompt_logprobs"] = "echo"
+    draws = not echo or given.get("max_tokens") != 0
+    if not draws:
+        message.stopping.max_new_tokens = 1  # which is thrown away
     if "max_tokens" in given and "max_completion_tokens" in given:
         raise InvalidRequestError("give one of max_tokens and max_completion_tokens", "max_completion_tokens")
     stream = _read("stream", given.get("stream", False), _flag)
@@ -156,6 +167,8 @@ def read_question(body: Mapping[str, Any], prompt: str, parameters: Mapping[str,
         stream,
         _include_usage(given.get("stream_options"), stream),
         _read("return_token_ids", given.get("return_token_ids", False), _flag),
+        echo,
+        draws,
     )
 
 

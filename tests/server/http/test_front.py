@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,20 @@ def error_of(answer: httpx2.Response) -> dict[str, Any]:
         ({"stream": True, "stream_options": []}, "stream_options", "must be an object"),
         ({"prompt": ""}, "prompt", "the prompt is empty"),
         ({"prompt": None}, "prompt", "a text or a list of token ids"),
-        ({"prompt": [1, "a"]}, "prompt", "a list of several"),
-        ({"prompt": ["a", "b"]}, "prompt", "a list of several; send a request for each"),
+        ({"prompt": []}, "prompt", "the prompt is empty"),
+        ({"prompt": [1, True]}, "prompt", "a text or a list of token ids"),
+        ({"prompt": [1, "a"]}, "prompt[0]", "prompt[0] must be a text or a list of token ids"),
+        ({"prompt": ["a", ["b"]]}, "prompt[1]", "prompt[1] must be a text or a list of token ids"),
+        ({"prompt": ["a", ""]}, "prompt[1]", "prompt[1]: the prompt is empty"),
+        ({"prompt": ["a", "b", [99999]]}, "prompt[2]", "prompt[2] is 99999; it must be below the vocabulary size"),
+        ({"prompt": ["x" * 300, "b"]}, "prompt[0]", "prompt[0]: the prompt has 300 tokens; with at least one"),
+        ({"prompt": ["a", "b"], "temperature": -1}, "temperature", "temperature is -1.0; it must be 0 or more"),
+        ({"prompt": ["a"] * 289}, None, "asks for 289 sequences at once; this server holds 288 of one adapter"),
+        ({"prompt": ["a"] * 19, "n": 16}, None, "asks for 304 sequences at once; this server holds 288"),
+        ({"echo": 1}, "echo", "echo must be true or false"),
         ({"prompt": [99999]}, "prompt", "prompt is 99999; it must be below the vocabulary size"),
         ({"prompt": [5] * 300}, "prompt", "it must fit into the context of 256"),
+        ({"prompt": "x" * 300}, "prompt", "it must fit into the context of 256"),
         ({"model": None}, "model", "model is missing"),
         ({"model": 3}, "model", "model is missing"),
         ({"model": "all-r2@zz"}, "model", "revision 'zz' is malformed"),
@@ -120,7 +131,7 @@ def test_what_breaks_a_rule_is_refused_by_its_own_name(
 
 
 @pytest.mark.parametrize(
-    "name", ["best_of", "echo", "suffix", "logit_bias", "tools", "response_format", "priority", "made_up", "messages"]
+    "name", ["best_of", "suffix", "logit_bias", "tools", "response_format", "priority", "made_up", "messages"]
 )
 def test_what_is_not_supported_is_refused_by_name(llama: Bench, name: str) -> None:
     """The values are truthy; with those that ask for nothing, and with null, they are let pass."""
@@ -129,7 +140,7 @@ def test_what_is_not_supported_is_refused_by_name(llama: Bench, name: str) -> No
     error = error_of(answer)
     assert (answer.status_code, error["param"], error["code"]) == (400, name, "unsupported_parameter")
     assert f"{name} is not supported by this server" in error["message"]
-    nothing = {"best_of": 1, "logit_bias": {}, "echo": False, "response_format": {"type": "text"}}
+    nothing = {"best_of": 1, "logit_bias": {}, "response_format": {"type": "text"}}
     assert post(llama, {**body, name: nothing.get(name)}).status_code == 200
 
 
@@ -196,6 +207,22 @@ def test_models(llama: Bench, http: OpenAI, client: Client) -> None:
     assert (answer.model, answer.system_fingerprint) == ("pattern-r3", loaded.revision)
 
 
+def test_an_alias_is_a_model(llama: Bench, http: OpenAI, client: Client) -> None:
+    exact = client.load_adapter("one-r1")
+    client.set_alias("live-over-http", "one-r1")
+    listed = {model.id: model for model in http.models.list()}
+    alias = listed["live-over-http"]
+    assert (alias.root, alias.revision) == (f"one-r1@{exact.revision}", exact.revision)  # type: ignore[attr-defined]
+    assert alias.parent == llama.base.name  # type: ignore[attr-defined]
+    assert http.models.retrieve("live-over-http") == alias
+    answer = http.completions.create(model=alias.id, prompt="hello", max_tokens=4, temperature=0)
+    assert (answer.model, answer.system_fingerprint) == ("one-r1", exact.revision)
+    client.delete_alias("live-over-http")
+    assert "live-over-http" not in {model.id for model in http.models.list()}
+    with pytest.raises(openai.NotFoundError):
+        http.models.retrieve("live-over-http")
+
+
 def test_a_name_of_base_and_adapter_is_refused(llama: Bench) -> None:
     llama.add(llama.base.name, rank=2, targets=["q_proj"], seed=40)
     answer = post(llama, {"model": llama.base.name, "prompt": "hello", "max_tokens": 1})
@@ -250,9 +277,12 @@ def test_no_request_without_a_token(guarded: Bench, token: str) -> None:
 
 def test_a_token_reaches_its_models_only(guarded: Bench) -> None:
     with guarded.server.openai(SUPPORT) as http:
-        assert [model.id for model in http.models.list()] == ["attention-r4"]
+        with guarded.server.client(ADMIN) as client:
+            for alias in ("attention-live", "all-live"):
+                client.set_alias(alias, "attention-r4")
+        assert [model.id for model in http.models.list()] == ["attention-r4", "attention-live"]
         assert http.completions.create(model="attention-r4", prompt="x", max_tokens=1).choices
-        for model in ("all-r2", "nobody", guarded.base.name):
+        for model in ("all-r2", "all-live", "nobody", guarded.base.name):
             with pytest.raises(openai.PermissionDeniedError, match="does not allow"):
                 http.completions.create(model=model, prompt="x")
             with pytest.raises(openai.PermissionDeniedError, match="does not allow"):
@@ -283,15 +313,17 @@ def test_limits_are_429_with_a_hint(guarded: Bench) -> None:
         headers = caught.value.response.headers
         assert 1 <= int(headers["Retry-After"]) <= 2
         assert 0 < int(headers["retry-after-ms"]) <= 2000
-    with guarded.server.openai(SUPPORT) as http, pytest.raises(openai.RateLimitError, match="its limit is 2"):
-        http.completions.create(model="attention-r4", prompt="x", n=3)
+    for prompt, n in (("x", 3), (["x", "y", "z"], 1), (["x", "y"], 2)):
+        with guarded.server.openai(SUPPORT) as http, pytest.raises(openai.RateLimitError, match="its limit is 2"):
+            http.completions.create(model="attention-r4", prompt=prompt, n=n)
 
 
 def test_a_client_that_is_gone_frees_its_place(guarded: Bench) -> None:
-    """Streaming or not; the token's own limit shows it."""
-    body: dict[str, Any] = {"model": "attention-r4", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "n": 2}
-    for stream in (True, False):
-        content = json.dumps({**body, "stream": stream}).encode()
+    """Streaming or not, one prompt or several; the token's own limit shows it."""
+    body: dict[str, Any] = {"model": "attention-r4", "max_tokens": 200, "ignore_eos": True}
+    two: list[dict[str, Any]] = [{"prompt": "x", "n": 2}, {"prompt": ["x", "y"]}]
+    for stream, prompts in product((True, False), two):
+        content = json.dumps({**body, **prompts, "stream": stream}).encode()
         host, port = guarded.server.http_url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as raw:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {SUPPORT}\r\n"
@@ -299,7 +331,7 @@ def test_a_client_that_is_gone_frees_its_place(guarded: Bench) -> None:
             raw.sendall(head.encode() + content)
             eventually(lambda: guarded.server.metric("quiver_running_sequences") == 2)
         eventually(lambda: guarded.server.metric("quiver_running_sequences") == 0, 5)
-    assert guarded.server.metric("quiver_requests_total", adapter="attention-r4", code="CANCELLED") == 2
+    assert guarded.server.metric("quiver_requests_total", adapter="attention-r4", code="CANCELLED") == 4
     with guarded.server.openai(SUPPORT) as http:
         assert http.completions.create(model="attention-r4", prompt="x", n=2, max_tokens=1).choices
 
