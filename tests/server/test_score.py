@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from server.bench import LLAMA_ADAPTERS, Bench, make_base, running_bench
@@ -149,7 +150,10 @@ def test_an_encoder_decoder_scores_what_its_decoder_would_answer(tmp_path: Path)
     base = make_base(tmp_path / "base", "t5")
     adapters = {"lora-r4": {"rank": 4, "targets": ["q", "v"]}}
     source, targets = random_tokens(20, seed=5).tolist(), [[7, 30, EOS], random_tokens(40, seed=7).tolist()]
-    with running_bench(tmp_path, base, adapters) as bench, bench.server.client() as client:
+    with running_bench(tmp_path, base, adapters, "--http-port", "0") as bench, bench.server.client() as client:
+        with bench.server.openai() as http, pytest.raises(openai.BadRequestError) as caught:
+            http.completions.create(model="lora-r4", prompt=source, echo=True, logprobs=0)
+        assert "echo is set; an encoder-decoder reads its prompt and predicts none of it" in str(caught.value)
         for adapter_id in ("", "lora-r4"):
             scores = client.score(source, targets, adapter=adapter_id, top_logprobs=2).scores
             for score, target in zip(scores, targets, strict=True):

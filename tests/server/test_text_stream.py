@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
 from quiver_peft.tokenizer import Tokenizer
-from quiver_server.text_stream import TextStream
+from quiver_server.text_stream import TextStream, offsets_of
 
 IDS = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40)
 TEXTS = st.text(st.sampled_from("aeß€\N{SNOWMAN}\N{GRINNING FACE} .b"), max_size=30)
@@ -33,6 +33,14 @@ def run(stream: TextStream, ids: list[int]) -> list[str]:
 def test_pieces_make_the_decoded_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     stream = TextStream(tokenizer)
     assert "".join(run(stream, ids)) == stream.text == tokenizer.decode(ids)
+
+
+@given(text=TEXTS)
+def test_a_token_begins_where_the_tokens_before_it_end(tokenizer: Tokenizer, text: str) -> None:
+    """Within a character, where that does."""
+    ids = tokenizer.encode(text)
+    whole = [len(tokenizer.decode(ids[:i]).rstrip("\N{REPLACEMENT CHARACTER}")) for i in range(len(ids))]
+    assert offsets_of(tokenizer, ids) == whole
 
 
 @given(text=TEXTS)
