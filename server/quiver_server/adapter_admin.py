@@ -84,8 +84,8 @@ class AdapterAdmin:
 
     async def unload(self, name: str, running: Running = Running.WAIT) -> int:
         """Take an adapter out of memory, all its revisions or the one named; returns the bytes given back."""
-        entry, prefix = await self._store.find(name)
-        await self._store.get(name)
+        entry, prefix = await self._store.names.find(name)
+        await self._store.names.get(name)
         for wanted, task in list(entry.loads.items()):
             if wanted.startswith(prefix):
                 await asyncio.wait([task])
@@ -126,7 +126,7 @@ class AdapterAdmin:
         resident = await self._store.acquire(target)
         try:
             exact = Exact(resident.id, resident.revision)
-            entry, _ = await self._store.find(str(exact))
+            entry, _ = await self._store.names.find(str(exact))
             registry = self._store.registry
             previous = await registry.set_alias(alias, exact)
             # Now that it is named it is not evicted from the disk any more.
@@ -152,7 +152,7 @@ class AdapterAdmin:
     async def _find(self, name: str, source: str) -> tuple[Entry, str]:
         """The entry of a name; with a source, the id is registered to be read from there."""
         if not source:
-            entry, prefix = await self._store.find(name)
+            entry, prefix = await self._store.names.find(name)
             return entry, prefix
         adapter_id, prefix = parse_name(name)
         if prefix or adapter_id in self._store.registry.decided.aliases:
@@ -161,7 +161,7 @@ class AdapterAdmin:
         if not await self._store.reader.ask(place.store.has, place.path):
             raise UnknownAdapterError(f"source {source!r} holds no adapter_config.json", "source")
         await self._store.registry.set_source(adapter_id, place.url)
-        entry = self._store.add(adapter_id, place)
+        entry = self._store.names.add(adapter_id, place)
         if entry.place != place:
             entry.place, entry.stamp = place, None
         return entry, ""
@@ -172,7 +172,7 @@ class AdapterAdmin:
         return await self._store.reader.ask(entry.place.store.stamp, entry.place.path) == entry.stamp
 
     async def _is_adapter(self, name: str) -> bool:
-        if self._store.peek(name) is not None:
+        if self._store.names.peek(name) is not None:
             return True
         return await self._store.reader.ask(self._sources.find, name) is not None
 

@@ -8,9 +8,10 @@ from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_server.adapter_admin import AdapterAdmin
 from quiver_server.adapter_memory import AdapterMemory
+from quiver_server.adapter_names import AdapterNames
 from quiver_server.adapter_reading import AdapterReader
 from quiver_server.adapter_sources import AdapterSources
-from quiver_server.adapter_store import AdapterStore, StoreParts
+from quiver_server.adapter_store import AdapterStore
 from quiver_server.adapter_watch import Changes
 from quiver_server.background import background_threads
 from quiver_server.disk_cache import DiskCache
@@ -37,5 +38,6 @@ def open_adapters(
     changes = Changes()
     reader = AdapterReader(parse, WeightsCache(host_bytes), disk, thread)
     memory = AdapterMemory(banks, thread, metrics, changes.note)
-    store = AdapterStore(StoreParts(sources, registry, reader, memory, thread, changes), metrics)
+    names = AdapterNames(sources, registry, reader, changes)
+    store = AdapterStore(names, reader, memory, thread, metrics)
     return store, AdapterAdmin(store, sources)

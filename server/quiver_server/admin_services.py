@@ -97,7 +97,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def find() -> Entry:
             _check(request.adapter_id)
-            return await self._store.get(request.adapter_id)
+            return await self._store.names.get(request.adapter_id)
 
         entry = await _or_refuse(find(), context)
         return adapters_pb2.GetAdapterResponse(adapter=self._describe(entry))
@@ -109,7 +109,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.ListAdaptersResponse:
         """Describe every adapter that the caller may ask."""
         allows = current_caller().grant.allows
-        entries = [entry for entry in await self._store.entries() if allows(entry.id)]
+        entries = [entry for entry in await self._store.names.entries() if allows(entry.id)]
         return adapters_pb2.ListAdaptersResponse(adapters=[self._describe(entry) for entry in entries])
 
     async def SetAlias(  # noqa: N802
@@ -151,13 +151,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         allows = current_caller().grant.allows
         told: dict[str, adapters_pb2.Adapter] = {}
         with self._store.changes.watching() as watcher:
-            await self._store.entries()
-            changed = {entry.id for entry in self._store.known if allows(entry.id)}
+            await self._store.names.entries()
+            changed = {entry.id for entry in self._store.names.known if allows(entry.id)}
             yield self._news(told, changed, snapshot=True)
             while True:
                 changed = await watcher.wait(_RESCAN_SECONDS)
                 if not changed:
-                    await self._store.entries()  # what has come or gone is noted
+                    await self._store.names.entries()  # what has come or gone is noted
                     continue
                 news = self._news(told, {adapter_id for adapter_id in changed if allows(adapter_id)})
                 if news.adapters or news.removed_ids:
@@ -169,7 +169,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """How these are now, where that is not what was told before."""
         news = adapters_pb2.WatchAdaptersResponse(snapshot=snapshot)
         for adapter_id in sorted(ids):
-            entry = self._store.peek(adapter_id)
+            entry = self._store.names.peek(adapter_id)
             if entry is None:
                 if told.pop(adapter_id, None) is not None:
                     news.removed_ids.append(adapter_id)

@@ -48,7 +48,7 @@ class LoadMetrics(Collector):
 
     def _adapters(self) -> Iterator[Metric]:
         store = self._store
-        known = store.known
+        known = store.names.known
         waiting = sum(entry.num_waiting for entry in known if entry.resident is None)
         yield GaugeMetricFamily("quiver_known_adapters", "Adapters that can be asked for.", len(known))
         yield GaugeMetricFamily("quiver_adapter_waiting_requests", "Requests that wait for their adapter.", waiting)
@@ -63,7 +63,7 @@ class LoadMetrics(Collector):
         yield CounterMetricFamily("quiver_adapter_host_hits", "Loads that found the adapter in main memory.", hits)
 
     def _for_routers(self) -> Iterator[Metric]:
-        waiting = [entry for entry in self._store.known if entry.num_waiting and entry.resident is None]
+        waiting = [entry for entry in self._store.names.known if entry.num_waiting and entry.resident is None]
         in_line = len(self._scheduler.waiting) + sum(entry.num_waiting for entry in waiting)
         yield self._vllm("num_requests_running", "Sequences in the running batch.", len(self._scheduler.running))
         yield self._vllm("num_requests_waiting", "Sequences that wait, for their turn or their adapter.", in_line)
@@ -90,7 +90,7 @@ class LoadMetrics(Collector):
 
     def _resident(self) -> dict[str, int]:
         """{id: bytes} of the adapters in memory."""
-        residents = [entry.resident for entry in self._store.known]
+        residents = [entry.resident for entry in self._store.names.known]
         return {resident.id: resident.num_bytes for resident in residents if resident is not None}
 
     def _room_for(self, resident: dict[str, int]) -> int:

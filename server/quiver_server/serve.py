@@ -240,7 +240,7 @@ async def _serve_parts(config: ServerConfig, parts: Parts, ending: _Ending) -> i
     for reason in await parts.admin.restore_pins():
         log.error("a pinned adapter could not be loaded: %s", reason)
     await over_grpc.start()
-    num_found = len(await parts.store.entries())
+    num_found = len(await parts.store.names.entries())
     log.info("serving %s on %s (%d adapters found)", config.base, over_grpc.address, num_found)
     await _until_signal(ending)
     await _drain(config, parts, over_grpc, over_http)

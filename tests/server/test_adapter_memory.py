@@ -55,7 +55,7 @@ async def make_store(folder: Path, llama_base: Path) -> AsyncIterator[Store]:
 
 
 def resident(store: AdapterStore) -> set[str]:
-    return {entry.id for entry in store.known if entry.resident is not None}
+    return {entry.id for entry in store.names.known if entry.resident is not None}
 
 
 async def use(store: AdapterStore, *names: str) -> None:
@@ -189,7 +189,7 @@ async def test_storms_lose_nothing(make_store: Store) -> None:
 
     found = await asyncio.wait_for(asyncio.gather(*(ask(i) for i in range(200))), 60)
     assert [item.id for item in found] == [names[i * i % 7] for i in range(200)]
-    assert all(entry.resident is None or entry.resident.num_leases == 0 for entry in store.known)
+    assert all(entry.resident is None or entry.resident.num_leases == 0 for entry in store.names.known)
 
 
 async def test_a_disk_without_room_serves_but_keeps_no_alias(make_store: Store) -> None:

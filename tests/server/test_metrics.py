@@ -78,7 +78,7 @@ async def idle(tmp_path: Path) -> AsyncIterator[IdleServer]:
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-    await server.store.entries()
+    await server.store.names.entries()
     yield server
     server.store.close()
 
@@ -88,7 +88,7 @@ async def test_a_router_sees_who_waits(idle: IdleServer) -> None:
         return read_as_the_router_does(generate_latest(idle.metrics.registry).decode())
 
     assert read() == ({"num_requests_waiting": 0, "num_requests_running": 0, "kv_cache_usage_perc": 0}, set(), set(), 8)
-    entries: dict[str, Entry] = {entry.id: entry for entry in idle.store.known}
+    entries: dict[str, Entry] = {entry.id: entry for entry in idle.store.names.known}
     entries["one"].waiting, entries["two"].waiting = {"": 2}, {"abcdef": 1}
     gauges, running, waiting, most = read()
     assert (gauges["num_requests_waiting"], running, waiting) == (3, set(), {"one", "two"})

@@ -28,7 +28,7 @@ class Models:
             return ""
         current_caller().check_adapter(model)
         try:
-            await self._store.find(model.partition("@")[0])
+            await self._store.names.find(model.partition("@")[0])
         except (InvalidRequestError, UnknownAdapterError):
             raise UnknownAdapterError(f"no model has the id {model!r}; /v1/models names them all", "model") from None
         return model
@@ -43,7 +43,7 @@ class Models:
         grant, aliases = current_caller().grant, self._store.registry.decided.aliases
         base = [self._base()] if grant.base else []
         # An adapter that an alias hides cannot be asked.
-        entries = [entry for entry in await self._store.entries() if entry.id not in aliases]
+        entries = [entry for entry in await self._store.names.entries() if entry.id not in aliases]
         adapters = [self._adapter(entry) for entry in entries if grant.allows(entry.id)]
         return base + adapters + [self._alias(name) for name in sorted(aliases) if grant.allows(name)]
 
@@ -55,11 +55,11 @@ class Models:
             return self._base()
         if adapter_id in self._store.registry.decided.aliases:
             return self._alias(adapter_id)
-        return self._adapter(await self._store.get(adapter_id.partition("@")[0]))
+        return self._adapter(await self._store.names.get(adapter_id.partition("@")[0]))
 
     async def _has_adapter(self, name: str) -> bool:
         try:
-            await self._store.get(name)
+            await self._store.names.get(name)
         except RequestError:
             return False
         return True
