@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import EOS, hf_greedy, hf_lora, hf_model, random_prompts
 from trainer.conftest import ROWS, write_rows
 
-from quiver_peft import GPT
+from quiver_peft import GPT, CanonicalAdaptersPEFTConfig, IA3PEFTConfig, LoraPEFTConfig
+from quiver_peft.adapters.prefix import PrefixPEFTConfig
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.errors import DataError
-from quiver_trainer.predict import is_exact_match, predict_tokens
+from quiver_trainer.predict import is_exact_match, predict_texts, predict_tokens
+from quiver_trainer.predict_cli import main
 
 
 def test_answers_equal_transformers_one_at_a_time(base_folder: Path, tmp_path: Path) -> None:
@@ -66,6 +69,25 @@ def test_the_command_writes_answers_and_counts_the_right_ones(base_folder: Path,
     assert [row["prediction"] for row in written] == expected
     assert [row["correct"] for row in written] == [False, True, True, True, True, True]
     assert "wrote 6 answers" in result.stdout and "exact match: 83.3% (5 of 6)" in result.stdout
+
+
+def test_the_command_answers_with_an_adapter_as_the_library_does(base_folder: Path, tmp_path: Path) -> None:
+    """The command's base is packed for inference; DoRA's lengths come from its weights all the same."""
+    model = GPT.from_pretrained(base_folder)
+    configs = [LoraPEFTConfig(adapter_dim=3, target_modules=["all"], use_dora=True), IA3PEFTConfig()]
+    model.add_adapter([PrefixPEFTConfig(virtual_tokens=3), *configs, CanonicalAdaptersPEFTConfig(adapter_dim=4)])
+    torch.manual_seed(1)
+    for parameter in model.trainable_parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    model.save_adapter(tmp_path / "adapter")
+    prompts = [prompt for prompt, _ in ROWS]
+    expected = predict_texts(model, Tokenizer(base_folder), prompts, max_new_tokens=12)
+    bare = predict_texts(GPT.from_pretrained(base_folder), Tokenizer(base_folder), prompts, max_new_tokens=12)
+    assert all(ours != theirs for ours, theirs in zip(expected, bare, strict=True))
+    rows, out = write_rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    adapter = ["--adapter", str(tmp_path / "adapter"), "--max-new-tokens", "12"]
+    assert main(["--base", str(base_folder), *adapter, str(rows), str(out)]) == 0
+    assert [json.loads(line)["prediction"] for line in out.read_text().splitlines()] == expected
 
 
 def test_bad_input_exits_with_2_and_leaves_the_old_answers(base_folder: Path, tmp_path: Path) -> None:

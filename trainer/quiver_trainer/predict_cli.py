@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from quiver_peft.base.packing import pack
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
@@ -92,6 +93,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.adapter is not None:
         model.load_adapters(options.adapter)
     model.freeze()
+    if model.base.embedding.weight.is_cpu:
+        pack(model.base)  # as a server does: it will not be trained any more
     prompts = [tokenizer.encode(row.prompt) for row in rows]
     _check_lengths(prompts, rows, options.input, model.max_tokens)
     answers = _predict(model, prompts, options.max_new_tokens)
