@@ -1,10 +1,15 @@
 """What the ranks of the parallel tests do: see ranks.py. Asserts here fail the test that asked."""
 
+import io
 import itertools
 import json
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron_models import megatron_logits, megatron_model
+from ranks import die_with_parent
 from torch import Tensor, nn
 
 from quiver_peft.adapters.adapter import Adapter
@@ -34,6 +40,7 @@ from quiver_peft.parallel.mesh import Mesh, start_mesh
 from quiver_peft.parallel.shards import gather
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import TrainConfig, TrainingInterrupted
+from quiver_trainer.parallel import convert
 from quiver_trainer.parallel.launch import train_on_mesh
 from quiver_trainer.parallel.measure import greedy_answers
 from quiver_trainer.report import SilentReporter
@@ -184,10 +191,13 @@ def count_collectives(folder: str, methods: list[str]) -> dict[str, int]:
     return counts
 
 
-def train(recipes: list[dict[str, Any]], stop_after: int | None = None) -> list[str]:
+def train(
+    recipes: list[dict[str, Any]], stop_after: int | None = None, kill: tuple[int, float] | None = None
+) -> list[str]:
     """Each recipe over the ranks, as `torchrun -m quiver_trainer` would; returns the revisions.
 
-    stop_after: one of the ranks is asked to stop after so many steps of each.
+    stop_after: one of the ranks is asked to stop after so many steps of each. kill: one of them is killed, so many
+    seconds after it began so manieth a step of this process.
     """
     _save_without_starting_python()
     configs = [TrainConfig.model_validate_json(json.dumps(recipe)) for recipe in recipes]
@@ -199,7 +209,10 @@ def train(recipes: list[dict[str, Any]], stop_after: int | None = None) -> list[
             is_last = dist.get_rank() == dist.get_world_size() - 1
 
             def should_stop(stops: Iterator[int] = stops, is_last: bool = is_last) -> bool:
-                return next(stops) == stop_after and is_last
+                step = next(stops)
+                if kill is not None and is_last and step == kill[0]:
+                    threading.Timer(kill[1], os.kill, (os.getpid(), signal.SIGKILL)).start()
+                return step == stop_after and is_last
 
             try:
                 result = train_on_mesh(config, mesh, reporter=SilentReporter(), should_stop=should_stop)
@@ -278,9 +291,20 @@ def megatron_refusal(folder: str, other: str, scratch: str) -> str:
     return ""
 
 
+def convert_bases(words: list[str]) -> tuple[int, str, str]:
+    """The command `python -m quiver_trainer.parallel.convert`: its exit code, and what it printed on either stream."""
+    _save_without_starting_python()
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = convert.main(words)
+    return code, out.getvalue(), err.getvalue()
+
+
 def _save_without_starting_python() -> None:
     """Megatron's checkpoints collect their results through a process that starts Python anew: seconds, here forked."""
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()  # pyright: ignore
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(die_with_parent)
+    filesystem_async._results_queue = manager.Queue()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def gpu_train(settings: dict[str, Any], base: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _ROOMS = ("proto", "peft", "server", "trainer", "tests")
 _LIMIT_SECONDS = 200  # of one call, on a machine with other work
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class RankError(AssertionError):
@@ -95,8 +97,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def die_with_parent() -> None:
+    """This process is killed when the one that started it ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve() -> None:
     """Forks what is asked for until standard input ends."""
+    die_with_parent()
     import parallel_cases  # imports torch and Megatron: once, here
 
     for line in sys.stdin:
@@ -114,6 +122,7 @@ def _fork(rank: int, port: int, function: Callable[..., Any], call: dict[str, An
     if child:
         return child
     code = 1
+    die_with_parent()
     try:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": call["world"], "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")

@@ -1,6 +1,7 @@
 """Training over ranks ends where training in one process ends: losses, weights, and what a server reads of them."""
 
 import json
+import random
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bench.gpu_train import SIZES, Layout, compare, make_base
-from ranks import Processes, rank_processes
+from ranks import Processes, RankError, rank_processes
 from safetensors.torch import load_file
 from server.live_server import LiveServer
 from tiny import EOS, tiny_flan, tiny_llama, tiny_tokenizer
@@ -148,6 +149,28 @@ def test_goes_on_to_the_same_bits(processes: Processes, base: Path, tmp_path: Pa
     parts = recipe(base, tmp_path / "parts", "lora", **layout)
     processes.run("train", world=4, recipes=[parts], stop_after=4)
     processes.run("train", world=4, recipes=[parts, whole])
+    expected = read_everything(tmp_path / "whole")
+    for name, tensor in read_everything(tmp_path / "parts").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.slow
+def test_one_rank_is_killed(processes: Processes, tmp_path: Path) -> None:
+    """Three times, at random moments, checkpoints being written or not; the run goes on to the same bits."""
+    tiny_llama(tmp_path / "base", num_hidden_layers=1)
+    tiny_tokenizer(tmp_path / "base")
+    dropping = {**METHODS["lora"], "adapter_dropout": 0.2}
+    changes: dict[str, Any] = {"adapter": [dropping], "parallel": {"tensor": 2}, "checkpoint_interval_steps": 1}
+    changes |= {"epochs": 30, "max_steps": 12}
+    whole, parts = (recipe(tmp_path / "base", tmp_path / name, "lora", **changes) for name in ("whole", "parts"))
+    processes.run("train", world=4, recipes=[whole])
+    moments = random.Random(6)
+    for _ in range(3):
+        kill = (moments.randrange(1, 3), moments.uniform(0.0, 0.1))
+        with pytest.raises(RankError, match="a rank failed"):
+            processes.run("train", world=4, recipes=[parts], kill=kill)
+        assert not (tmp_path / "parts").exists(), kill
+    processes.run("train", world=4, recipes=[parts])
     expected = read_everything(tmp_path / "whole")
     for name, tensor in read_everything(tmp_path / "parts").items():
         assert torch.equal(tensor, expected[name]), name
