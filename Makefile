@@ -1,4 +1,4 @@
-# Quiver: every target sets up what it needs by itself (Python 3.11+, make and a C compiler are enough).
+# Quiver: every target sets up what it needs by itself (Python 3.11+, make and g++ are enough).
 export PYTHONSAFEPATH = 1
 PYTHON ?= python3
 VENV := .venv

@@ -70,6 +70,12 @@ def predict(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_THROUGH)
+def publish(context: typer.Context) -> None:
+    """Put an adapter into a store, once it has loaded and measures as recorded."""
+    raise typer.Exit(run_room("publish", context.args))
+
+
+@app.command(context_settings=_PASS_THROUGH)
 def merge(context: typer.Context) -> None:
     """Fold an adapter into its base's weights."""
     raise typer.Exit(run_room("merge", context.args))

@@ -78,7 +78,8 @@ def _serve(
 
 def run(argv: list[str]) -> int:
     """Parse and serve; returns the exit code: 0 drained, 1 could not start, 2 misused."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    # Without markup: it would cut long options' names short and take [[token]] for a style.
+    app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=_EPILOG)(_serve)
     try:
         app(argv, prog_name="quiver serve")

@@ -1,4 +1,4 @@
-"""`quiver serve`, `train` and `predict`: handed on by name, untouched, and explained when not installed."""
+"""`quiver serve`, `train` and others: handed on to their rooms by name, untouched, and explained when not installed."""
 
 import os
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from quiver.dispatch import ROOMS
 
 PROTO = Path(__file__).parents[2] / "proto"
 
@@ -38,19 +40,9 @@ def _quiver(folder: Path, *arguments: str, only_standard_library: bool = False) 
     )
 
 
-@pytest.mark.parametrize(
-    ("command", "module"),
-    [
-        ("serve", "quiver_server.main"),
-        ("train", "quiver_trainer.train_cli"),
-        ("predict", "quiver_trainer.predict_cli"),
-        ("merge", "quiver_trainer.merge_cli"),
-        ("export", "quiver_trainer.export_cli"),
-        ("import", "quiver_trainer.import_cli"),
-    ],
-)
-def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Path, command: str, module: str) -> None:
-    _install(tmp_path, module, REPORTS_ITS_ARGUMENTS)
+@pytest.mark.parametrize("command", ROOMS)
+def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Path, command: str) -> None:
+    _install(tmp_path, ROOMS[command].module, REPORTS_ITS_ARGUMENTS)
     arguments = ["--help", "--unknown=1", "key=value", "--", "-x", ""]
 
     run = _quiver(tmp_path, command, *arguments)
@@ -59,11 +51,9 @@ def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Pa
     assert run.returncode == 7
 
 
-@pytest.mark.parametrize(
-    ("command", "extra"),
-    [("serve", "server"), *((command, "trainer") for command in ("train", "predict", "merge", "export", "import"))],
-)
-def test_a_package_that_is_not_installed_is_named_with_the_cure(tmp_path: Path, command: str, extra: str) -> None:
+@pytest.mark.parametrize("command", ROOMS)
+def test_a_package_that_is_not_installed_is_named_with_the_cure(tmp_path: Path, command: str) -> None:
+    extra = "server" if command == "serve" else "trainer"
     run = _quiver(tmp_path, command, "--help", only_standard_library=True)
 
     assert f"quiver {command} needs the {extra} packages: pip install 'quiver[{extra}]'" in run.stderr

@@ -3,16 +3,19 @@
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from server.bench import ENDURING
 from server.live_server import LiveServer, eventually, run_refused, spawn
 
 from quiver import QuiverClientError, ServerUnavailable
 from quiver_server.command import run
+from quiver_server.config import ServerConfig
 from quiver_server.registry import Registry
 
 PROMPT = [9, 20, 31]
@@ -52,12 +55,12 @@ def test_sigterm_lets_running_streams_finish(enduring_base: Path, tmp_path: Path
     assert "Traceback" not in log
 
 
-def test_the_grace_period_ends(llama_base: Path, tmp_path: Path) -> None:
+def test_the_grace_period_ends(enduring_base: Path, tmp_path: Path) -> None:
     """Requests that take longer are cancelled; the exit code is still 0."""
     (tmp_path / "adapters").mkdir()
-    server = LiveServer(llama_base, tmp_path / "adapters", tmp_path / "log", "--grace-seconds", "0.1")
+    server = LiveServer(enduring_base, tmp_path / "adapters", tmp_path / "log", "--grace-seconds", "0.1")
     with server.client() as client:
-        stream = client.stream(PROMPT, max_new_tokens=250, ignore_eos=True, n=16, temperature=1.0)
+        stream = client.stream(PROMPT, **ENDURING, n=16, temperature=1.0)
         next(stream)
         server.signal()
         with pytest.raises(QuiverClientError):
@@ -70,6 +73,14 @@ def catches_sigterm(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) & SIGTERM_BIT)
+
+
+def test_help_names_every_option_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    for option in fields(ServerConfig):
+        assert f"--{option.name.replace('_', '-')} " in text
+    assert "is a table [[token]] with name" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("moment", ["at once", "while importing torch", "just before serving"])
