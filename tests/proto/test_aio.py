@@ -88,12 +88,14 @@ async def test_closing_a_held_stream_cancels_the_call(aclient: AsyncClient, scri
 
 
 async def test_cancelling_the_task_that_reads_a_stream_cancels_the_call(aclient: AsyncClient, script: Script) -> None:
+    begun = asyncio.Event()
+
     async def read() -> None:
         async for _ in aclient.stream(ENDLESS):
-            pass
+            begun.set()
 
     task = asyncio.create_task(read())
-    await asyncio.sleep(0.2)
+    await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -22,6 +22,7 @@ from tiny import (
 from transformers.modeling_utils import PreTrainedModel
 
 from quiver import Client
+from quiver.request_messages import GenerateOptions
 
 LLAMA_ADAPTERS: dict[str, dict[str, Any]] = {
     "attention-r4": {"rank": 4, "targets": ["q_proj", "v_proj"]},
@@ -35,6 +36,9 @@ GPT2_ADAPTERS: dict[str, dict[str, Any]] = {
     "fused-r4": {"rank": 4, "targets": ["c_attn"]},
     "mlp-r6": {"rank": 6, "targets": ["c_fc", "mlp.c_proj"]},
 }
+
+# What runs on `enduring_base` until it is closed, on any machine.
+ENDURING: GenerateOptions = {"max_new_tokens": 8000, "ignore_eos": True}
 
 
 @dataclass

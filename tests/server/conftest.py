@@ -37,6 +37,14 @@ def enduring_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def enduring(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server for streams that last, with three adapters."""
+    settings = {name: LLAMA_ADAPTERS[name] for name in ("all-r2", "keys-r16", "mlp-r8")}
+    with running_bench(tmp_path_factory.mktemp("enduring-bench"), enduring_base, settings) as bench:
+        yield bench
+
+
+@pytest.fixture(scope="session")
 def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 with a tokenizer. Not to be changed."""
     return make_base(tmp_path_factory.mktemp("gpt2"), "gpt2")

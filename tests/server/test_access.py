@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from server.bench import LLAMA_ADAPTERS, Bench, running_bench
+from server.bench import ENDURING, LLAMA_ADAPTERS, Bench, running_bench
 from server.live_server import eventually
 from server.refusals import refusal
 
@@ -51,9 +51,9 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guarded(llama_base: Path, token_file: Path) -> Iterator[Bench]:
+def guarded(enduring_base: Path, token_file: Path) -> Iterator[Bench]:
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2", "mlp-r8")}
-    with running_bench(token_file.parent, llama_base, settings, "--token-file", str(token_file)) as bench:
+    with running_bench(token_file.parent, enduring_base, settings, "--token-file", str(token_file)) as bench:
         yield bench
         log = bench.server.log.read_text()
         assert not [token for token in (ADMIN, SUPPORT, SLOW, NARROW) if token in log], "a secret in the log"
@@ -138,7 +138,7 @@ def test_sequences_at_once_are_limited_and_counted_back(guarded: Bench) -> None:
     words = "its limit is 2"
     with guarded.server.client(NARROW) as client:
         refusal(lambda: client.generate([5], n=3, temperature=1.0), ServerBusy, words)
-        streams = [client.stream([5], max_new_tokens=200, ignore_eos=True) for _ in range(2)]
+        streams = [client.stream([5], **ENDURING) for _ in range(2)]
         for stream in streams:
             next(stream)
         refusal(lambda: client.generate([5], max_new_tokens=1), ServerBusy, words)
@@ -224,4 +224,4 @@ def test_many_at_once_never_pass_the_limit(guarded: Bench) -> None:
 
         done = list(threads.map(ask, range(36)))
     assert any(done)
-    assert guarded.server.metric("quiver_running_sequences") == 0
+    eventually(lambda: guarded.server.metric("quiver_running_sequences") == 0)

@@ -9,7 +9,7 @@ import grpc
 import httpx2
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
-from server.bench import LLAMA_ADAPTERS, Bench, running_bench
+from server.bench import ENDURING, LLAMA_ADAPTERS, Bench, running_bench
 from server.live_server import LiveServer, eventually
 from server.otlp_receivers import Received, attributes, grpc_receiver
 
@@ -28,7 +28,7 @@ def collector() -> Iterator[Received]:
 
 
 @pytest.fixture(scope="module")
-def told(llama_base: Path, tmp_path_factory: pytest.TempPathFactory, collector: Received) -> Iterator[Bench]:
+def told(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory, collector: Received) -> Iterator[Bench]:
     """A server that logs JSON and sends spans."""
     folder = tmp_path_factory.mktemp("told")
     (folder / "tokens.toml").write_text(f'[[token]]\nname = "shop"\ntoken = "{TOKEN}"\nrole = "admin"\n')
@@ -37,7 +37,7 @@ def told(llama_base: Path, tmp_path_factory: pytest.TempPathFactory, collector: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
         patch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
-        with running_bench(folder, llama_base, settings, *options, "--otlp-endpoint", collector.endpoint) as bench:
+        with running_bench(folder, enduring_base, settings, *options, "--otlp-endpoint", collector.endpoint) as bench:
             yield bench
     lines(bench.server)  # each is JSON to the last
     for secret in (TOKEN, PROMPT, "4929", "Bearer"):
@@ -157,7 +157,7 @@ def test_refused_calls_are_told_too(told: Bench, collector: Received) -> None:
 
 def test_a_client_that_leaves_is_told_too(told: Bench, collector: Received) -> None:
     with told.server.client(TOKEN) as client:
-        stream = client.stream(PROMPT, max_new_tokens=200, ignore_eos=True, request_id="grpc-9")
+        stream = client.stream(PROMPT, **ENDURING, request_id="grpc-9")
         next(stream)
         stream.close()
     assert line_of(told.server, "grpc-9")["code"] == "CANCELLED"

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from server.bench import Bench, running_bench
+from server.bench import ENDURING, Bench, running_bench
 from server.live_server import answer_tokens, eventually
+from server.refusals import has_room_again
 from tiny import hf_lora
 
 from quiver import Client, Generation, InvalidRequest, ServerBusy
@@ -17,7 +18,6 @@ from quiver.request_messages import GenerateOptions
 
 PROMPT = [9, 20, 31, 42, 53]
 LONG: GenerateOptions = {"max_new_tokens": 2000, "ignore_eos": True}
-ENDURING: GenerateOptions = {"max_new_tokens": 8000, "ignore_eos": True}  # until it is closed
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -56,6 +56,7 @@ def test_loading_what_has_not_changed_does_nothing(llama: Bench, client: Client)
 
 def test_many_first_requests_load_once(llama: Bench, client: Client) -> None:
     llama.add("popular", rank=8, seed=24, targets="all-linear")
+    client.load_adapter("all-r2")  # the count is there once anything was loaded
     loads = llama.server.metric("quiver_adapter_loads_total", result="ok")
 
     def ask(prompt: list[int]) -> Generation:
@@ -91,13 +92,6 @@ def test_a_resident_adapter_survives_a_broken_replacement(llama: Bench, client: 
     with pytest.raises(InvalidRequest, match="not a whole safetensors file"):
         client.load_adapter("guarded")
     llama.check(client, "guarded")
-
-
-@pytest.fixture(scope="module")
-def enduring(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A server for streams that last."""
-    with running_bench(tmp_path_factory.mktemp("enduring-bench"), enduring_base, {}) as bench:
-        yield bench
 
 
 def test_a_running_stream_finishes_on_the_old_revision(enduring: Bench, tmp_path: Path) -> None:
@@ -218,5 +212,5 @@ def test_a_full_queue_refuses_at_once(small: Bench) -> None:
             client.generate(PROMPT)
         assert caught.value.reason == "BUSY"
         stream.close()
-        eventually(lambda: small.server.metric("quiver_waiting_sequences") == 0)
+        has_room_again(lambda: client.generate(PROMPT, max_new_tokens=1))
         small.check(client)

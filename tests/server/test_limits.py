@@ -4,32 +4,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server.bench import LLAMA_ADAPTERS, Bench, running_bench
-from server.live_server import eventually, run_refused
-from server.refusals import refusal
+from server.bench import ENDURING, LLAMA_ADAPTERS, Bench, running_bench
+from server.live_server import run_refused
+from server.refusals import has_room_again, refusal
 
 from quiver import Client, InvalidRequest, ServerBusy
-from quiver.request_messages import GenerateOptions
 from quiver_server.admission import Admission
 from quiver_server.errors import BusyError, InvalidRequestError
 
 OPTIONS = {
     "--max-prompt-tokens": "20",
-    "--max-new-tokens": "200",
+    "--max-new-tokens": "8000",
     "--default-max-new-tokens": "7",
     "--max-message-mib": "1",
     "--max-running": "2",
     "--max-waiting": "6",
 }
-LONG: GenerateOptions = {"max_new_tokens": 200, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def bounded(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bounded(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A server with tight bounds."""
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2")}
     options = [part for option in OPTIONS.items() for part in option]
-    with running_bench(tmp_path_factory.mktemp("bounded"), llama_base, settings, *options) as bench:
+    with running_bench(tmp_path_factory.mktemp("bounded"), enduring_base, settings, *options) as bench:
         yield bench
 
 
@@ -49,9 +47,11 @@ def test_a_prompt_longer_than_the_bound(client: Client) -> None:
 
 
 def test_an_answer_longer_than_the_bound(client: Client) -> None:
-    assert len(client.generate([7], **LONG).token_ids) == 200
-    words = "stopping.max_new_tokens is 201; it must be at most 200 (--max-new-tokens)"
-    refusal(lambda: client.generate([7], max_new_tokens=201), InvalidRequest, words)
+    stream = client.stream([7], **ENDURING)
+    assert next(stream).token_ids
+    stream.close()
+    words = "stopping.max_new_tokens is 8001; it must be at most 8000 (--max-new-tokens)"
+    refusal(lambda: client.generate([7], max_new_tokens=8001), InvalidRequest, words)
     assert len(client.generate([7], ignore_eos=True).token_ids) == 7
 
 
@@ -67,7 +67,7 @@ def test_a_flood_for_one_adapter_leaves_others_their_places(bounded: Bench, clie
     revision = client.load_adapter("attention-r4").revision
     for name in ("", "attention-r4"):
         who = f"adapter '{name}'" if name else "the base"
-        flood = client.stream([5, 6], **{**LONG, "adapter": name, "n": 4, "temperature": 1.0, "seed": 1})
+        flood = client.stream([5, 6], **{**ENDURING, "adapter": name, "n": 4, "temperature": 1.0, "seed": 1})
         next(flood)
         for again in {name, f"{name}@{revision}" if name else ""}:
             words = f"{who} has 4 sequences running or waiting and is asked for 1 more; its share of this server is 4"
@@ -75,7 +75,7 @@ def test_a_flood_for_one_adapter_leaves_others_their_places(bounded: Bench, clie
             assert isinstance(error, ServerBusy) and error.retry_after_seconds
         bounded.check(client, "all-r2")
         flood.close()
-        eventually(lambda: bounded.server.metric("quiver_running_sequences") == 0)
+        has_room_again(lambda name=name: client.generate([5], adapter=name, max_new_tokens=1))
         bounded.check(client, name)
 
 

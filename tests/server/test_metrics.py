@@ -10,7 +10,7 @@ from helm import tools
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from server.bench import Bench
+from server.bench import ENDURING, Bench
 from server.idle_server import MAX_ADAPTERS, IdleServer
 from server.live_server import eventually
 
@@ -55,21 +55,23 @@ def test_promtool_has_nothing_to_say(llama: Bench, client: Client) -> None:
     assert {line.partition(":")[0] for line in complaints} == {"vllm"}
 
 
-def test_a_router_sees_what_is_in_memory_and_what_runs(llama: Bench, client: Client) -> None:
-    client.load_adapter("all-r2")
-    stream = client.stream([5, 6, 7], adapter="mlp-r8", max_new_tokens=200, ignore_eos=True, n=3, temperature=1.0)
-    next(stream)
-    gauges, running, waiting, most = read_as_the_router_does(llama.server.metrics_page())
-    assert gauges["num_requests_running"] == 3
-    assert gauges["num_requests_waiting"] == 0
-    assert 0 < gauges["kv_cache_usage_perc"] < 1
-    assert {"all-r2", "mlp-r8"} <= running
-    assert waiting == set()
-    assert most > len(running)
-    stream.close()
-    eventually(lambda: read_as_the_router_does(llama.server.metrics_page())[0]["num_requests_running"] == 0)
-    client.unload_adapter("mlp-r8")
-    assert "mlp-r8" not in read_as_the_router_does(llama.server.metrics_page())[1]
+def test_a_router_sees_what_is_in_memory_and_what_runs(enduring: Bench) -> None:
+    server = enduring.server
+    with server.client() as client:
+        client.load_adapter("all-r2")
+        stream = client.stream([5, 6, 7], **{**ENDURING, "adapter": "mlp-r8", "n": 3, "temperature": 1.0})
+        next(stream)
+        gauges, running, waiting, most = read_as_the_router_does(server.metrics_page())
+        assert gauges["num_requests_running"] == 3
+        assert gauges["num_requests_waiting"] == 0
+        assert 0 < gauges["kv_cache_usage_perc"] < 1
+        assert {"all-r2", "mlp-r8"} <= running
+        assert waiting == set()
+        assert most > len(running)
+        stream.close()
+        eventually(lambda: read_as_the_router_does(server.metrics_page())[0]["num_requests_running"] == 0)
+        client.unload_adapter("mlp-r8")
+    assert "mlp-r8" not in read_as_the_router_does(server.metrics_page())[1]
 
 
 @pytest.fixture

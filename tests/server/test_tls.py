@@ -23,13 +23,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture(scope="module")
-def secure(llama_base: Path, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def secure(enduring_base: Path, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server that wants certificates of its clients."""
     folder = tmp_path_factory.mktemp("secure")
     (folder / "adapters").mkdir()
     authority, cert, key = files
     options = ("--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(authority))
-    server = LiveServer(llama_base, folder / "adapters", folder / "log", *options)
+    server = LiveServer(enduring_base, folder / "adapters", folder / "log", *options)
     yield server
     assert server.stop() == 0, server.log.read_text()
 
@@ -74,17 +74,18 @@ def test_a_replaced_certificate_is_used_without_a_restart(secure: LiveServer, fi
     authority, cert, key = files
     tls = Tls(authority, *make_certificate(authority, tmp_path, "client"))
     with secure.client(tls=tls) as client:
-        stream = client.stream([5, 6, 7], max_new_tokens=200, ignore_eos=True)
+        fresh_cert, fresh_key = make_certificate(authority, tmp_path, "fresh")
+        stream = client.stream([5, 6, 7], max_new_tokens=1500, ignore_eos=True)
         next(stream)
         before = served_certificate(secure, tls)
         cert.write_text("half written")  # a moment between two files: the old one goes on
         assert served_certificate(secure, tls) == before
-        fresh_cert, fresh_key = make_certificate(authority, tmp_path, "fresh")
         fresh_key.replace(key)
         fresh_cert.replace(cert)
         eventually(lambda: served_certificate(secure, tls) != before)
         assert served_certificate(secure, tls) == ssl.PEM_cert_to_DER_cert(cert.read_text())
-        assert len(list(stream)) == 199, "running calls go on"
+        assert secure.metric("quiver_running_sequences") == 1, "too late to show anything"
+        assert len(list(stream)) == 1499, "running calls go on"
     assert "PRIVATE" not in secure.log.read_text()
 
 
