@@ -33,7 +33,7 @@ from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PtuningPEFTConfi
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import GPT, T5, AnyModel, load_model
-from quiver_peft.parallel.adapters import create_split_adapter, gather_adapter, split_adapter
+from quiver_peft.parallel.adapters import gather_adapter, split_adapter
 from quiver_peft.parallel.bases import load_split_base
 from quiver_peft.parallel.megatron_checkpoint import read_megatron, write_megatron
 from quiver_peft.parallel.mesh import Mesh, start_mesh
@@ -132,7 +132,7 @@ def _compare_method(folder: str, name: str, mesh: Mesh) -> float:
         torch.manual_seed(3)
         fresh = Adapter.create(alone.base, [METHODS[name]])
         torch.manual_seed(3)
-        fresh_split = create_split_adapter(split.base, [METHODS[name]], mesh)
+        fresh_split = split_adapter(Adapter.create(split.base, [METHODS[name]]), split.base, mesh)
         for (key, parameter), expected in zip(fresh_split.named_parameters(), fresh.parameters(), strict=True):
             require_close(gather(parameter, mesh), expected, f"{name}: fresh {key}", 1e-6)
         randomise(fresh)
@@ -179,7 +179,7 @@ def count_collectives(folder: str, methods: list[str]) -> dict[str, int]:
             model = split_model(folder, mesh)
             if name != "full":
                 model.base.requires_grad_(False)
-                model.adapter = create_split_adapter(model.base, [METHODS[name]], mesh)
+                model.adapter = split_adapter(Adapter.create(model.base, [METHODS[name]]), model.base, mesh)
             with ExitStack() as stack:
                 spies = [
                     stack.enter_context(patch.object(dist, call, wraps=getattr(dist, call)))

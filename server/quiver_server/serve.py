@@ -117,20 +117,14 @@ class _Ending:
 def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, ending: _Ending) -> Parts:
     """The parts, unstarted. Called in the event loop that will serve."""
     loop = asyncio.get_running_loop()
+    kv = _make_kv(config, base)
     weight = base.embedding.weight
-    block_bytes = BLOCK_TOKENS * PagedKV.bytes_per_token(base.config, weight.dtype)
-    num_blocks = config.kv_memory_mib * _MIB // block_bytes
-    if not num_blocks:
-        raise QuiverError(
-            f"--kv-memory-mib {config.kv_memory_mib}: one block of {BLOCK_TOKENS} tokens takes {block_bytes} bytes"
-        )
-    kv = PagedKV(base.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
     if weight.is_cuda:
         group = base.config.num_heads // base.config.num_kv_heads
         triton_agrees(group, base.config.head_dim, weight.dtype, weight.device)  # now, not at the first request
     tables = SlotTables.where_they_help(base, MAX_RESIDENT_ADAPTERS)
     banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device, tables)
-    blocks = BlockPool(num_blocks, BLOCK_TOKENS, share=config.prefix_cache)
+    blocks = BlockPool(kv.num_blocks, BLOCK_TOKENS, share=config.prefix_cache)
     metrics = Metrics()
     scheduler = Scheduler(blocks, config.max_running, config.max_step_tokens)
 
@@ -160,7 +154,7 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
     )
     name = config.base.resolve().name
     metrics.registry.register(LoadMetrics(name, scheduler, blocks, store, MAX_RESIDENT_ADAPTERS))
-    limits = _limits(config, base, tokenizer, num_blocks * BLOCK_TOKENS)
+    limits = _limits(config, base, tokenizer, kv.num_blocks * BLOCK_TOKENS)
     generator = Generator(
         engine,
         store,
@@ -172,6 +166,18 @@ def _build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, e
         start_token_id=base.config.start_token_id if isinstance(base, T5Base) else None,
     )
     return Parts(base, tokenizer, kv, engine, store, admin, generator, limits, metrics)
+
+
+def _make_kv(config: ServerConfig, base: GPTBase | T5Base) -> PagedKV:
+    """As many blocks as --kv-memory-mib holds. Raises QuiverError where that is none."""
+    weight = base.embedding.weight
+    block_bytes = BLOCK_TOKENS * PagedKV.bytes_per_token(base.config, weight.dtype)
+    num_blocks = config.kv_memory_mib * _MIB // block_bytes
+    if not num_blocks:
+        raise QuiverError(
+            f"--kv-memory-mib {config.kv_memory_mib}: one block of {BLOCK_TOKENS} tokens takes {block_bytes} bytes"
+        )
+    return PagedKV(base.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
 
 
 def _limits(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, kv_tokens: int) -> Limits:

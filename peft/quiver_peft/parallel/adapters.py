@@ -14,14 +14,12 @@ Dropout draws alike on all ranks; where they hold different features, these shar
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from quiver_peft.adapters.adapter import Adapter, AnyMethod
 from quiver_peft.adapters.bottleneck_module import BottleneckModule
-from quiver_peft.adapters.configs import PEFTConfig
 from quiver_peft.adapters.ia3 import IA3Module, IA3Scale
 from quiver_peft.adapters.lora import LoraModule, LoraPair
 from quiver_peft.adapters.prefix import PrefixEncoder, PrefixModule, PrefixRows
@@ -31,11 +29,6 @@ from quiver_peft.base.sites import Linear
 from quiver_peft.parallel.linears import is_cut_by_rows
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import WHOLE, Shard, even, gather, mark
-
-
-def create_split_adapter(base: Base, configs: Sequence[PEFTConfig], mesh: Mesh) -> Adapter:
-    """This rank's share of a new adapter: the same numbers, whatever the number of ranks, from the same seed."""
-    return split_adapter(Adapter.create(base, configs), base, mesh)
 
 
 def split_adapter(adapter: Adapter, base: Base, mesh: Mesh) -> Adapter:
