@@ -157,7 +157,7 @@ def test_refused_calls_are_told_too(told: Bench, collector: Received) -> None:
 
 def test_a_client_that_leaves_is_told_too(told: Bench, collector: Received) -> None:
     with told.server.client(TOKEN) as client:
-        stream = client.stream(PROMPT, **ENDURING, request_id="grpc-9")
+        stream = client.stream(PROMPT, **{**ENDURING, "request_id": "grpc-9"})
         next(stream)
         stream.close()
     assert line_of(told.server, "grpc-9")["code"] == "CANCELLED"

@@ -60,7 +60,7 @@ def test_the_grace_period_ends(enduring_base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     server = LiveServer(enduring_base, tmp_path / "adapters", tmp_path / "log", "--grace-seconds", "0.1")
     with server.client() as client:
-        stream = client.stream(PROMPT, **ENDURING, n=16, temperature=1.0)
+        stream = client.stream(PROMPT, **{**ENDURING, "n": 16, "temperature": 1.0})
         next(stream)
         server.signal()
         with pytest.raises(QuiverClientError):

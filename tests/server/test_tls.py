@@ -89,6 +89,24 @@ def test_a_replaced_certificate_is_used_without_a_restart(secure: LiveServer, fi
     assert "PRIVATE" not in secure.log.read_text()
 
 
+def test_a_replaced_authority_of_clients_counts_without_a_restart(
+    secure: LiveServer, files: Files, tmp_path: Path
+) -> None:
+    authority, second = files[0], make_authority(tmp_path, "second")
+    first = authority.read_text()
+    (ca := tmp_path / "servers.pem").write_text(first)
+    before, after = (
+        Tls(ca, *make_certificate(signer, tmp_path, f"of-{signer.stem}")) for signer in (authority, second)
+    )
+    assert (reaches(secure, before), reaches(secure, after)) == (True, False)
+    second.replace(authority)
+    eventually(lambda: reaches(secure, after))
+    assert not reaches(secure, before)
+    (tmp_path / "first").write_text(first)
+    (tmp_path / "first").replace(authority)
+    eventually(lambda: reaches(secure, before))
+
+
 def test_a_client_certificate_needs_its_key(files: Files) -> None:
     with pytest.raises(ValueError, match="go together"):
         Client("localhost:1", tls=Tls(files[0], files[1]))
