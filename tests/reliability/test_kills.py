@@ -15,6 +15,8 @@ from server.live_server import LiveServer, answer_tokens
 from tiny import hf_greedy, hf_lora
 
 from quiver import Client, QuiverClientError
+from quiver_peft import GPT
+from quiver_peft.adapters.artifact import read_adapter
 from quiver_peft.adapters.folders import replace_folder
 
 NUM_SAVES = size(30, 200)
@@ -36,11 +38,20 @@ class Contents:
 
     def __init__(self, base: Path, folder: Path) -> None:
         self.files: list[dict[str, bytes]] = []
+        self.revisions: list[str] = []
         self.answers: list[list[int]] = []
+        model = GPT.from_pretrained(base)
         for rank in (4, 32):
             oracle = hf_lora(base, folder / str(rank), rank=rank, targets="all-linear", seed=rank)
             self.files.append({path.name: path.read_bytes() for path in (folder / str(rank)).iterdir()})
+            self.revisions.append(read_adapter(folder / str(rank), model.base).revision)
             self.answers.append(hf_greedy(oracle, PROMPT, NUM_TOKENS))
+
+    def check(self, client: Client, name: str, *revisions: str) -> None:
+        """One of these revisions answers, any of both if none is given, and as Hugging Face does."""
+        answer = client.generate(PROMPT, adapter=name, max_new_tokens=NUM_TOKENS)
+        assert answer.adapter is not None and answer.adapter.revision in (revisions or self.revisions)
+        assert answer_tokens(answer) == self.answers[self.revisions.index(answer.adapter.revision)]
 
 
 def until_killed(work: Callable[[Client, int], object], server: LiveServer) -> threading.Thread:
@@ -60,33 +71,65 @@ def until_killed(work: Callable[[Client, int], object], server: LiveServer) -> t
     return thread
 
 
+class Administrator:
+    """Loads, names and unloads an adapter whose folder it replaces. named: what its alias may name now."""
+
+    def __init__(self, contents: Contents, adapters: Path) -> None:
+        self._contents = contents
+        self._adapters = adapters
+        self.named: list[str] = []
+
+    def begin(self, client: Client) -> None:
+        """What every later server must know of."""
+        client.load_adapter("steady", pin=True)
+        client.load_adapter("registered", source="steady")
+        self.act(client, 0)
+
+    def act(self, client: Client, number: int) -> None:
+        """Once. Killed in between, the alias names what it named before or what it was to name."""
+        replace_folder(self._adapters / "loading", self._contents.files[number % 2])
+        # Perhaps the one before: a load that a request has begun already is waited for, not begun anew.
+        revision = client.load_adapter("loading").revision
+        assert revision in self._contents.revisions
+        self.named.append(revision)
+        assert client.set_alias("live", f"loading@{revision}").revision == revision
+        self.named = [revision]
+        if number % 3 == 0:
+            client.unload_adapter("loading")
+
+    def check(self, client: Client) -> None:
+        """A server knows what the one before it knew, and answers with it."""
+        known = {adapter.id: adapter for adapter in client.list_adapters()}
+        assert (sorted(known), known["steady"].pinned) == (["loading", "registered", "steady"], True)
+        ((alias,),) = [adapter.aliases for adapter in known.values() if adapter.aliases]
+        assert (alias.name, alias.revision in self.named) == ("live", True)
+        self._contents.check(client, "live", alias.revision)
+        for name in ("steady", "registered"):
+            self._contents.check(client, name, self._contents.revisions[0])
+        self.named = [alias.revision]
+
+
 @pytest.mark.timeout(60 + 30 * NUM_SERVERS)
 def test_servers_killed_while_loading(base: Path, tmp_path: Path) -> None:
-    """The folder is replaced, loaded, unloaded and asked for when the process is killed; the next one goes on."""
+    """The folder is replaced, loaded, named, unloaded and asked when the process is killed; the next one goes on."""
     draw = random.Random(3)
     contents = Contents(base, tmp_path / "contents")
     adapters = tmp_path / "adapters"
     for name in ("steady", "loading"):
         replace_folder(adapters / name, contents.files[0])
-
-    def load(client: Client, number: int) -> None:
-        replace_folder(adapters / "loading", contents.files[number % 2])
-        client.load_adapter("loading")
-        if number % 3 == 0:
-            client.unload_adapter("loading")
-
-    def ask(client: Client, number: int) -> None:
-        answer = client.generate(PROMPT, adapter="loading", max_new_tokens=NUM_TOKENS)
-        assert answer_tokens(answer) in contents.answers
-
+    administrator = Administrator(contents, adapters)
     for number in range(NUM_SERVERS):
-        server = LiveServer(base, adapters, tmp_path / f"log-{number}")
+        server = LiveServer(base, adapters, tmp_path / f"log-{number}", "--state", str(tmp_path / "state"))
         with server.client() as client:
-            assert [adapter.id for adapter in client.list_adapters()] == ["loading", "steady"]
-            answer = client.generate(PROMPT, adapter="steady", max_new_tokens=NUM_TOKENS)
-            assert answer_tokens(answer) == contents.answers[0]
-            ask(client, 0)
-        threads = [until_killed(load, server), until_killed(ask, server)]
+            if not number:
+                administrator.begin(client)
+            administrator.check(client)
+            contents.check(client, "loading")
+        threads = [
+            until_killed(administrator.act, server),
+            until_killed(lambda client, _: contents.check(client, "loading"), server),
+            until_killed(lambda client, _: contents.check(client, "live"), server),
+        ]
         time.sleep(draw.uniform(0.0, 0.7))
         server.process.kill()
         server.process.wait()
