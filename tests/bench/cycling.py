@@ -1,6 +1,6 @@
 """What running requests feel while adapters are loaded and evicted beside them: inter-token latency, with and without.
 
-    python tests/bench/cycling.py [--adapters 100] [--per-second 10] [--host-mib 1024] [--rounds 3]
+    python tests/bench/cycling.py [--adapters 100] [--per-second 3] [--host-mib 1024] [--rounds 12]
 
 A real server on a random 60 M Llama; 8 streams of 8 pinned LoRA adapters of rank 16 generate 96 tokens each, again and
 again. In every other pass a thread loads the other adapters in turn, so many a second, through memory that holds four
@@ -87,9 +87,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--adapters", type=int, default=100)
-    parser.add_argument("--per-second", type=float, default=10)
+    parser.add_argument("--per-second", type=float, default=3)
     parser.add_argument("--host-mib", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
