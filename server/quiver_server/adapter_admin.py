@@ -50,8 +50,8 @@ class AdapterAdmin:
             version = entry.known(prefix)
             if prefix and (version is None or version.resident is None):
                 version = await self._store.load(entry, prefix)
-            elif not prefix and not await self._is_up_to_date(entry):
-                version = await self._store.load(entry, "", again=True)
+            elif not prefix:
+                version = await self._newest(entry)
             if version is not None and pin is not None:
                 await self._pin(entry if not prefix else version, pin)
         except RequestError:
@@ -165,6 +165,14 @@ class AdapterAdmin:
         if entry.place != place:
             entry.place, entry.stamp = place, None
         return entry, ""
+
+    async def _newest(self, entry: Entry) -> Version | None:
+        """What the store holds now: a load that is under way may have read what it held before this was asked for."""
+        if (under_way := entry.loads.get("")) is not None:
+            await asyncio.wait([under_way])
+        if await self._is_up_to_date(entry):
+            return entry.current
+        return await self._store.load(entry, "", again=True)
 
     async def _is_up_to_date(self, entry: Entry) -> bool:
         if entry.resident is None or entry.failure is not None:

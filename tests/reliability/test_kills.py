@@ -88,9 +88,8 @@ class Administrator:
     def act(self, client: Client, number: int) -> None:
         """Once. Killed in between, the alias names what it named before or what it was to name."""
         replace_folder(self._adapters / "loading", self._contents.files[number % 2])
-        # Perhaps the one before: a load that a request has begun already is waited for, not begun anew.
         revision = client.load_adapter("loading").revision
-        assert revision in self._contents.revisions
+        assert revision == self._contents.revisions[number % 2]
         self.named.append(revision)
         assert client.set_alias("live", f"loading@{revision}").revision == revision
         self.named = [revision]
