@@ -10,7 +10,7 @@ from quiver_server.blocks import BlockPool
 from quiver_server.fair_queue import FairQueue
 from quiver_server.request import Sequence
 
-_PATIENCE_SECONDS = 3.0  # how long anybody may be passed by others
+PATIENCE_SECONDS = 3.0  # how long anybody may be passed by others
 _GENERATED_WEIGHT = 2  # a generated token counts as two of a prompt's: it has a step's share to itself (VTC's weights)
 
 
@@ -69,7 +69,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._plan = _Plan(0, 0)
         self._num_running: Counter[str] = Counter()  # by tenant
-        self.waiting = FairQueue(max_step_tokens, _PATIENCE_SECONDS, now)
+        self.waiting = FairQueue(max_step_tokens, PATIENCE_SECONDS, now)
         self.running: dict[Sequence, None] = {}  # in the order in which they began
 
     def add(self, sequence: Sequence) -> None:

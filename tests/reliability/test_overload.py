@@ -16,6 +16,7 @@ from server.live_server import answer_tokens
 
 from quiver import ServerBusy
 from quiver.aio import AsyncClient
+from quiver_server import scheduler
 
 SECONDS = size(10, 60)
 NAMES = ("", "attention-r4", "all-r2", "mlp-r8")
@@ -111,8 +112,7 @@ async def test_four_times_the_capacity(bench: Bench) -> None:
     assert after.outcomes.keys() == {"exact"}
     assert storm.outcomes["refused"] > storm.outcomes["exact"], "the load was no overload"
     assert storm.outcomes["exact"] > 0.8 * capacity * SECONDS, "an overload must not cost throughput"
-    # Whoever is accepted waits for the queue before it, which has a bound, then runs.
-    bound = 2 * p99(calm.latencies) * (1 + MAX_WAITING / MAX_RUNNING)
-    assert p99(storm.latencies) < bound
+    # For the sake of other adapters' shares nobody is passed for longer than this; then it waits for a place, and runs.
+    assert p99(storm.latencies) < scheduler.PATIENCE_SECONDS + 2 * p99(calm.latencies)
     assert growth < MEMORY_GROWTH
     assert bench.server.metric("quiver_running_sequences") == 0
