@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quiver_server import grpc_faults, serve
+from quiver_server import building, grpc_faults
 from quiver_server.batch import StepBatch
 from quiver_server.main import main
 from quiver_server.request import Sequence
@@ -52,9 +52,9 @@ def _replace(module: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    "step": _replace(serve, "Runner", FailingRunner),
-    "slow": _replace(serve, "Runner", SlowRunner),
-    "engine": _replace(serve, "Scheduler", FailingScheduler),
+    "step": _replace(building, "Runner", FailingRunner),
+    "slow": _replace(building, "Runner", SlowRunner),
+    "engine": _replace(building, "Scheduler", FailingScheduler),
     "impatient": _replace(grpc_faults, "READER_SECONDS", 1.0),
 }
 
