@@ -88,11 +88,11 @@ def loss_of(model: AnyModel) -> tuple[Tensor, Tensor]:
     return model.base.cross_entropy(hidden, targets).mean(), model.base.logits(hidden.detach())
 
 
-def randomise(module: nn.Module, seed: int = 7) -> None:
+def randomise(module: nn.Module, seed: int = 7, std: float = 0.2) -> None:
     """Nothing is zero any more, nor one."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 def whole_gradients(module: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
@@ -251,7 +251,7 @@ def megatron_both_ways(folder: str, scratch: str) -> dict[str, float]:
     with start_mesh() as mesh:
         theirs = megatron_model(alone.base.config)
         found["before"] = _difference(alone, theirs, scale, tokens, target)
-        randomise(theirs)
+        randomise(theirs, std=0.1)  # with 0.2 rounding alone differs by up to 1e-4, from process to process
         for name, parameter in theirs.named_parameters():
             if name == "lm_head.output_layer.bias":
                 parameter.data.zero_()

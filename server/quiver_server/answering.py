@@ -7,7 +7,7 @@ from typing import TypeVar
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import current_caller
-from quiver_server.asked import Asked, naming_prompt
+from quiver_server.asked import Asked, naming_prompt, tenant_of
 from quiver_server.call import Call, current_call, name_call
 from quiver_server.errors import DrainingError, RequestError
 from quiver_server.generation import Generator
@@ -87,7 +87,7 @@ class Answering:
                 name_call(message.request_id)
             current_caller().check_adapter(message.adapter_id)
             if num_prompts > 1:  # before anything is spent on them
-                self.generator.check_places(message.adapter_id.partition("@")[0], num_prompts)
+                self.generator.check_places(tenant_of(message.adapter_id), num_prompts)
             return self.generator.open(await _beside(num_bytes, read))
         except RequestError as error:
             self._metrics.requests.labels("", error.code.name).inc()

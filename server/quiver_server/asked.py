@@ -5,27 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from quiver_server.errors import InvalidRequestError
-from quiver_server.request import SamplingParams
+from quiver_server.request import GREEDY, SamplingParams
 
 _PROMPT_FIELDS = {"prompt", "text", "tokens.ids"}
 
 # How Score runs: the continuation is part of the prompt, and the one token that ends the sequence is thrown away.
-NOTHING_DRAWN = SamplingParams(
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    seed=0,
-    max_new_tokens=1,
-    min_new_tokens=0,
-    stop_ids=frozenset(),
-    eos_ids=frozenset(),
-    num_top_logprobs=1,
-    prompt_logprobs=True,
-)
+NOTHING_DRAWN = replace(GREEDY, num_top_logprobs=1, prompt_logprobs=True)
 
 
 @dataclass(frozen=True)
@@ -49,7 +34,7 @@ class Asked:
     @property
     def tenant(self) -> str:
         """The adapter's id without a revision; "": the base."""
-        return self.adapter_id.partition("@")[0]
+        return tenant_of(self.adapter_id)
 
     @property
     def num_following(self) -> int:
@@ -66,6 +51,11 @@ class Asked:
         asked = self.params
         params = replace(NOTHING_DRAWN, num_top_logprobs=asked.num_top_logprobs, prompt_logprobs=asked.prompt_logprobs)
         return replace(self, params=params, stop_strings=(), draws=False)
+
+
+def tenant_of(adapter_id: str) -> str:
+    """Whose places a request takes: all revisions of an adapter share theirs."""
+    return adapter_id.partition("@")[0]
 
 
 @contextmanager

@@ -51,6 +51,25 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+# One token, the most likely; nothing restricts it, and nothing is told of it. Others are made from it by `replace`.
+GREEDY = SamplingParams(
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    seed=0,
+    max_new_tokens=1,
+    min_new_tokens=0,
+    stop_ids=frozenset(),
+    eos_ids=frozenset(),
+    num_top_logprobs=None,
+    prompt_logprobs=False,
+)
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token, its log-probability, and the most likely tokens at its place."""

@@ -10,9 +10,10 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass
 class Spelling:
-    """What each token adds to the text of those before it."""
+    """What each token adds to the text of those before it. num_characters: of the text so far."""
 
     tokenizer: Tokenizer
+    num_characters: int = 0
     _ids: list[int] = field(default_factory=list[int])
     _window: int = 0  # ids from here on are decoded together, because a token's text may depend on its neighbours
     _num_read: int = 0
@@ -30,6 +31,7 @@ class Spelling:
         if now.endswith(_INCOMPLETE) or len(now) <= len(before):
             return ""
         self._window, self._num_read = self._num_read, len(self._ids)
+        self.num_characters += len(now) - len(before)
         return now[len(before) :]
 
     def finish(self) -> str:
@@ -37,15 +39,16 @@ class Spelling:
         rest = self.tokenizer.decode(self._ids[self._window :])
         rest = rest[len(self.tokenizer.decode(self._ids[self._window : self._num_read])) :]
         self._num_read = len(self._ids)
+        self.num_characters += len(rest)
         return rest
 
 
 def offsets_of(tokenizer: Tokenizer, ids: Seq[int]) -> list[int]:
     """Where in the text of all each token begins; within a character, where that does."""
-    spelling, offsets, num_characters = Spelling(tokenizer), list[int](), 0
+    spelling, offsets = Spelling(tokenizer), list[int]()
     for token_id in ids:
-        offsets.append(num_characters)
-        num_characters += len(spelling.push(token_id))
+        offsets.append(spelling.num_characters)
+        spelling.push(token_id)
     return offsets
 
 

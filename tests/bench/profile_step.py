@@ -11,7 +11,7 @@ make every call, so that each kernel's share is seen. QUIVER_KERNELS=torch shows
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ from quiver_server import engine as engine_module
 from quiver_server.blocks import BlockPool
 from quiver_server.engine import Engine
 from quiver_server.metrics import Metrics
-from quiver_server.request import SamplingParams, Sequence
+from quiver_server.request import GREEDY, Sequence
 from quiver_server.runner import Runner
 from quiver_server.scheduler import Scheduler
 
@@ -100,7 +100,7 @@ def random_adapters(base: Base, methods: list[str], count: int) -> tuple[Adapter
 def make_sequences(base: Base, running: int, slots: list[int], virtual: list[int], seed: int) -> list[Sequence]:
     """One for each place in the batch, adapters in turn. seed: of prompts that no cache has."""
     draw = random.Random(seed)
-    params = SamplingParams(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, NEW_TOKENS, 0, frozenset(), frozenset(), None, False)
+    params = replace(GREEDY, max_new_tokens=NEW_TOKENS)
     found: list[Sequence] = []
     for i in range(running):
         ids = [draw.randrange(base.config.vocab_size) for _ in range(32 + 224 * i // max(running - 1, 1))]

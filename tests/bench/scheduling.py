@@ -7,12 +7,13 @@ Rows that generate, of 8 adapters each in turn; then the same with all rows take
 
 import json
 import time
+from dataclasses import replace
 
 from quiver_server.blocks import BlockPool
-from quiver_server.request import SamplingParams, Sequence
+from quiver_server.request import GREEDY, Sequence
 from quiver_server.scheduler import Scheduler
 
-_PARAMS = SamplingParams(0, 0, 1, 0, 1, 0, 0, 0, 1 << 30, 0, frozenset(), frozenset(), None, False)
+_PARAMS = replace(GREEDY, max_new_tokens=1 << 30)
 
 
 def measure(num_rows: int, num_waiting: int, num_steps: int = 400) -> dict[str, float]:

@@ -40,7 +40,7 @@ def enduring_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def enduring(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A server for streams that last, with three adapters."""
     settings = {name: LLAMA_ADAPTERS[name] for name in ("all-r2", "keys-r16", "mlp-r8")}
-    with running_bench(tmp_path_factory.mktemp("enduring-bench"), enduring_base, settings) as bench:
+    with running_bench(tmp_path_factory.mktemp("enduring-bench"), enduring_base, settings, "--http-port", "0") as bench:
         yield bench
 
 

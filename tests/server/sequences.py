@@ -1,27 +1,13 @@
-"""Sequences and parameters for the engine's unit tests, with every default spelled once."""
+"""Sequences and parameters for the engine's unit tests, short of what a test says."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quiver_server.request import SamplingParams, Sequence, TokenEvent
+from quiver_server import request
+from quiver_server.request import Sequence, TokenEvent
 
-GREEDY = SamplingParams(
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    seed=0,
-    max_new_tokens=8,
-    min_new_tokens=0,
-    stop_ids=frozenset(),
-    eos_ids=frozenset(),
-    num_top_logprobs=None,
-    prompt_logprobs=False,
-)
+GREEDY = replace(request.GREEDY, max_new_tokens=8)
 
 
 def ignore(event: TokenEvent) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from server.bench import ENDURING
 from server.live_server import LiveServer, eventually
 from server.refusals import has_room_again, refusal
 
@@ -23,13 +24,13 @@ def narrow(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_who_waits_too_long_is_refused_with_a_hint(narrow: LiveServer) -> None:
     with narrow.client() as client, narrow.client() as other:
-        stream = client.stream([5, 6, 7], max_new_tokens=8000, ignore_eos=True, n=4, temperature=1.0, seed=1)
+        stream = client.stream([5, 6, 7], **{**ENDURING, "n": 4, "temperature": 1.0, "seed": 1})
         next(stream)
         error = refusal(lambda: other.generate([5], max_new_tokens=1), ServerBusy, "all this server holds")
         assert isinstance(error, ServerBusy) and error.retry_after_seconds
         stream.close()
         has_room_again(lambda: other.generate([5], max_new_tokens=1))
-        stream = client.stream([5, 6, 7], max_new_tokens=8000, ignore_eos=True, n=3, temperature=1.0, seed=1)
+        stream = client.stream([5, 6, 7], **{**ENDURING, "n": 3, "temperature": 1.0, "seed": 1})
         next(stream)
         error = refusal(lambda: other.generate([5], max_new_tokens=1), ServerBusy, "waited 1 s without starting")
         assert isinstance(error, ServerBusy) and error.retry_after_seconds

@@ -1,13 +1,12 @@
 """A client that goes, however it asked: the engine computes nothing more for it."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 import grpc
 import pytest
-from server.bench import Bench, running_bench
+from server.bench import Bench
 from server.live_server import LiveServer, eventually
 
 from quiver.request_messages import generate_request
@@ -16,12 +15,6 @@ from quiver.v1.generation_pb2_grpc import GenerationServiceStub
 NUM_TOKENS = 8000
 REQUEST = generate_request([5, 6, 7], max_new_tokens=NUM_TOKENS, ignore_eos=True, n=2, temperature=1.0, seed=1)
 BODY = b'{"model": "%s", "prompt": [[5, 6, 7], [8]], "max_tokens": 8000, "ignore_eos": true}'
-
-
-@pytest.fixture(scope="module")
-def bench(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with running_bench(tmp_path_factory.mktemp("cancelling"), enduring_base, {}, "--http-port", "0") as bench:
-        yield bench
 
 
 def running(server: LiveServer) -> float:
@@ -52,10 +45,10 @@ def http(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("ask_and_go", [unary, streaming, http])
-def test_what_nobody_waits_for_is_not_computed(bench: Bench, ask_and_go: Callable[[Bench], None]) -> None:
+def test_what_nobody_waits_for_is_not_computed(enduring: Bench, ask_and_go: Callable[[Bench], None]) -> None:
     """To its end it would take a step for each token."""
-    before = bench.server.metric("quiver_step_seconds_count")
-    ask_and_go(bench)
-    eventually(lambda: running(bench.server) == 0, 60)
-    assert bench.server.metric("quiver_step_seconds_count") - before < NUM_TOKENS / 2
-    assert bench.server.metric("quiver_kv_usage_ratio") == 0
+    before = enduring.server.metric("quiver_step_seconds_count")
+    ask_and_go(enduring)
+    eventually(lambda: running(enduring.server) == 0, 60)
+    assert enduring.server.metric("quiver_step_seconds_count") - before < NUM_TOKENS / 2
+    assert enduring.server.metric("quiver_kv_usage_ratio") == 0

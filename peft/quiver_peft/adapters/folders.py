@@ -21,8 +21,9 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         staging.chmod(0o755)
         for name, content in files.items():
             with (staging / name).open("wb") as file:
-                for start in range(0, len(content), _PIECE_BYTES):
-                    file.write(memoryview(content)[start : start + _PIECE_BYTES])
+                whole = memoryview(content)
+                for start in range(0, len(whole), _PIECE_BYTES):
+                    file.write(whole[start : start + _PIECE_BYTES])
                 file.flush()
                 os.fsync(file.fileno())
         put_in_place(staging, folder)

@@ -46,16 +46,15 @@ class Choices:
         self._echoed = echoed
         self.parts = [Part(index) for index in range(session.num_candidates)]
         self._spelling = [Spelling(tokenizer) for _ in self.parts]
-        self._num_characters = [0] * len(self.parts)
-        self._begun = [False] * len(self.parts)
+        self._to_echo = {part.index for part in self.parts} if echoed else set[int]()
 
     def add(self, piece: Piece) -> None:
         """One token more, or one score."""
-        part = self.parts[piece.index]
-        if self._echoed and not self._begun[piece.index]:
+        part, spelling = self.parts[piece.index], self._spelling[piece.index]
+        if piece.index in self._to_echo:
+            self._to_echo.remove(piece.index)
             part.echo = self._echo(piece)
-            self._num_characters[piece.index] = len(part.echo.text)
-        self._begun[piece.index] = True
+            spelling.num_characters = len(part.echo.text)
         part.finish_reason = piece.finish_reason
         if not self._session.draws:
             return
@@ -63,8 +62,8 @@ class Choices:
         part.token_ids.append(piece.token_id)
         if piece.logprob is not None:
             part.logprobs.append(piece.logprob)
-            part.offsets.append(self._num_characters[piece.index])
-            self._num_characters[piece.index] += len(self._spelling[piece.index].push(piece.token_id))
+            part.offsets.append(spelling.num_characters)
+            spelling.push(piece.token_id)
 
     def take(self, index: int) -> Part:
         """What a choice has said since it was last taken."""
