@@ -3,10 +3,9 @@
 import asyncio
 from enum import Enum
 
-from quiver_server.adapter_entry import Entry, Resident, Version, parse_name
+from quiver_server.adapter_entry import Entry, Resident, Version
 from quiver_server.adapter_sources import AdapterSources
 from quiver_server.adapter_store import AdapterStore
-from quiver_server.disk_cache import Exact
 from quiver_server.errors import (
     AdapterInUseError,
     AdapterTooLargeError,
@@ -16,6 +15,7 @@ from quiver_server.errors import (
     RequestError,
     UnknownAdapterError,
 )
+from quiver_server.revision import Exact, parse_name
 from quiver_server.weights_cache import size_of
 
 

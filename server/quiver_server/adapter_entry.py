@@ -1,18 +1,14 @@
 """What the server knows of one adapter id: where it comes from, its revisions, and where each of them is."""
 
 import asyncio
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from quiver_peft.adapters.store import ADAPTER_ID
 from quiver_peft.adapters.store_files import Stamp
 from quiver_server.adapter_sources import Place
-from quiver_server.disk_cache import Exact
 from quiver_server.errors import InvalidRequestError, RequestError
-
-_PREFIX = re.compile(r"[0-9a-f]{6,64}")
+from quiver_server.revision import Exact
 
 
 class State(Enum):
@@ -141,16 +137,3 @@ class Entry:
                 f"{len(found)} revisions of adapter {self.id!r} begin with {prefix}; give more digits", "adapter_id"
             )
         return found[0] if found else None
-
-
-def parse_name(name: str, field_name: str = "adapter_id") -> tuple[str, str]:
-    """The id of "id" or "id@revision", and the revision's first digits or "". Raises InvalidRequestError."""
-    adapter_id, at, prefix = name.partition("@")
-    if not ADAPTER_ID.fullmatch(adapter_id):
-        raise InvalidRequestError(
-            f"{field_name} {adapter_id!r} is malformed: 1 to 128 letters, digits, '.', '_', '-', not first a '.'",
-            field_name,
-        )
-    if at and not _PREFIX.fullmatch(prefix):
-        raise InvalidRequestError(f"revision {prefix!r} is malformed: 6 to 64 hexadecimal digits", field_name)
-    return adapter_id, prefix

@@ -2,8 +2,8 @@
 
 from quiver.v1 import adapters_pb2
 from quiver_server.adapter_entry import Entry, State, Version
-from quiver_server.adapter_store import AdapterStore
-from quiver_server.disk_cache import Exact
+from quiver_server.adapter_store import AdapterStore, state_of, version_state
+from quiver_server.revision import Exact
 
 _STATES = {
     State.REGISTERED: adapters_pb2.Adapter.STATE_REGISTERED,
@@ -52,32 +52,11 @@ def adapter_message(entry: Entry, store: AdapterStore) -> adapters_pb2.Adapter:
     return message
 
 
-def state_of(entry: Entry, store: AdapterStore) -> State:
-    """Where the current revision is; an alias of the same name hides it."""
-    if entry.id in store.registry.decided.aliases:
-        return State.FAILED
-    if entry.current is not None and (state := _version_state(entry.current, store)) is State.RESIDENT:
-        return state
-    if entry.loads:
-        return State.LOADING
-    if entry.failure is not None:
-        return State.FAILED
-    return State.REGISTERED if entry.current is None else _version_state(entry.current, store)
-
-
-def _version_state(version: Version, store: AdapterStore) -> State:
-    if version.resident is not None:
-        return State.RESIDENT
-    if version.placing.locked() or version.revision in version.entry.loads:
-        return State.LOADING
-    return State.HOST if store.reader.host.bytes_of(version.revision) else State.REGISTERED
-
-
 def _revision_message(version: Version, store: AdapterStore) -> adapters_pb2.Revision:
     residents = [item for item in version.entry.residents if item.revision == version.revision]
     return adapters_pb2.Revision(
         revision=version.revision,
-        state=_STATES[_version_state(version, store)],
+        state=_STATES[version_state(version, store)],
         running=sum(resident.num_leases for resident in residents),
         device_bytes=sum(resident.num_bytes for resident in residents),
         host_bytes=store.reader.host.bytes_of(version.revision),

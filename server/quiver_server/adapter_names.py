@@ -7,12 +7,13 @@ revision too). Everything here runs in the service's event loop; stores are aske
 import logging
 import time
 
-from quiver_server.adapter_entry import Entry, parse_name
+from quiver_server.adapter_entry import Entry
 from quiver_server.adapter_reading import AdapterReader
 from quiver_server.adapter_sources import AdapterSources, Place
 from quiver_server.adapter_watch import Changes
 from quiver_server.errors import RequestError, StoreUnavailableError, UnknownAdapterError
 from quiver_server.registry import Registry
+from quiver_server.revision import parse_name
 
 log = logging.getLogger(__name__)
 

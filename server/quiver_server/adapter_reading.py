@@ -16,8 +16,9 @@ from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.errors import AdapterError, BaseMismatchError, StoreError
 from quiver_server.adapter_sources import Place
 from quiver_server.background import background_threads
-from quiver_server.disk_cache import DiskCache, Exact
+from quiver_server.disk_cache import DiskCache
 from quiver_server.errors import MalformedAdapterError, OtherBaseError, StoreUnavailableError, UnknownAdapterError
+from quiver_server.revision import Exact
 from quiver_server.weights_cache import WeightsCache
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from quiver_peft.adapters.weights import AdapterWeights
-from quiver_server.adapter_entry import Entry, Resident, Version
+from quiver_server.adapter_entry import Entry, Resident, State, Version
 from quiver_server.adapter_memory import AdapterMemory
 from quiver_server.adapter_names import AdapterNames
 from quiver_server.adapter_reading import AdapterReader
-from quiver_server.disk_cache import Exact
 from quiver_server.errors import (
     BusyError,
     DrainingError,
@@ -22,6 +21,7 @@ from quiver_server.errors import (
     UnknownAdapterError,
 )
 from quiver_server.metrics import Metrics
+from quiver_server.revision import Exact
 
 log = logging.getLogger(__name__)
 
@@ -181,3 +181,24 @@ class AdapterStore:
         entry.stamp = None
         log.warning("adapter %s is served as it was last, revision %s: %s", entry.id, revision[:12], error)
         return entry.version(revision), weights
+
+
+def state_of(entry: Entry, store: AdapterStore) -> State:
+    """Where the current revision is; an alias of the same name hides it."""
+    if entry.id in store.registry.decided.aliases:
+        return State.FAILED
+    if entry.current is not None and (state := version_state(entry.current, store)) is State.RESIDENT:
+        return state
+    if entry.loads:
+        return State.LOADING
+    if entry.failure is not None:
+        return State.FAILED
+    return State.REGISTERED if entry.current is None else version_state(entry.current, store)
+
+
+def version_state(version: Version, store: AdapterStore) -> State:
+    if version.resident is not None:
+        return State.RESIDENT
+    if version.placing.locked() or version.revision in version.entry.loads:
+        return State.LOADING
+    return State.HOST if store.reader.host.bytes_of(version.revision) else State.REGISTERED

@@ -11,9 +11,9 @@ from quiver_server.adapter_admin import AdapterAdmin, Running
 from quiver_server.adapter_entry import Entry
 from quiver_server.adapter_messages import adapter_message, alias_message
 from quiver_server.adapter_store import AdapterStore
-from quiver_server.disk_cache import Exact
 from quiver_server.errors import InvalidRequestError, RequestError
-from quiver_server.service import refuse
+from quiver_server.grpc_status import refuse
+from quiver_server.revision import Exact
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_server.access import current_caller
 from quiver_server.asked import Asked, naming_prompt, tenant_of
 from quiver_server.call import Call, current_call, name_call
-from quiver_server.errors import DrainingError, RequestError
+from quiver_server.errors import DrainingError, RequestError, require
 from quiver_server.generation import Generator
-from quiver_server.limits import Limits, require
+from quiver_server.limits import Limits
 from quiver_server.metrics import Metrics
 from quiver_server.session import Piece, Session
 from quiver_server.wire import read_request, read_score_request

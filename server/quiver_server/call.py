@@ -7,8 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from quiver.status import shorten
-from quiver_server.errors import RequestError
-from quiver_server.limits import MAX_REQUEST_ID_CHARACTERS, require
+from quiver_server.errors import RequestError, require
 
 REQUEST_ID_KEY = "x-request-id"  # of gRPC's metadata and HTTP's headers, in both directions
 
@@ -65,3 +64,6 @@ def name_call(request_id: str, field: str = "request_id") -> None:
     ok = len(request_id) <= most and request_id.isascii() and request_id.isprintable()
     require(ok, field, shorten(repr(request_id), most), f"at most {most} printable ASCII characters")
     current_call().request_id = request_id
+
+
+MAX_REQUEST_ID_CHARACTERS = 128

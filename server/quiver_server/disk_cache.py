@@ -12,26 +12,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from threading import RLock
-from typing import NamedTuple
 
 from quiver_peft.adapters.adapter_files import AdapterFiles, read_files
 from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.adapters.store import ADAPTER_ID, REVISION
 from quiver_peft.errors import AdapterError
+from quiver_server.revision import Exact
 
 log = logging.getLogger(__name__)
 
 _CURRENT = "current"  # a link to the revision that the id alone named last
-
-
-class Exact(NamedTuple):
-    """One revision of one adapter."""
-
-    id: str
-    revision: str
-
-    def __str__(self) -> str:
-        return f"{self.id}@{self.revision}"
 
 
 class DiskCache:

@@ -128,3 +128,9 @@ class EngineFaultError(RequestError):
     """A step of the engine failed; the engine goes on with other requests."""
 
     reason = "ENGINE_FAULT"
+
+
+def require(ok: bool, field: str, value: object, rule: str) -> None:
+    """Raises InvalidRequestError that names the value and the rule unless it is kept."""
+    if not ok:
+        raise InvalidRequestError(f"{field} is {value}; it must be {rule}", field)

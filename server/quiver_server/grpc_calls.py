@@ -12,7 +12,7 @@ from quiver_server.access import Access, current_caller
 from quiver_server.call import REQUEST_ID_KEY, Call, enter_call, name_by_header
 from quiver_server.call_record import CallRecorder
 from quiver_server.errors import RequestError
-from quiver_server.service import refuse
+from quiver_server.grpc_status import refuse
 
 _OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from quiver_server.errors import InvalidRequestError, RequestError, SlowReaderError
-from quiver_server.service import refuse
+from quiver_server.grpc_status import refuse
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from quiver_server.errors import InvalidRequestError
+from quiver_server.errors import InvalidRequestError, require
 
 MAX_CANDIDATES = 16
 MAX_CONTINUATIONS = 128
@@ -12,7 +12,6 @@ MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_PRIORITY = 10
-MAX_REQUEST_ID_CHARACTERS = 128
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,3 @@ class Limits:
         # As large as the context: cut where it ends, whatever was asked for.
         if self.max_new < self.context_length:
             require(wanted <= self.max_new, field, wanted, f"at most {self.max_new} (--max-new-tokens)")
-
-
-def require(ok: bool, field: str, value: object, rule: str) -> None:
-    """Raises InvalidRequestError that names the value and the rule unless it is kept."""
-    if not ok:
-        raise InvalidRequestError(f"{field} is {value}; it must be {rule}", field)

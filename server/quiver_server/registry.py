@@ -17,8 +17,8 @@ from typing import Any
 from quiver_peft.adapters.folders import sync_folder
 from quiver_peft.adapters.store import ADAPTER_ID, REVISION
 from quiver_peft.errors import QuiverError
-from quiver_server.disk_cache import Exact
 from quiver_server.errors import RequestError
+from quiver_server.revision import Exact
 
 REGISTRY_FILE = "registry.json"
 _SCHEMA_VERSION = 1

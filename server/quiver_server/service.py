@@ -2,36 +2,20 @@
 
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc
 
-from quiver.status import STATUS_DETAILS_KEY, shorten, status_details
 from quiver.v1 import generation_pb2, generation_pb2_grpc
 from quiver_server.answering import Answering
-from quiver_server.call import REQUEST_ID_KEY, current_call
+from quiver_server.call import current_call
 from quiver_server.errors import RequestError
+from quiver_server.grpc_status import refuse
 from quiver_server.session import Piece, Session
 from quiver_server.wire import FINISH_REASONS, fill_score, logprob_message
 
 log = logging.getLogger(__name__)
 
 _Answer = generation_pb2.GenerateResponse | generation_pb2.GenerateStreamResponse | generation_pb2.ScoreResponse
-
-
-async def refuse(context: "grpc.aio.ServicerContext[Any, Any]", error: RequestError) -> None:
-    """End the call with the error's status and its details."""
-    call = current_call()
-    call.refuse(error)
-    details = status_details(
-        error.code,
-        str(error),
-        field_violations={error.field: str(error)} if error.field else None,
-        retry_after_seconds=error.retry_after_seconds,
-        reason=error.reason,
-    )
-    trailing = ((STATUS_DETAILS_KEY, details), (REQUEST_ID_KEY, call.request_id))
-    await context.abort(error.code, shorten(str(error)), trailing_metadata=trailing)
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.asked import NOTHING_DRAWN, Asked
-from quiver_server.errors import InvalidRequestError
+from quiver_server.errors import InvalidRequestError, require
 from quiver_server.limits import (
     MAX_CANDIDATES,
     MAX_CONTINUATIONS,
@@ -18,7 +18,6 @@ from quiver_server.limits import (
     MAX_STOP_TOKENS,
     MAX_TOP_LOGPROBS,
     Limits,
-    require,
 )
 from quiver_server.request import FinishReason, SamplingParams, TokenLogprob
 

@@ -8,7 +8,8 @@ import pytest
 from server.killing import full, run_alone
 
 from quiver_peft.adapters.adapter_files import AdapterFiles
-from quiver_server.disk_cache import DiskCache, Exact
+from quiver_server.disk_cache import DiskCache
+from quiver_server.revision import Exact
 
 WEIGHTS = "adapter_model.safetensors"
 

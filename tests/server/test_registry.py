@@ -10,9 +10,9 @@ import pytest
 from server.killing import full, run_alone
 
 from quiver_peft.errors import QuiverError
-from quiver_server.disk_cache import Exact
 from quiver_server.errors import RequestError
 from quiver_server.registry import Registry
+from quiver_server.revision import Exact
 
 ONE, TWO = Exact("support", "1" * 64), Exact("support", "2" * 64)
 

@@ -20,7 +20,7 @@ from quiver_peft.adapters.bottleneck import (
     bottleneck_sites,
     place_of,
 )
-from quiver_peft.adapters.lora import host_copy
+from quiver_peft.adapters.tensors import host_copy
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 

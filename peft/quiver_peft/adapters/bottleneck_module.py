@@ -20,8 +20,8 @@ from quiver_peft.adapters.bottleneck import (
     bottleneck_sites,
     place_of,
 )
-from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.method import Method
+from quiver_peft.adapters.tensors import host_copy
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Site
 from quiver_peft.kernels.grouped_bottleneck import bottleneck_delta

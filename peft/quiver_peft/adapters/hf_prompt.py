@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quiver_peft.adapters.hf_common import check_task_type
 from quiver_peft.adapters.prefix import PrefixPEFTConfig, PrefixWeights
-from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PromptWeights, PtuningPEFTConfig, require_room
+from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PromptWeights, PtuningPEFTConfig
+from quiver_peft.adapters.virtual_tokens import require_room
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 

@@ -12,9 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.targets import Target, matches_module, module_targets, resolve_targets, select_layers
+from quiver_peft.adapters.tensors import host_copy
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import AdapterError

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quiver_peft.adapters.dora import gate, row_lengths
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.targets import Target, require_matches, resolve_targets, select_layers
+from quiver_peft.adapters.tensors import host_copy
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear, Site
 from quiver_peft.errors import AdapterError
@@ -221,8 +222,3 @@ def initialise(weight: Tensor, method: str) -> None:
         nn.init.normal_(weight, std=0.2)
     else:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-
-
-def host_copy(tensor: Tensor) -> Tensor:
-    """A contiguous fp32 copy on the CPU, cut off from autograd."""
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

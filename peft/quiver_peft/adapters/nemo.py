@@ -29,12 +29,13 @@ from quiver_peft.adapters.bottleneck import (
 from quiver_peft.adapters.bottleneck_files import are_tied, bottleneck_weights
 from quiver_peft.adapters.configs import METHOD_ORDER, method_name
 from quiver_peft.adapters.ia3 import IA3PEFTConfig, IA3Weights, scaled_targets
-from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.nemo_archive import read_archive
 from quiver_peft.adapters.nemo_config import Settings, check_base, read_settings
 from quiver_peft.adapters.nemo_lora import read_lora
 from quiver_peft.adapters.nemo_tensors import NemoTensors, whole_tensors
-from quiver_peft.adapters.prompt import PromptWeights, PtuningPEFTConfig, require_room
+from quiver_peft.adapters.prompt import PromptWeights, PtuningPEFTConfig
+from quiver_peft.adapters.tensors import host_copy
+from quiver_peft.adapters.virtual_tokens import require_room
 from quiver_peft.adapters.weights import AdapterWeights, fold_scales
 from quiver_peft.base.base import Base
 from quiver_peft.base.config import T5Config

@@ -12,9 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.method import Method
-from quiver_peft.adapters.prompt import require_room, require_virtual_tokens
+from quiver_peft.adapters.tensors import host_copy
+from quiver_peft.adapters.virtual_tokens import require_room, require_virtual_tokens
 from quiver_peft.base.base import Base
 from quiver_peft.base.config import BaseConfig, T5Config
 from quiver_peft.errors import AdapterError

@@ -12,9 +12,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from quiver_peft.adapters.lora import host_copy
 from quiver_peft.adapters.method import Method
 from quiver_peft.adapters.prompt_encoder import LSTMEncoder, MLPEncoder, NemoEncoder
+from quiver_peft.adapters.tensors import host_copy
+from quiver_peft.adapters.virtual_tokens import require_room, require_virtual_tokens
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError
 
@@ -69,12 +70,6 @@ class PromptTuningPEFTConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {"method": "prompt_tuning", **asdict(self)}
-
-
-def require_virtual_tokens(method: str, number: int) -> None:
-    """Raises AdapterError for a number that is none."""
-    if number < 1:
-        raise AdapterError(f"{method}: virtual_tokens must be at least 1, not {number}")
 
 
 @dataclass(frozen=True)
@@ -147,16 +142,6 @@ class PromptModule(Method):
     def virtual_embeddings(self) -> Tensor:
         """[n, D]."""
         return self.encoder()
-
-
-def require_room(base: Base, num_virtual_tokens: int) -> None:
-    """Raises AdapterError when virtual tokens would fill the context."""
-    limit = base.config.max_positions
-    if limit is not None and num_virtual_tokens > limit - 2:
-        raise AdapterError(
-            f"virtual_tokens: {num_virtual_tokens} leave no room for a prompt and an answer in the {limit} positions "
-            "of this base"
-        )
 
 
 def _first_rows(base: Base, config: PromptTuningPEFTConfig) -> Tensor:

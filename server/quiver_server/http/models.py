@@ -5,8 +5,7 @@ from typing import Any
 
 from quiver_server.access import current_caller
 from quiver_server.adapter_entry import Entry
-from quiver_server.adapter_messages import state_of
-from quiver_server.adapter_store import AdapterStore
+from quiver_server.adapter_store import AdapterStore, state_of
 from quiver_server.errors import InvalidRequestError, RequestError, UnknownAdapterError
 from quiver_server.session import Session
 
