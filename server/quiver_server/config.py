@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quiver_server.log_format import LogFormat
+from quiver_server.telemetry.logs import LogFormat
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from quiver_server.adapter_store import AdapterStore
-from quiver_server.blocks import BlockPool
-from quiver_server.scheduler import Scheduler
+from quiver_server.adapters.manager import AdapterStore
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.scheduler import Scheduler
 
 
 class LoadMetrics(Collector):

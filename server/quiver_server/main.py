@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     # An unhandled SIGTERM is ignored by the kernel for process 1, which is what a container runs us as.
     signal.signal(signal.SIGTERM, _exit_while_starting)
-    from quiver_server.command import run
+    from quiver_server.cli import run
 
     return run(argv)
 

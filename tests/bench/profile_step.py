@@ -30,12 +30,12 @@ from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.kernels.native.library import library, take_over
 from quiver_server import engine as engine_module
-from quiver_server.blocks import BlockPool
-from quiver_server.engine import Engine
-from quiver_server.metrics import Metrics
-from quiver_server.request import GREEDY, Sequence
-from quiver_server.runner import Runner
-from quiver_server.scheduler import Scheduler
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.engine import Engine
+from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.scheduler import Scheduler
+from quiver_server.engine.sequence import GREEDY, Sequence
+from quiver_server.telemetry.metrics import Metrics
 
 BLOCK_TOKENS = 16
 NEW_TOKENS = 64

@@ -9,9 +9,9 @@ import json
 import time
 from dataclasses import replace
 
-from quiver_server.blocks import BlockPool
-from quiver_server.request import GREEDY, Sequence
-from quiver_server.scheduler import Scheduler
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.scheduler import Scheduler
+from quiver_server.engine.sequence import GREEDY, Sequence
 
 _PARAMS = replace(GREEDY, max_new_tokens=1 << 30)
 

@@ -15,7 +15,7 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> ServerConfig:
         seen.append(config)
         return 0
 
-    monkeypatch.setattr("quiver_server.serve.serve", serve)
+    monkeypatch.setattr("quiver_server.server.serve", serve)
     assert command.run(server(objects(text))["args"][1:]) == 0
     return seen[0]
 

@@ -74,10 +74,10 @@ def test_a_requirement_that_is_not_installed_is_named_with_the_cure(tmp_path: Pa
 
 
 def test_a_hole_in_a_package_of_our_own_is_a_bug_and_shown_as_one(tmp_path: Path) -> None:
-    _install(tmp_path, "quiver_server.main", "import quiver_server.scheduler")
+    _install(tmp_path, "quiver_server.main", "import quiver_server.engine.scheduler")
 
     run = _quiver(tmp_path, "serve")
 
-    assert "Traceback" in run.stderr and "quiver_server.scheduler" in run.stderr
+    assert "Traceback" in run.stderr and "quiver_server.engine.scheduler" in run.stderr
     assert "pip install" not in run.stderr
     assert run.returncode == 1

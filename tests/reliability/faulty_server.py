@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from quiver_server import building, grpc_faults
-from quiver_server.batch import StepBatch
+from quiver_server.engine.batch import StepBatch
+from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.scheduler import ScheduledChunk, Scheduler
+from quiver_server.engine.sequence import Sequence
 from quiver_server.main import main
-from quiver_server.request import Sequence
-from quiver_server.runner import Runner
-from quiver_server.scheduler import ScheduledChunk, Scheduler
 
 FAULTY_PROMPT = [313] * 6  # who asks this meets the fault
 

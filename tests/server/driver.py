@@ -9,13 +9,13 @@ from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
-from quiver_server.batch import StepBatch
-from quiver_server.blocks import BlockPool
-from quiver_server.engine import Delivery, Engine
-from quiver_server.metrics import Metrics
-from quiver_server.request import Sequence, TokenEvent
-from quiver_server.runner import Runner
-from quiver_server.scheduler import Scheduler
+from quiver_server.engine.batch import StepBatch
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.engine import Delivery, Engine
+from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.scheduler import Scheduler
+from quiver_server.engine.sequence import Sequence, TokenEvent
+from quiver_server.telemetry.metrics import Metrics
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")

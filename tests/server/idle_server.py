@@ -7,11 +7,11 @@ import torch
 from quiver_peft.adapters.adapter_files import AdapterFiles
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
-from quiver_server.adapter_opening import open_adapters
-from quiver_server.blocks import BlockPool
+from quiver_server.adapters.open import open_adapters
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.scheduler import Scheduler
 from quiver_server.load_metrics import LoadMetrics
-from quiver_server.metrics import Metrics
-from quiver_server.scheduler import Scheduler
+from quiver_server.telemetry.metrics import Metrics
 
 CAPACITY_BYTES = 4096
 MAX_ADAPTERS = 8

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from quiver_server import request
-from quiver_server.request import Sequence, TokenEvent
+from quiver_server.engine.sequence import Sequence, TokenEvent
 
 GREEDY = replace(request.GREEDY, max_new_tokens=8)
 

@@ -16,7 +16,7 @@ from server.refusals import refusal
 from quiver import Client, InvalidRequest, QuiverClientError, ServerBusy
 from quiver.errors import AccessDenied
 from quiver_peft.errors import QuiverError
-from quiver_server.access import ANYONE, Access, read_grants
+from quiver_server.auth import ANYONE, Access, read_grants
 
 ADMIN, SUPPORT, SLOW, NARROW = (f"{name}-token-{'x' * 16}" for name in ("admin", "support", "slow", "narrow"))
 FILE = f"""

@@ -14,8 +14,8 @@ from quiver_peft.adapters.artifact import parse_adapter
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
-from quiver_server.adapter_opening import open_adapters
-from quiver_server.metrics import Metrics
+from quiver_server.adapters.open import open_adapters
+from quiver_server.telemetry.metrics import Metrics
 
 
 async def test_a_load_under_way_is_not_taken_for_what_came_after_it(llama_base: Path, tmp_path: Path) -> None:

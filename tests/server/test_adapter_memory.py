@@ -14,12 +14,12 @@ from quiver_peft.adapters.artifact import parse_adapter, read_adapter
 from quiver_peft.adapters.banks import AdapterBanks
 from quiver_peft.base.gpt import GPTBase
 from quiver_server import adapter_memory
-from quiver_server.adapter_admin import AdapterAdmin
-from quiver_server.adapter_entry import Resident
-from quiver_server.adapter_opening import open_adapters
-from quiver_server.adapter_store import AdapterStore
+from quiver_server.adapters.admin import AdapterAdmin
+from quiver_server.adapters.entry import Resident
+from quiver_server.adapters.manager import AdapterStore
+from quiver_server.adapters.open import open_adapters
 from quiver_server.errors import BusyError, UnknownAdapterError
-from quiver_server.metrics import Metrics
+from quiver_server.telemetry.metrics import Metrics
 
 RANKS = {**{f"r4-{i}": 4 for i in range(5)}, "r8": 8, "r12": 12}
 Opened = tuple[AdapterStore, AdapterAdmin]

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from quiver_server.adapter_watch import Changes
+from quiver_server.adapters.watch import Changes
 
 
 def test_what_was_missed_is_merged() -> None:

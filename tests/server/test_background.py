@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from quiver_server.background import background_threads
+from quiver_server.adapters.background_threads import background_threads
 
 
 def nice_of_this_thread() -> int:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server.sequences import sequence
 
-from quiver_server.block_keys import block_key
-from quiver_server.blocks import BlockPool
-from quiver_server.request import Sequence
+from quiver_server.engine.block_hashes import block_key
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.sequence import Sequence
 
 SOURCE = list(range(30))
 

@@ -8,8 +8,8 @@ import pytest
 from server.killing import full, run_alone
 
 from quiver_peft.adapters.adapter_files import AdapterFiles
-from quiver_server.disk_cache import DiskCache
-from quiver_server.revision import Exact
+from quiver_server.adapters.disk_cache import DiskCache
+from quiver_server.adapters.revision import Exact
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -101,7 +101,7 @@ import sys
 from pathlib import Path
 from server.killing import kill_often
 from quiver_peft.adapters.adapter_files import AdapterFiles
-from quiver_server.disk_cache import DiskCache, Exact
+from quiver_server.adapters.disk_cache import DiskCache, Exact
 
 def open_cache():
     return DiskCache(Path(sys.argv[1]) / "cache", 400_000, lambda exact: False)

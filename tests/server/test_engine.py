@@ -12,11 +12,11 @@ from tiny import hf_greedy, hf_model, random_prompts
 from torch import Tensor
 
 from quiver_peft.base.gpt import GPTBase
-from quiver_server.batch import StepBatch
-from quiver_server.engine import Delivery, Engine
+from quiver_server.engine.batch import StepBatch
+from quiver_server.engine.engine import Delivery, Engine
+from quiver_server.engine.sequence import FinishReason, Sequence, TokenEvent
 from quiver_server.errors import EngineFaultError
-from quiver_server.metrics import Metrics
-from quiver_server.request import FinishReason, Sequence, TokenEvent
+from quiver_server.telemetry.metrics import Metrics
 
 
 @pytest.fixture(scope="module")

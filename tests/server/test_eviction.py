@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quiver_server.eviction import Ageing, Occupied, cheapest_room
+from quiver_server.adapters.eviction import Ageing, Occupied, cheapest_room
 
 
 def layout(*pieces: tuple[int, float | None]) -> tuple[list[Occupied], int]:

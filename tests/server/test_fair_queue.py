@@ -2,8 +2,8 @@
 
 from server.sequences import sequence
 
-from quiver_server.fair_queue import FairQueue
-from quiver_server.request import Sequence
+from quiver_server.engine.fair_queue import FairQueue
+from quiver_server.engine.sequence import Sequence
 
 
 class Clock:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from server.sequences import sequence
 from server.test_scheduler import run_step, sizes
 
-from quiver_server.blocks import BlockPool
-from quiver_server.request import Sequence
-from quiver_server.scheduler import ScheduledChunk, Scheduler
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.scheduler import ScheduledChunk, Scheduler
+from quiver_server.engine.sequence import Sequence
 
 FLOOD, QUIET = 1, 2
 _first_tokens = count(1000)

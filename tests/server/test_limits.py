@@ -9,8 +9,8 @@ from server.live_server import run_refused
 from server.refusals import has_room_again, refusal
 
 from quiver import Client, InvalidRequest, ServerBusy
-from quiver_server.admission import Admission
 from quiver_server.errors import BusyError, InvalidRequestError
+from quiver_server.requests.admission import Admission
 
 OPTIONS = {
     "--max-prompt-tokens": "20",

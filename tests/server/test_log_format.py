@@ -8,8 +8,8 @@ from contextvars import copy_context
 import pytest
 from grpc._cython import cygrpc
 
-from quiver_server.call import enter_call, name_call
-from quiver_server.log_format import LogFormat, configure_logging
+from quiver_server.telemetry.call import enter_call, name_call
+from quiver_server.telemetry.logs import LogFormat, configure_logging
 
 log = logging.getLogger("quiver_server.some_file")
 

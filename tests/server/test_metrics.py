@@ -15,8 +15,8 @@ from server.idle_server import MAX_ADAPTERS, IdleServer
 from server.live_server import eventually
 
 from quiver import Client, Tier
-from quiver_server.adapter_entry import Entry
-from quiver_server.metrics import MAX_ADAPTER_LABELS, OTHER_ADAPTERS, STEP_PHASES, Metrics
+from quiver_server.adapters.entry import Entry
+from quiver_server.telemetry.metrics import MAX_ADAPTER_LABELS, OTHER_ADAPTERS, STEP_PHASES, Metrics
 
 
 def families(page: str) -> dict[str, Metric]:

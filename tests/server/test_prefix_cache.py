@@ -19,7 +19,7 @@ from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base
 from quiver_peft.base.t5 import T5Base
-from quiver_server.request import Sequence
+from quiver_server.engine.sequence import Sequence
 
 PROMPT = random_tokens(21, seed=8).tolist()
 

@@ -14,9 +14,9 @@ from server.bench import ENDURING
 from server.live_server import LiveServer, eventually, run_refused, spawn
 
 from quiver import QuiverClientError, ServerUnavailable
-from quiver_server.command import run
+from quiver_server.adapters.registry import Registry
+from quiver_server.cli import run
 from quiver_server.config import ServerConfig
-from quiver_server.registry import Registry
 
 PROMPT = [9, 20, 31]
 SIGTERM_BIT = 1 << 14

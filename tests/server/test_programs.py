@@ -18,7 +18,7 @@ from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.kernels.native.library import library
-from quiver_server.request import Sequence
+from quiver_server.engine.sequence import Sequence
 
 RANKS = (1, 4, 9)
 

@@ -10,9 +10,9 @@ import pytest
 from server.killing import full, run_alone
 
 from quiver_peft.errors import QuiverError
+from quiver_server.adapters.registry import Registry
+from quiver_server.adapters.revision import Exact
 from quiver_server.errors import RequestError
-from quiver_server.registry import Registry
-from quiver_server.revision import Exact
 
 ONE, TWO = Exact("support", "1" * 64), Exact("support", "2" * 64)
 
@@ -98,8 +98,8 @@ _KILLED = """
 import asyncio, sys
 from pathlib import Path
 from server.killing import kill_often
-from quiver_server.disk_cache import Exact
-from quiver_server.registry import Registry
+from quiver_server.adapters.disk_cache import Exact
+from quiver_server.adapters.registry import Registry
 
 last = [0]
 

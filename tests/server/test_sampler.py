@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from server.sequences import sequence
 
-from quiver_server.sampler import NOT_FINITE, logprobs_of, sample, uniform
+from quiver_server.engine.sampler import NOT_FINITE, logprobs_of, sample, uniform
 
 VOCAB = 12
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.2, -0.3, 0.0, 2.5, -2.0, 1.0, 0.1, -0.7])

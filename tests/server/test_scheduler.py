@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server.sequences import sequence
 
-from quiver_server.blocks import BlockPool
-from quiver_server.request import Sequence
-from quiver_server.scheduler import ScheduledChunk, Scheduler
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.scheduler import ScheduledChunk, Scheduler
+from quiver_server.engine.sequence import Sequence
 
 OTHER_PROMPT = list(range(50, 58))
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
 from quiver_peft.tokenizer import Tokenizer
-from quiver_server.text_stream import TextStream, offsets_of
+from quiver_server.requests.detokenizer import TextStream, offsets_of
 
 IDS = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40)
 TEXTS = st.text(st.sampled_from("aeß€\N{SNOWMAN}\N{GRINNING FACE} .b"), max_size=30)

@@ -6,8 +6,8 @@ import pytest
 from server.otlp_receivers import attributes, http_receiver
 
 from quiver_peft.errors import QuiverError
-from quiver_server.call import Call
-from quiver_server.tracing import open_tracing
+from quiver_server.telemetry.call import Call
+from quiver_server.telemetry.tracing import open_tracing
 
 
 @pytest.fixture(autouse=True)

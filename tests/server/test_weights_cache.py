@@ -9,7 +9,7 @@ from tiny import hf_lora
 from quiver_peft.adapters.artifact import read_adapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
-from quiver_server.weights_cache import WeightsCache, size_of
+from quiver_server.adapters.host_cache import WeightsCache, size_of
 
 
 @pytest.fixture(scope="module")

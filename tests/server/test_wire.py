@@ -10,10 +10,10 @@ from tiny import EOS, VOCAB_SIZE, tiny_tokenizer
 
 from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
+from quiver_server.engine.sequence import FinishReason, TokenLogprob
 from quiver_server.errors import InvalidRequestError
-from quiver_server.limits import Limits
-from quiver_server.request import FinishReason, TokenLogprob
-from quiver_server.wire import FINISH_REASONS, Asked, logprob_message, read_request
+from quiver_server.requests.limits import Limits
+from quiver_server.requests.validation import FINISH_REASONS, Asked, logprob_message, read_request
 
 LIMITS = Limits(
     VOCAB_SIZE,

@@ -19,7 +19,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from quiver import Client
-from quiver_server.http.parameters import CHAT_PARAMETERS, COMPLETION_PARAMETERS
+from quiver_server.openai_api.parameters import CHAT_PARAMETERS, COMPLETION_PARAMETERS
 
 ADMIN, SUPPORT, SLOW = (f"{name}-token-{'x' * 16}" for name in ("admin", "support", "slow"))
 TOKENS = f"""

@@ -15,7 +15,7 @@ from openai.types import CompletionChoice
 from server.certificates import make_authority, make_certificate
 from server.live_server import LiveServer, eventually
 
-from quiver_server.command import run
+from quiver_server.cli import run
 
 PROMPT = [9, 20, 31]
 
@@ -115,7 +115,9 @@ def test_without_its_packages_it_says_what_to_install(
     llama_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     """In this process: faster."""
-    for name in [name for name in sys.modules if name.startswith(("quiver_server.http.", "quiver_peft.chat_template"))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("quiver_server.openai_api.", "quiver_peft.chat_template"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # makes every attempt to import it fail
     assert run([*options(llama_base, tmp_path)]) == 1

@@ -1,0 +1,164 @@
+"""Builds the server's parts from its configuration: the base in memory, the cache, the engine, the adapters' store."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from quiver_peft.adapters.artifact import parse_adapter
+from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.slot_tables import SlotTables
+from quiver_peft.adapters.store_files import is_url
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.load import load_base
+from quiver_peft.base.packing import pack
+from quiver_peft.base.paged import PagedKV
+from quiver_peft.base.t5 import T5Base
+from quiver_peft.errors import QuiverError
+from quiver_peft.kernels.native.library import take_over
+from quiver_peft.kernels.paged_attention import triton_agrees
+from quiver_peft.tokenizer import Tokenizer
+from quiver_server.adapters.admin import AdapterAdmin
+from quiver_server.adapters.manager import AdapterStore
+from quiver_server.adapters.open import open_adapters
+from quiver_server.config import ServerConfig
+from quiver_server.engine.block_pool import BlockPool
+from quiver_server.engine.engine import Delivery, Engine
+from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.scheduler import Scheduler
+from quiver_server.load_metrics import LoadMetrics
+from quiver_server.requests.admission import Admission
+from quiver_server.requests.generation import Generator, dispatch
+from quiver_server.requests.limits import Limits
+from quiver_server.telemetry.metrics import Metrics
+
+BLOCK_TOKENS = 16
+# On a GPU, where each has a row in the kernels' tables.
+MAX_RESIDENT_ADAPTERS = 1024
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that lives as long as the server."""
+
+    base: GPTBase | T5Base
+    tokenizer: Tokenizer
+    kv: PagedKV
+    engine: Engine
+    store: AdapterStore
+    admin: AdapterAdmin
+    generator: Generator
+    limits: Limits
+    metrics: Metrics
+
+
+def load(config: ServerConfig) -> tuple[GPTBase | T5Base, Tokenizer]:
+    """The base, on its device. Raises QuiverError or OSError."""
+    for place in config.adapters:
+        if not is_url(place) and not Path(place).is_dir():
+            raise NotADirectoryError(f"--adapters {place}: no such folder; make it, it may be empty")
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
+    if config.dtype not in dtypes:
+        raise QuiverError(f"--dtype {config.dtype}: must be one of {', '.join(dtypes)}")
+    base = load_base(config.base, dtype=dtypes[config.dtype], device=device)
+    if device == "cpu":
+        pack(base)
+        take_over()
+    return base, Tokenizer(config.base)
+
+
+def build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, on_dead: Callable[[], None]) -> Parts:
+    """The parts, unstarted. Called in the event loop that will serve. on_dead: called there if the engine ends."""
+    loop = asyncio.get_running_loop()
+    kv = _make_kv(config, base)
+    weight = base.embedding.weight
+    if weight.is_cuda:
+        group = base.config.num_heads // base.config.num_kv_heads
+        triton_agrees(group, base.config.head_dim, weight.dtype, weight.device)  # now, not at the first request
+    tables = SlotTables.where_they_help(base, MAX_RESIDENT_ADAPTERS)
+    banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device, tables)
+    blocks = BlockPool(kv.num_blocks, BLOCK_TOKENS, share=config.prefix_cache)
+    metrics = Metrics()
+    scheduler = Scheduler(blocks, config.max_running, config.max_step_tokens)
+
+    def deliver(events: Delivery) -> None:
+        loop.call_soon_threadsafe(dispatch, events)
+
+    def fail() -> None:
+        loop.call_soon_threadsafe(on_dead)
+
+    engine = Engine(
+        Runner(base, banks, kv, config.max_step_tokens),
+        scheduler,
+        block_size=BLOCK_TOKENS,
+        device=weight.device,
+        metrics=metrics,
+        deliver=deliver,
+        on_dead=fail,
+    )
+    store, admin = open_adapters(
+        config.adapters,
+        config.state,
+        banks,
+        partial(parse_adapter, base=base, tokenizer_digest=tokenizer.digest),
+        metrics,
+        host_bytes=config.adapter_host_memory_mib * _MIB,
+        disk_bytes=config.cache_mib * _MIB,
+    )
+    name = config.base.resolve().name
+    metrics.registry.register(LoadMetrics(name, scheduler, blocks, store, MAX_RESIDENT_ADAPTERS))
+    limits = _limits(config, base, tokenizer, kv.num_blocks * BLOCK_TOKENS)
+    generator = Generator(
+        engine,
+        store,
+        tokenizer,
+        metrics,
+        admission=Admission(config.max_running + config.max_waiting, config.max_adapter_share),
+        limits=limits,
+        max_queue_seconds=config.max_queue_seconds,
+        start_token_id=base.config.start_token_id if isinstance(base, T5Base) else None,
+    )
+    return Parts(base, tokenizer, kv, engine, store, admin, generator, limits, metrics)
+
+
+def _make_kv(config: ServerConfig, base: GPTBase | T5Base) -> PagedKV:
+    """As many blocks as --kv-memory-mib holds. Raises QuiverError where that is none."""
+    weight = base.embedding.weight
+    block_bytes = BLOCK_TOKENS * PagedKV.bytes_per_token(base.config, weight.dtype)
+    num_blocks = config.kv_memory_mib * _MIB // block_bytes
+    if not num_blocks:
+        raise QuiverError(
+            f"--kv-memory-mib {config.kv_memory_mib}: one block of {BLOCK_TOKENS} tokens takes {block_bytes} bytes"
+        )
+    return PagedKV(base.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
+
+
+def _limits(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, kv_tokens: int) -> Limits:
+    """Raises QuiverError for a default that nobody may ask for."""
+    is_t5 = isinstance(base, T5Base)
+    # One block less for two tables, which are both rounded up to whole blocks.
+    capacity = kv_tokens - is_t5 * BLOCK_TOKENS
+    context_length = min(base.config.max_positions or capacity, capacity)
+    if 0 < config.max_new_tokens < config.default_max_new_tokens:
+        raise QuiverError(
+            f"--default-max-new-tokens {config.default_max_new_tokens}: must be at most --max-new-tokens "
+            f"{config.max_new_tokens}"
+        )
+    return Limits(
+        vocab_size=base.config.vocab_size,
+        longest_token=tokenizer.longest_token,
+        context_length=context_length,
+        max_prompt=min(config.max_prompt_tokens or context_length, context_length),
+        max_new=min(config.max_new_tokens or context_length, context_length),
+        max_source_length=config.max_step_tokens if is_t5 else None,
+        default_max_new_tokens=config.default_max_new_tokens,
+        eos_ids=frozenset(base.config.eos_token_ids),
+    )

@@ -1,0 +1,109 @@
+"""The model, the adapter banks and the cache together: one batch in, the wanted logits out."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.native_seam import NativeSeam
+from quiver_peft.base.gpt import GPTBase
+from quiver_peft.base.paged import PagedAttention, PagedKV
+from quiver_peft.base.paged_t5 import PackedAttention, PagedSources
+from quiver_peft.base.sites import NO_ADAPTERS, Seam
+from quiver_peft.base.t5 import T5Base
+from quiver_peft.kernels.native.library import library
+from quiver_peft.kernels.native.program import Programs
+from quiver_peft.kernels.paged_layout import PagedLayout
+from quiver_server.engine.batch import StepBatch
+from quiver_server.engine.encoder_batch import SourceBatch
+
+
+class Runner:
+    """Owns the device side of the engine. Used by the engine's thread only."""
+
+    def __init__(self, base: GPTBase | T5Base, banks: AdapterBanks, kv: PagedKV, max_step_tokens: int) -> None:
+        """max_step_tokens: the most that a batch or its sources have."""
+        self._base = base
+        self._banks = banks
+        self._kv = kv
+        native = library() if kv.keys.is_cpu and kv.keys.dtype == torch.float32 else None
+        self._biases = _biases(base)
+        self._programs = None if native is None else Programs(native, self._constants(), max_step_tokens)
+
+    def _constants(self) -> Iterator[Tensor]:
+        yield from self._base.constants()
+        yield from self._biases.values()
+        yield from (self._kv.keys, self._kv.values)
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch) -> Tensor:
+        """Logits of the wanted rows, [R, V]; keys and values of all rows are in the cache afterwards."""
+        base = self._base
+        seam = self._banks.seam(batch.groups, batch.virtual)
+        hidden = self._decode_t5(base, batch, seam) if isinstance(base, T5Base) else self._decode(base, batch, seam)
+        assert hidden is not None
+        return base.logits(hidden[batch.logit_rows])
+
+    def _decode(self, base: GPTBase, batch: StepBatch, seam: Seam) -> Tensor | None:
+        """Hidden states, [T, D]."""
+
+        def make() -> Tensor:
+            return base(batch.tokens, batch.positions, PagedAttention(self._kv, batch.layout), seam)
+
+        return self._step("decode", make, seam, [batch.tokens, batch.positions, batch.layout.new_rows], [batch.layout])
+
+    def _decode_t5(self, base: T5Base, batch: StepBatch, seam: Seam) -> Tensor | None:
+        """The decoder's hidden states, [T, D]; new sources are encoded first."""
+        new = batch.sources
+        assert new is not None
+        sources = PagedSources(self._kv, new.layout)
+        if new.lengths:
+            self._encode(base, new, sources)
+
+        def make() -> Tensor:
+            return base(batch.tokens, PagedAttention(self._kv, batch.layout, self._biases["decoder"]), sources, seam)
+
+        layouts = [batch.layout, new.layout.attended]
+        return self._step("decode", make, seam, [batch.tokens, batch.layout.new_rows], layouts)
+
+    def _encode(self, base: T5Base, new: SourceBatch, sources: PagedSources) -> None:
+        """Keep what the decoder will attend to."""
+        seam = self._banks.seam(new.groups, new.virtual)
+        attend = PackedAttention(new.lengths, self._biases["encoder"], new.tokens.device)
+
+        def make() -> None:
+            base.read(base.encode(new.tokens, attend, seam), sources, seam)
+
+        assert new.layout.new_rows is not None
+        self._step("encode", make, seam, [new.tokens, new.layout.new_rows], [attend.layout])
+
+    def _step(
+        self,
+        name: str,
+        make: Callable[[], Tensor | None],
+        seam: Seam,
+        rows: Sequence[Tensor],
+        layouts: Sequence[PagedLayout],
+    ) -> Tensor | None:
+        """What `make` returns, by a program where there can be one.
+
+        rows: its inputs that have a number for each row. layouts: its other ones, beside the seam.
+        """
+        is_native = isinstance(seam, NativeSeam) and not seam.has_virtual
+        if self._programs is None or not (seam is NO_ADAPTERS or is_native):
+            return make()
+        inputs = [numbers.data_ptr() for numbers in rows] + [layout.address for layout in layouts]
+        if isinstance(seam, NativeSeam):
+            return self._programs.run((name, seam.acts), make, len(rows[0]), [*inputs, seam.address])
+        return self._programs.run((name, None), make, len(rows[0]), inputs)
+
+
+def _biases(base: GPTBase | T5Base) -> dict[str, Tensor]:
+    """By stack."""
+    if isinstance(base, GPTBase):
+        return {}
+    return {
+        name: stack.bias.by_distance().detach()
+        for name, stack in (("encoder", base.encoder), ("decoder", base.decoder))
+    }

@@ -1,0 +1,1 @@
+"""The gRPC API: services, interceptors and the server that runs them."""

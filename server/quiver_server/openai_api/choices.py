@@ -1,0 +1,77 @@
+"""The choices of an answer as their tokens come; each begins with its prompt where that was asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quiver_peft.tokenizer import Tokenizer
+from quiver_server.engine.sequence import FinishReason, TokenLogprob
+from quiver_server.requests.detokenizer import Spelling
+from quiver_server.requests.session import Piece, Session
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt, repeated. logprobs: of its tokens after the first; None unless they were asked for."""
+
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob] | None
+
+
+@dataclass
+class Part:
+    """What one choice has said, or one chunk of it.
+
+    offsets: where in the choice's text each token begins that has a log-probability. echo: said before all else.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    offsets: list[int] = field(default_factory=list[int])
+    finish_reason: FinishReason | None = None
+    echo: Echo | None = None
+
+
+class Choices:
+    """All of an answer: choice c of prompt p has the index p * n + c.
+
+    echoed: the prompts as they were sent, or nothing where none is to be repeated.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, session: Session, echoed: Sequence[str | Sequence[int]]) -> None:
+        self._tokenizer = tokenizer
+        self._session = session
+        self._echoed = echoed
+        self.parts = [Part(index) for index in range(session.num_candidates)]
+        self._spelling = [Spelling(tokenizer) for _ in self.parts]
+        self._to_echo = {part.index for part in self.parts} if echoed else set[int]()
+
+    def add(self, piece: Piece) -> None:
+        """One token more, or one score."""
+        part, spelling = self.parts[piece.index], self._spelling[piece.index]
+        if piece.index in self._to_echo:
+            self._to_echo.remove(piece.index)
+            part.echo = self._echo(piece)
+            spelling.num_characters = len(part.echo.text)
+        part.finish_reason = piece.finish_reason
+        if not self._session.draws:
+            return
+        part.text += piece.text
+        part.token_ids.append(piece.token_id)
+        if piece.logprob is not None:
+            part.logprobs.append(piece.logprob)
+            part.offsets.append(spelling.num_characters)
+            spelling.push(piece.token_id)
+
+    def take(self, index: int) -> Part:
+        """What a choice has said since it was last taken."""
+        part, self.parts[index] = self.parts[index], Part(index)
+        return part
+
+    def _echo(self, piece: Piece) -> Echo:
+        prompt = piece.index * len(self._session.asked) // len(self.parts)
+        asked, sent = self._session.asked[prompt], self._echoed[prompt]
+        text = sent if isinstance(sent, str) else self._tokenizer.decode(sent)
+        return Echo(text, asked.prompt, piece.prompt_logprobs if asked.params.prompt_logprobs else None)

@@ -1,0 +1,1 @@
+"""Requests on their way to the engine: validation, admission, sessions, detokenization. No wire format."""

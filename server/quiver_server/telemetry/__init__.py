@@ -1,0 +1,1 @@
+"""Metrics, per-call context, traces and logs."""
