@@ -26,7 +26,7 @@ COPY server server
 COPY trainer/quiver_trainer trainer/quiver_trainer
 RUN /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[server,stores,http,otel,trainer,megatron]' \
  && XDG_CACHE_HOME=/opt/quiver/cache /opt/venv/bin/python -c \
-    'from quiver_peft.kernels.native.build import built_for_every_machine; built_for_every_machine()' \
+    'from quiver_peft.kernels.cpp.build import built_for_every_machine; built_for_every_machine()' \
  && chmod -R a+rX /opt/quiver/cache \
  && /opt/venv/bin/python -m pip uninstall --yes pip
 

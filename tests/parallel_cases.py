@@ -22,14 +22,14 @@ from megatron_models import megatron_logits, megatron_model
 from ranks import die_with_parent
 from torch import Tensor, nn
 
-from quiver_peft.adapters.adapter import Adapter
-from quiver_peft.adapters.artifact import read_adapter
-from quiver_peft.adapters.bottleneck import CanonicalAdaptersPEFTConfig
-from quiver_peft.adapters.configs import PEFTConfig
-from quiver_peft.adapters.ia3 import IA3PEFTConfig
-from quiver_peft.adapters.lora import LoraPEFTConfig
-from quiver_peft.adapters.prefix import PrefixPEFTConfig
-from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.adapters.methods.bottleneck import CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.methods.configs import PEFTConfig
+from quiver_peft.adapters.methods.ia3 import IA3PEFTConfig
+from quiver_peft.adapters.methods.lora import LoraPEFTConfig
+from quiver_peft.adapters.methods.prefix import PrefixPEFTConfig
+from quiver_peft.adapters.methods.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
+from quiver_peft.adapters.training.trainable_adapter import Adapter
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import GPT, T5, AnyModel, load_model

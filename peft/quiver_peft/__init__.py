@@ -1,10 +1,10 @@
 """What a base and an adapter are: GPT and T5, the adapter methods, the artefact on disk. Pure torch."""
 
-from quiver_peft.adapters.bottleneck import CanonicalAdaptersPEFTConfig
-from quiver_peft.adapters.ia3 import IA3PEFTConfig
-from quiver_peft.adapters.lora import LoraPEFTConfig
-from quiver_peft.adapters.prefix import PrefixPEFTConfig
-from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
+from quiver_peft.adapters.methods.bottleneck import CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.methods.ia3 import IA3PEFTConfig
+from quiver_peft.adapters.methods.lora import LoraPEFTConfig
+from quiver_peft.adapters.methods.prefix import PrefixPEFTConfig
+from quiver_peft.adapters.methods.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.errors import AdapterError, BaseMismatchError, CheckpointError, QuiverError
 from quiver_peft.model import GPT, T5, load_model
 

@@ -6,8 +6,8 @@ from itertools import accumulate
 
 import torch
 
-from quiver_peft.adapters.bank_seam import RowGroup, VirtualRows
-from quiver_peft.adapters.banks import FIRST_SLOT, AdapterBanks
+from quiver_peft.adapters.serving.banks import FIRST_SLOT, AdapterBanks
+from quiver_peft.adapters.serving.torch_seam import RowGroup, VirtualRows
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.base.gpt import GPTBase

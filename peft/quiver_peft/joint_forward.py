@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.joint_seam import Drawing, JointSeam
+from quiver_peft.adapters.training.training_seam import Drawing, JointSeam
 from quiver_peft.base.attention import CausalAttention
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.packed_sequences import PackedCrossAttention, PackedSelfAttention, PackedSequences

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quiver_peft.adapters.adapter import Adapter
-from quiver_peft.adapters.artifact import read_adapter, save_adapter
-from quiver_peft.adapters.configs import PEFTConfig
+from quiver_peft.adapters.formats.adapter_folder import read_adapter, save_adapter
+from quiver_peft.adapters.methods.configs import PEFTConfig
+from quiver_peft.adapters.training.trainable_adapter import Adapter
 from quiver_peft.base.base import Base
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base

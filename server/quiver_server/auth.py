@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quiver_peft.errors import QuiverError
-from quiver_peft.file_state import FileState, file_state
+from quiver_peft.files.file_state import FileState, file_state
 from quiver_server.errors import BusyError, ForbiddenError, UnauthenticatedError
 
 log = logging.getLogger(__name__)

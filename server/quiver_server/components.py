@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
-from quiver_peft.adapters.artifact import parse_adapter
-from quiver_peft.adapters.banks import AdapterBanks
-from quiver_peft.adapters.slot_tables import SlotTables
-from quiver_peft.adapters.store_files import is_url
+from quiver_peft.adapters.formats.adapter_folder import parse_adapter
+from quiver_peft.adapters.serving.banks import AdapterBanks
+from quiver_peft.adapters.serving.slot_tables import SlotTables
+from quiver_peft.adapters.store.files import is_url
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
-from quiver_peft.kernels.native.library import take_over
+from quiver_peft.kernels.cpp.library import take_over
 from quiver_peft.kernels.paged_attention import triton_agrees
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapters.admin import AdapterAdmin

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from quiver.v1 import model_pb2
-from quiver_peft.adapters.configs import METHOD_ORDER
+from quiver_peft.adapters.methods.configs import METHOD_ORDER
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError

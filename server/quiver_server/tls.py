@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import grpc
 
 from quiver_peft.errors import QuiverError
-from quiver_peft.file_state import FileState, file_state
+from quiver_peft.files.file_state import FileState, file_state
 from quiver_server.config import ServerConfig
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from quiver_peft import GPT, LoraPEFTConfig
-from quiver_peft.adapters.bank_seam import RowGroup
-from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
-from quiver_peft.adapters.slot_tables import SlotTables
+from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
+from quiver_peft.adapters.serving.slot_tables import SlotTables
+from quiver_peft.adapters.serving.torch_seam import RowGroup
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.config import GPTConfig, RopeConfig
 from quiver_peft.base.gpt import GPTBase

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from bench.gpu_train import SIZES, UNTIMED_STEPS
 
-from quiver_peft.adapters.lora import LoraPEFTConfig
+from quiver_peft.adapters.methods.lora import LoraPEFTConfig
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.model import GPT
 from quiver_peft.parallel.adapters import split_adapter

@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from quiver_peft import CanonicalAdaptersPEFTConfig, IA3PEFTConfig, LoraPEFTConfig, PtuningPEFTConfig
-from quiver_peft.adapters.adapter import Adapter
-from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
+from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
+from quiver_peft.adapters.training.trainable_adapter import Adapter
 from quiver_peft.base.base import Base
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
-from quiver_peft.kernels.native.library import library, take_over
+from quiver_peft.kernels.cpp.library import library, take_over
 from quiver_server import engine as engine_module
 from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.engine import Engine

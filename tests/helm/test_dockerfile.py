@@ -12,7 +12,7 @@ import yaml
 from helm import tools
 from helm.chart import CHART, ROOT
 
-from quiver_peft.kernels.native.build import built_library
+from quiver_peft.kernels.cpp.build import built_library
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 BUILD, FINAL, CUDA, LAST = DOCKERFILE.split("\nFROM ")[1:]

@@ -14,7 +14,7 @@ from server.bench import make_base
 from server.live_server import LiveServer
 
 from quiver import AdapterNotFound
-from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.base.load import load_base
 
 pytestmark = pytest.mark.slow

@@ -19,9 +19,9 @@ from quiver_peft import (
     PromptTuningPEFTConfig,
     PtuningPEFTConfig,
 )
-from quiver_peft.adapters.adapter import Adapter
-from quiver_peft.adapters.ia3 import IA3Scale
-from quiver_peft.adapters.lora import LoraPair
+from quiver_peft.adapters.methods.ia3 import IA3Scale
+from quiver_peft.adapters.methods.lora import LoraPair
+from quiver_peft.adapters.training.trainable_adapter import Adapter
 from quiver_peft.base.families import GPT_FAMILIES, T5_FAMILIES
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.t5 import T5Base

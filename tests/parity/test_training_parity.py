@@ -23,9 +23,9 @@ from quiver_peft import (
     PtuningPEFTConfig,
     load_model,
 )
-from quiver_peft.adapters.bottleneck_module import Bottleneck
-from quiver_peft.adapters.ia3 import IA3Scale
-from quiver_peft.adapters.lora import LoraPair
+from quiver_peft.adapters.methods.bottleneck_module import Bottleneck
+from quiver_peft.adapters.methods.ia3 import IA3Scale
+from quiver_peft.adapters.methods.lora import LoraPair
 from quiver_peft.base.sites import Site
 
 TOKENS = random_tokens(3, 14, seed=8)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from quiver_peft import GPT, LoraPEFTConfig
-from quiver_peft.adapters.artifact import read_adapter, save_adapter
-from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.adapters.formats.adapter_folder import read_adapter, save_adapter
+from quiver_peft.files.atomic_folder import replace_folder
 
 torch.set_num_threads(1)  # a forked child has no other threads
 

@@ -29,7 +29,7 @@ from server.live_server import answer_tokens
 from tiny import hf_greedy, hf_lora, random_tokens
 
 from quiver import Client, DeadlineExceeded, InvalidRequest, QuiverClientError, ServerBusy
-from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.files.atomic_folder import replace_folder
 
 NUM_CLIENTS = 8
 NUM_QUESTIONS = 120

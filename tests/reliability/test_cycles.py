@@ -15,7 +15,7 @@ from server.live_server import answer_tokens
 from tiny import hf_greedy, hf_lora, random_prompts
 
 from quiver import Client
-from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.files.atomic_folder import replace_folder
 
 NUM_CYCLES = size(200, 2000)
 NUM_WARM_UP = 60

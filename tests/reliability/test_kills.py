@@ -16,8 +16,8 @@ from tiny import hf_greedy, hf_lora
 
 from quiver import Client, QuiverClientError
 from quiver_peft import GPT
-from quiver_peft.adapters.artifact import read_adapter
-from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.files.atomic_folder import replace_folder
 
 NUM_SAVES = size(30, 200)
 NUM_SERVERS = size(3, 50)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.serving.banks import AdapterBanks
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base

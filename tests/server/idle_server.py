@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from quiver_peft.adapters.adapter_files import AdapterFiles
-from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.formats.adapter_files import AdapterFiles
+from quiver_peft.adapters.serving.banks import AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_server.adapters.open import open_adapters
 from quiver_server.engine.block_pool import BlockPool

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from tiny import hf_lora
 
-from quiver_peft.adapters.adapter_files import AdapterFiles, read_files
-from quiver_peft.adapters.artifact import parse_adapter
-from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.formats.adapter_files import AdapterFiles, read_files
+from quiver_peft.adapters.formats.adapter_folder import parse_adapter
+from quiver_peft.adapters.serving.banks import AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
 from quiver_server.adapters.open import open_adapters

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import hf_lora
 
-from quiver_peft.adapters.artifact import parse_adapter, read_adapter
-from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.formats.adapter_folder import parse_adapter, read_adapter
+from quiver_peft.adapters.serving.banks import AdapterBanks
 from quiver_peft.base.gpt import GPTBase
 from quiver_server import adapter_memory
 from quiver_server.adapters.admin import AdapterAdmin

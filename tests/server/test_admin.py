@@ -13,7 +13,7 @@ from server.bench import LLAMA_ADAPTERS, Bench
 from tiny import MAX_POSITIONS, VOCAB_SIZE
 
 from quiver import Client
-from quiver_peft.adapters.configs import METHOD_ORDER
+from quiver_peft.adapters.methods.configs import METHOD_ORDER
 from quiver_peft.tokenizer import Tokenizer
 
 SERVICES = ["quiver.v1.GenerationService", "quiver.v1.AdapterService", "quiver.v1.ModelService"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from server.killing import full, run_alone
 
-from quiver_peft.adapters.adapter_files import AdapterFiles
+from quiver_peft.adapters.formats.adapter_files import AdapterFiles
 from quiver_server.adapters.disk_cache import DiskCache
 from quiver_server.adapters.revision import Exact
 
@@ -100,7 +100,7 @@ _KILLED = """
 import sys
 from pathlib import Path
 from server.killing import kill_often
-from quiver_peft.adapters.adapter_files import AdapterFiles
+from quiver_peft.adapters.formats.adapter_files import AdapterFiles
 from quiver_server.adapters.disk_cache import DiskCache, Exact
 
 def open_cache():

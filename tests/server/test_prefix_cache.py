@@ -14,7 +14,7 @@ from server.test_lifecycle import replace_files
 from tiny import hf_lora, random_tokens
 
 from quiver_peft import PrefixPEFTConfig, PromptTuningPEFTConfig, load_model
-from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base

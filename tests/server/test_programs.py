@@ -10,14 +10,14 @@ from server.sequences import sequence
 from tiny import hf_lora, random_tokens, tiny_gpt2, tiny_llama, tiny_t5
 
 from quiver_peft import CanonicalAdaptersPEFTConfig, IA3PEFTConfig, PtuningPEFTConfig
-from quiver_peft.adapters.adapter import Adapter
-from quiver_peft.adapters.artifact import read_adapter
-from quiver_peft.adapters.configs import PEFTConfig
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.adapters.methods.configs import PEFTConfig
+from quiver_peft.adapters.training.trainable_adapter import Adapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
 from quiver_peft.base.t5 import T5Base
-from quiver_peft.kernels.native.library import library
+from quiver_peft.kernels.cpp.library import library
 from quiver_server.engine.sequence import Sequence
 
 RANKS = (1, 4, 9)

@@ -17,7 +17,7 @@ from tiny import hf_greedy, hf_lora
 
 from quiver import AdapterNotFound, CallCancelled, Client, InvalidRequest, Running, ServerBusy, Tier
 from quiver.request_messages import GenerateOptions
-from quiver_peft.adapters.store import AdapterStore, publish
+from quiver_peft.adapters.store.store import AdapterStore, publish
 
 PROMPT = [9, 20, 31, 42, 53]
 LONG: GenerateOptions = {"max_new_tokens": 1500, "ignore_eos": True}

@@ -13,7 +13,7 @@ from stores import S3, s3_server, web_server
 from tiny import hf_greedy, hf_lora
 
 from quiver import AdapterNotFound, Client, InvalidRequest, ServerUnavailable
-from quiver_peft.adapters.store import AdapterStore, publish
+from quiver_peft.adapters.store.store import AdapterStore, publish
 
 PROMPT = [9, 20, 31, 42, 53]
 WEIGHTS = "adapter_model.safetensors"

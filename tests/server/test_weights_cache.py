@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import hf_lora
 
-from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
 from quiver_server.adapters.host_cache import WeightsCache, size_of

@@ -13,7 +13,7 @@ from trainer.conftest import ROWS, write_rows
 from transformers.modeling_utils import PreTrainedModel
 
 from quiver_peft import GPT
-from quiver_peft.adapters.lora import LoraPair
+from quiver_peft.adapters.methods.lora import LoraPair
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import OptimiserSection, ScheduleSection, TrainConfig, Trainer
 from quiver_trainer.batches import collate

@@ -11,7 +11,7 @@ from tiny import EOS, hf_greedy, hf_lora, hf_model, random_prompts
 from trainer.conftest import ROWS, write_rows
 
 from quiver_peft import GPT, CanonicalAdaptersPEFTConfig, IA3PEFTConfig, LoraPEFTConfig
-from quiver_peft.adapters.prefix import PrefixPEFTConfig
+from quiver_peft.adapters.methods.prefix import PrefixPEFTConfig
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.errors import DataError
 from quiver_trainer.predict import is_exact_match, predict_texts, predict_tokens

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from quiver_peft import GPT, IA3PEFTConfig, LoraPEFTConfig, PrefixPEFTConfig, PromptTuningPEFTConfig, PtuningPEFTConfig
-from quiver_peft.adapters.configs import PEFTConfig
+from quiver_peft.adapters.methods.configs import PEFTConfig
 from quiver_trainer import OptimiserSection, ScheduleSection
 from quiver_trainer.method_config import METHOD_SECTIONS
 from quiver_trainer.optimiser import make_optimiser, peak_rate, peak_rates, rate_factor, set_learning_rate

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.conftest import ROWS, write_rows
 
 from quiver_peft import GPT, T5, load_model
-from quiver_peft.adapters.formats import write_methods
+from quiver_peft.adapters.formats.methods import write_methods
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import (

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.files.atomic_folder import replace_folder
 from quiver_trainer.errors import TrainingError
 from quiver_trainer.progress import Progress
 from quiver_trainer.random_stream import RandomStream

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from quiver_trainer.files import write_atomically
+from quiver_peft.files.atomic_file import write_atomically
 
 TABLE_FILE = "comparison.md"
 PICTURE_FILE = "comparison.png"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiver_peft.adapters.joint_seam import Drawing
+from quiver_peft.adapters.training.training_seam import Drawing
 from quiver_peft.joint_forward import joint_hidden
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer

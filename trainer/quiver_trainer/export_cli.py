@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from quiver_peft.adapters.artifact import read_adapter
-from quiver_peft.adapters.export import export_adapter
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.adapters.formats.export import export_adapter
 from quiver_peft.base.load import load_base
 from quiver_trainer.adapter_command import run_on_adapter
 

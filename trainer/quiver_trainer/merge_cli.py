@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.merge import merge_into
 from quiver_peft.model import load_model
 from quiver_trainer.adapter_command import run_on_adapter

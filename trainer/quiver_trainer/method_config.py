@@ -4,12 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from quiver_peft.adapters.bottleneck import CanonicalAdaptersPEFTConfig
-from quiver_peft.adapters.configs import PEFTConfig
-from quiver_peft.adapters.ia3 import IA3PEFTConfig
-from quiver_peft.adapters.lora import LoraPEFTConfig
-from quiver_peft.adapters.prefix import PrefixPEFTConfig
-from quiver_peft.adapters.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
+from quiver_peft.adapters.methods.bottleneck import CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.methods.configs import PEFTConfig
+from quiver_peft.adapters.methods.ia3 import IA3PEFTConfig
+from quiver_peft.adapters.methods.lora import LoraPEFTConfig
+from quiver_peft.adapters.methods.prefix import PrefixPEFTConfig
+from quiver_peft.adapters.methods.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.errors import AdapterError
 
 _LORA = LoraPEFTConfig()

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quiver_peft.base.packing import pack
+from quiver_peft.device import choose_device
 from quiver_peft.errors import QuiverError
+from quiver_peft.files.atomic_file import write_atomically
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.device import choose_device
 from quiver_trainer.errors import DataError
-from quiver_trainer.files import write_atomically
 from quiver_trainer.predict import is_exact_match, predict_tokens
 from quiver_trainer.rows import EXAMPLE, Line, read_lines
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from quiver_peft import T5
-from quiver_peft.adapters.store import AdapterStore, publish
+from quiver_peft.adapters.store.store import AdapterStore, publish
 from quiver_peft.chat_template import read_chat_template
+from quiver_peft.device import choose_device
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import BatchLimits
 from quiver_trainer.config import EvaluationSection
 from quiver_trainer.data import file_sha256, read_dataset
-from quiver_trainer.device import choose_device
 from quiver_trainer.errors import DataError, TrainingError
 from quiver_trainer.measuring import Measuring
 from quiver_trainer.progress import Progress, ValidationRecord

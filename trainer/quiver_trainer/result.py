@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.base.families import FAMILIES
+from quiver_peft.files.atomic_folder import replace_folder
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.card import CARD_FILE, model_card

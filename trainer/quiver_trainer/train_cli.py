@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from quiver_peft.base.checkpoint import fingerprint
+from quiver_peft.device import choose_device
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import AnyModel, load_model
 from quiver_trainer.config import TrainConfig
 from quiver_trainer.describe import list_settings, to_recipe
-from quiver_trainer.device import choose_device
 from quiver_trainer.errors import ConfigError, TrainingError, TrainingInterrupted
 from quiver_trainer.many import ManyRecipe, load_recipes
 from quiver_trainer.report import Reporter, SilentReporter

@@ -7,10 +7,10 @@ import torch
 from quiver_peft import GPT, T5
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.t5 import T5Base
+from quiver_peft.device import choose_device
 from quiver_peft.model import AnyModel, load_model
 from quiver_trainer.comparison import PICTURE_FILE, TABLE_FILE, Compared, comparison_table, write_comparison
 from quiver_trainer.config import TrainConfig
-from quiver_trainer.device import choose_device
 from quiver_trainer.errors import ConfigError, TrainingError
 from quiver_trainer.many import ManyRecipe
 from quiver_trainer.report import Reporter

@@ -2,7 +2,7 @@
 
 import torch
 
-from quiver_peft.adapters.dora import gate
+from quiver_peft.adapters.methods.dora import gate
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError

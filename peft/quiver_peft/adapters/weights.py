@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from quiver_peft.adapters.bottleneck import BottleneckWeights
-from quiver_peft.adapters.configs import PEFTConfig, method_name
-from quiver_peft.adapters.dora import gate
-from quiver_peft.adapters.ia3 import IA3Weights
-from quiver_peft.adapters.lora import LoraWeights
-from quiver_peft.adapters.prefix import PrefixWeights
-from quiver_peft.adapters.prompt import PromptWeights
+from quiver_peft.adapters.methods.bottleneck import BottleneckWeights
+from quiver_peft.adapters.methods.configs import PEFTConfig, method_name
+from quiver_peft.adapters.methods.dora import gate
+from quiver_peft.adapters.methods.ia3 import IA3Weights
+from quiver_peft.adapters.methods.lora import LoraWeights
+from quiver_peft.adapters.methods.prefix import PrefixWeights
+from quiver_peft.adapters.methods.prompt import PromptWeights
 from quiver_peft.base.base import Base
 from quiver_peft.kernels.grouped_scale import OutputScale, ScaleAtSite
 

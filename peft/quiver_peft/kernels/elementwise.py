@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiver_peft.kernels.native.library import library_for
+from quiver_peft.kernels.cpp.library import library_for
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 _NATIVE_KINDS: dict[Activation, int] = {"silu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}

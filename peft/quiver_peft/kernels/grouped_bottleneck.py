@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiver_peft.kernels.native.groups import Groups
-from quiver_peft.kernels.native.library import library_for
+from quiver_peft.kernels.cpp.groups import Groups
+from quiver_peft.kernels.cpp.library import library_for
 
 NORM_EPS = 1e-5
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quiver_peft.kernels.native.groups import Groups
-from quiver_peft.kernels.native.library import library_for
+from quiver_peft.kernels.cpp.groups import Groups
+from quiver_peft.kernels.cpp.library import library_for
 
 
 class OutputScale(NamedTuple):

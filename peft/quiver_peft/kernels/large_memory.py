@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.native.library import library
+from quiver_peft.kernels.cpp.library import library
 
 
 def empty_large(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiver_peft.kernels.native.library import library, library_for
+from quiver_peft.kernels.cpp.library import library, library_for
 
 PANEL = 16
 

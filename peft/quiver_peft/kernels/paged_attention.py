@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiver_peft.kernels.native.library import library_for
+from quiver_peft.kernels.cpp.library import library_for
 from quiver_peft.kernels.paged_layout import PagedLayout
 
 _MAX_SHARING = 32  # query heads of one key head, by the compiled kernel

@@ -18,12 +18,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from quiver_peft.adapters.adapter import Adapter, AnyMethod
-from quiver_peft.adapters.bottleneck_module import BottleneckModule
-from quiver_peft.adapters.ia3 import IA3Module, IA3Scale
-from quiver_peft.adapters.lora import LoraModule, LoraPair
-from quiver_peft.adapters.prefix import PrefixEncoder, PrefixModule, PrefixRows
-from quiver_peft.adapters.targets import Target
+from quiver_peft.adapters.methods.bottleneck_module import BottleneckModule
+from quiver_peft.adapters.methods.ia3 import IA3Module, IA3Scale
+from quiver_peft.adapters.methods.lora import LoraModule, LoraPair
+from quiver_peft.adapters.methods.prefix import PrefixEncoder, PrefixModule, PrefixRows
+from quiver_peft.adapters.methods.targets import Target
+from quiver_peft.adapters.training.trainable_adapter import Adapter, AnyMethod
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear
 from quiver_peft.parallel.linears import is_cut_by_rows

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import RLock
 
-from quiver_peft.adapters.adapter_files import AdapterFiles, read_files
-from quiver_peft.adapters.folders import replace_folder
-from quiver_peft.adapters.store import ADAPTER_ID, REVISION
+from quiver_peft.adapters.formats.adapter_files import AdapterFiles, read_files
+from quiver_peft.adapters.store.store import ADAPTER_ID, REVISION
 from quiver_peft.errors import AdapterError
+from quiver_peft.files.atomic_folder import replace_folder
 from quiver_server.adapters.revision import Exact
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from quiver_peft.adapters.store_files import Stamp
+from quiver_peft.adapters.store.files import Stamp
 from quiver_server.adapters.revision import Exact
 from quiver_server.adapters.sources import Place
 from quiver_server.errors import InvalidRequestError, RequestError

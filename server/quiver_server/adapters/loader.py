@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
-from quiver_peft.adapters.adapter_files import AdapterFiles
-from quiver_peft.adapters.store_files import Stamp
+from quiver_peft.adapters.formats.adapter_files import AdapterFiles
+from quiver_peft.adapters.store.files import Stamp
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.errors import AdapterError, BaseMismatchError, StoreError
 from quiver_server.adapters.background_threads import background_threads

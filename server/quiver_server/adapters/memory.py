@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
+from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_server.adapters.entry import Resident, Version
 from quiver_server.adapters.eviction import Ageing, Occupied, cheapest_room

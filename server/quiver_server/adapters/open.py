@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from quiver_peft.adapters.adapter_files import AdapterFiles
-from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.formats.adapter_files import AdapterFiles
+from quiver_peft.adapters.serving.banks import AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_server.adapters.admin import AdapterAdmin
 from quiver_server.adapters.background_threads import background_threads

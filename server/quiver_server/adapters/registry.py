@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quiver_peft.adapters.folders import sync_folder
-from quiver_peft.adapters.store import ADAPTER_ID, REVISION
+from quiver_peft.adapters.store.store import ADAPTER_ID, REVISION
 from quiver_peft.errors import QuiverError
+from quiver_peft.files.atomic_folder import sync_folder
 from quiver_server.adapters.revision import Exact
 from quiver_server.errors import RequestError
 

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from quiver_peft.adapters.store import ADAPTER_ID
+from quiver_peft.adapters.store.store import ADAPTER_ID
 from quiver_server.errors import InvalidRequestError
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from quiver_peft.adapters.store import ADAPTER_ID, AdapterStore
-from quiver_peft.adapters.store_files import LocalFiles, is_url
+from quiver_peft.adapters.store.files import LocalFiles, is_url
+from quiver_peft.adapters.store.store import ADAPTER_ID, AdapterStore
 from quiver_peft.errors import StoreError
 from quiver_server.errors import InvalidRequestError
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.bank_seam import RowGroup, VirtualRows
+from quiver_peft.adapters.serving.torch_seam import RowGroup, VirtualRows
 from quiver_peft.base.paged import PagedLayout
 from quiver_peft.kernels.transfer import Transfer
 from quiver_server.engine.encoder_batch import SourceBatch, add_to_groups, prepare_sources

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.bank_seam import RowGroup, VirtualRows
+from quiver_peft.adapters.serving.torch_seam import RowGroup, VirtualRows
 from quiver_peft.base.paged_t5 import SourceLayout
 from quiver_server.engine.scheduler import ScheduledChunk
 

@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.banks import AdapterBanks
-from quiver_peft.adapters.native_seam import NativeSeam
+from quiver_peft.adapters.serving.banks import AdapterBanks
+from quiver_peft.adapters.serving.cpp_seam import NativeSeam
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedAttention, PagedKV
 from quiver_peft.base.paged_t5 import PackedAttention, PagedSources
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
 from quiver_peft.base.t5 import T5Base
-from quiver_peft.kernels.native.library import library
-from quiver_peft.kernels.native.program import Programs
+from quiver_peft.kernels.cpp.library import library
+from quiver_peft.kernels.cpp.step_graph import Programs
 from quiver_peft.kernels.paged_layout import PagedLayout
 from quiver_server.engine.batch import StepBatch
 from quiver_server.engine.encoder_batch import SourceBatch

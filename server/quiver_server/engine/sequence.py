@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from quiver_peft.adapters.banks import BASE_SLOT
+from quiver_peft.adapters.serving.banks import BASE_SLOT
 from quiver_server.errors import RequestError
 
 

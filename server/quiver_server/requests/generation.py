@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
-from quiver_peft.adapters.banks import BASE_SLOT
+from quiver_peft.adapters.serving.banks import BASE_SLOT
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapters.entry import Resident
 from quiver_server.adapters.manager import AdapterStore

@@ -13,9 +13,9 @@ from tiny import assert_close, assert_matters, edit_json, edit_tensors, random_t
 from torch import Tensor
 
 from quiver_peft import GPT, T5, AdapterError, BaseMismatchError, load_model
-from quiver_peft.adapters.artifact import read_adapter
-from quiver_peft.adapters.bank_seam import RowGroup
-from quiver_peft.adapters.banks import FIRST_SLOT, AdapterBanks
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.adapters.serving.banks import FIRST_SLOT, AdapterBanks
+from quiver_peft.adapters.serving.torch_seam import RowGroup
 from quiver_peft.base.attention import CausalAttention
 from quiver_peft.base.gpt import GPTBase
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quiver_peft.adapters.arena import ALIGNMENT_ELEMENTS, Arena, Extent
+from quiver_peft.adapters.serving.arena import ALIGNMENT_ELEMENTS, Arena, Extent
 
 CAPACITY = 64 * ALIGNMENT_ELEMENTS
 CPU = torch.device("cpu")

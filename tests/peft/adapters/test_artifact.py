@@ -11,8 +11,8 @@ from tiny import assert_close, edit_json, edit_tensors, hf_logits, hf_lora, hf_p
 from torch import Tensor
 
 from quiver_peft import GPT, AdapterError, BaseMismatchError, LoraPEFTConfig
-from quiver_peft.adapters.adapter import Adapter
-from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.adapters.training.trainable_adapter import Adapter
 
 TOKENS = random_tokens(1, 20)
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "quiver.json"

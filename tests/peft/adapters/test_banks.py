@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from quiver_peft import GPT
-from quiver_peft.adapters.adapter import Adapter
-from quiver_peft.adapters.artifact import read_adapter
-from quiver_peft.adapters.bank_seam import RowGroup
-from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
-from quiver_peft.adapters.lora import LoraWeights
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.adapters.methods.lora import LoraWeights
+from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
+from quiver_peft.adapters.serving.torch_seam import RowGroup
+from quiver_peft.adapters.training.trainable_adapter import Adapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout

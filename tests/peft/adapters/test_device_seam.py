@@ -18,11 +18,11 @@ from quiver_peft import (
     PromptTuningPEFTConfig,
     load_model,
 )
-from quiver_peft.adapters.bank_seam import BankSeam, RowGroup, VirtualRows
-from quiver_peft.adapters.banks import BASE_SLOT, AdapterBanks
-from quiver_peft.adapters.device_seam import DeviceSeam
-from quiver_peft.adapters.native_seam import NativeSeam
-from quiver_peft.adapters.slot_tables import SlotTables
+from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
+from quiver_peft.adapters.serving.cpp_seam import NativeSeam
+from quiver_peft.adapters.serving.slot_tables import SlotTables
+from quiver_peft.adapters.serving.torch_seam import BankSeam, RowGroup, VirtualRows
+from quiver_peft.adapters.serving.triton_seam import DeviceSeam
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.base.gpt import GPTBase

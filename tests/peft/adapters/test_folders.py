@@ -14,8 +14,8 @@ from tiny import hf_lora
 
 from quiver_peft import GPT
 from quiver_peft.adapters import folders
-from quiver_peft.adapters.artifact import read_adapter
-from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.files.atomic_folder import replace_folder
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tiny import assert_matters, random_tokens
 
 from quiver_peft import GPT, AdapterError, LoraPEFTConfig
-from quiver_peft.adapters.lora import LoraModule, LoraPair, initialise, lora_scale
-from quiver_peft.adapters.targets import NEMO_PLACES, Target
+from quiver_peft.adapters.methods.lora import LoraModule, LoraPair, initialise, lora_scale
+from quiver_peft.adapters.methods.targets import NEMO_PLACES, Target
 from quiver_peft.base.sites import Linear, Site
 
 TOKENS = random_tokens(2, 30)

@@ -27,7 +27,7 @@ from quiver_peft import (
     PromptTuningPEFTConfig,
     load_model,
 )
-from quiver_peft.adapters.artifact import read_adapter
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.merge import merge_into
 
 TOKENS = random_tokens(2, 12, seed=6)

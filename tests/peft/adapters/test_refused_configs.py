@@ -13,7 +13,7 @@ from peft import LoraConfig
 from tiny import edit_json, hf_lora, random_tokens
 
 from quiver_peft import GPT, AdapterError
-from quiver_peft.adapters.hf_lora import HARMLESS_FIELDS, USED_FIELDS
+from quiver_peft.adapters.formats.hf_lora import HARMLESS_FIELDS, USED_FIELDS
 
 TOKENS = random_tokens(1, 20)
 CONFIG = "adapter_config.json"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from stores import S3, s3_server, web_server
 
-from quiver_peft.adapters.adapter_files import AdapterFiles, read_files, revision_of
-from quiver_peft.adapters.store import AdapterStore, publish
-from quiver_peft.adapters.store_files import RemoteFiles
+from quiver_peft.adapters.formats.adapter_files import AdapterFiles, read_files, revision_of
+from quiver_peft.adapters.store.files import RemoteFiles
+from quiver_peft.adapters.store.store import AdapterStore, publish
 from quiver_peft.errors import AdapterError, StoreError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quiver_peft import GPT, AdapterError, LoraPEFTConfig
-from quiver_peft.adapters.targets import matches_module, module_targets, resolve_targets
+from quiver_peft.adapters.methods.targets import matches_module, module_targets, resolve_targets
 from quiver_peft.base.gpt import GPTBase
 
 

@@ -11,8 +11,8 @@ from tiny import assert_close, assert_matters, hf_logits, hf_model, hf_peft, our
 from torch import Tensor
 
 from quiver_peft import GPT, T5, LoraPEFTConfig, load_model
-from quiver_peft.adapters.lora import LoraModule
-from quiver_peft.adapters.targets import NEMO_PLACES
+from quiver_peft.adapters.methods.lora import LoraModule
+from quiver_peft.adapters.methods.targets import NEMO_PLACES
 
 TOKENS = random_tokens(2, 40)
 VARIANTS = ("nemo", "canonical")

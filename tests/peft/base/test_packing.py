@@ -7,14 +7,14 @@ import torch
 from tiny import assert_close, hf_lora, random_prompts, tiny_llama
 from torch import Tensor
 
-from quiver_peft.adapters.artifact import read_adapter
-from quiver_peft.adapters.bank_seam import RowGroup
-from quiver_peft.adapters.banks import AdapterBanks
+from quiver_peft.adapters.formats.adapter_folder import read_adapter
+from quiver_peft.adapters.serving.banks import AdapterBanks
+from quiver_peft.adapters.serving.torch_seam import RowGroup
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
 from quiver_peft.base.paged import PagedAttention, PagedKV
-from quiver_peft.kernels.native.library import library
+from quiver_peft.kernels.cpp.library import library
 from quiver_peft.kernels.paged_layout import PagedLayout
 
 CPU = torch.device("cpu")

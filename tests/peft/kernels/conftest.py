@@ -5,7 +5,7 @@ from collections.abc import Generator
 import pytest
 import torch
 
-from quiver_peft.kernels.native.library import Library, library
+from quiver_peft.kernels.cpp.library import Library, library
 
 
 @pytest.fixture

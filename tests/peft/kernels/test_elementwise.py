@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.elementwise import (
     Activation,
     activate,
@@ -20,7 +21,6 @@ from quiver_peft.kernels.elementwise import (
     rotate,
     rotate_torch,
 )
-from quiver_peft.kernels.native.library import Library
 
 SIZES = [(1, 1), (3, 7), (8, 640), (5, 65), (300, 100)]
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from quiver_peft.kernels.cpp.groups import Groups, RowsOf, SiteRecords
+from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.grouped_bottleneck import (
     BottleneckAtSite,
     BottleneckSegment,
@@ -14,8 +16,6 @@ from quiver_peft.kernels.grouped_bottleneck import (
     bottleneck_delta,
     bottleneck_descriptor,
 )
-from quiver_peft.kernels.native.groups import Groups, RowsOf, SiteRecords
-from quiver_peft.kernels.native.library import Library
 
 HIDDEN = 8
 

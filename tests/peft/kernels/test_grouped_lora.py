@@ -5,6 +5,7 @@ import torch
 from tiny import assert_close
 from torch import Tensor
 
+from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.grouped_lora import (
     LoraAtSite,
     LoraExpand,
@@ -12,7 +13,6 @@ from quiver_peft.kernels.grouped_lora import (
     add_grouped_lora_,
     add_grouped_lora_torch_,
 )
-from quiver_peft.kernels.native.library import Library
 
 NUM_INPUTS, NUM_OUTPUTS = 24, 40
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from quiver_peft.kernels.cpp.groups import Groups, RowsOf, SiteRecords
+from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.grouped_scale import (
     OutputScale,
     ScaleAtSite,
@@ -13,8 +15,6 @@ from quiver_peft.kernels.grouped_scale import (
     scale_outputs_,
     scale_outputs_of_groups_,
 )
-from quiver_peft.kernels.native.groups import Groups, RowsOf, SiteRecords
-from quiver_peft.kernels.native.library import Library
 
 
 def make_segments() -> list[ScaleSegment]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quiver_peft.kernels.native.build import BuildError, built_library, instruction_set_flags
+from quiver_peft.kernels.cpp.build import BuildError, built_library, instruction_set_flags
 
 ROOT = Path(__file__).parents[3]
 # Computes with packed weights where there are kernels, and says which served.
@@ -17,7 +17,7 @@ _PROGRAM = """
 import logging, torch
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 from quiver_peft.kernels.elementwise import rms_norm
-from quiver_peft.kernels.native.library import library
+from quiver_peft.kernels.cpp.library import library
 torch.set_num_threads(1)
 with torch.inference_mode():
     x = torch.ones(3, 40) * 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.native.library import Library
+from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.packed_linear import (
     PackedWeight,
     pack_weight,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.native.library import Library
+from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.paged_attention import paged_attention, paged_attention_torch, store_rows
 from quiver_peft.kernels.paged_layout import PagedLayout
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from quiver_peft.kernels.cpp.library import Library
+from quiver_peft.kernels.cpp.step_graph import Programs
 from quiver_peft.kernels.elementwise import add, look_up, rms_norm
-from quiver_peft.kernels.native.library import Library
-from quiver_peft.kernels.native.program import Programs
 
 WIDTH, CAPACITY = 40, 20
 

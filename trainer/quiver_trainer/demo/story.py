@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from quiver import AsyncClient, Client
-from quiver_peft.adapters.folders import replace_folder
+from quiver_peft.files.atomic_folder import replace_folder
 from quiver_trainer.demo.desk import write_dataset
 from quiver_trainer.demo.rows import Row, held_out_rows
 from quiver_trainer.demo.tables import accuracy_table, answers_table

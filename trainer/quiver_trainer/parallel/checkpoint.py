@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.optim import AdamW
 
-from quiver_peft.adapters.folders import put_in_place
+from quiver_peft.files.atomic_folder import put_in_place
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import shard_of
 from quiver_trainer.errors import TrainingError

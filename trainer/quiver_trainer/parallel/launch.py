@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quiver_peft.adapters.adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import Adapter
 from quiver_peft.base.checkpoint import fingerprint
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.model import GPT, T5, AnyModel

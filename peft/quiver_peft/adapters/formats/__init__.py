@@ -1,0 +1,1 @@
+"""Adapters on disk: Hugging Face PEFT, AdapterHub and Quiver's own folders; import and export."""

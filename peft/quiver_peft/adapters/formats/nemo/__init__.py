@@ -1,0 +1,1 @@
+"""Reader of NeMo 1.x `.nemo` adapter archives."""

@@ -1,0 +1,1 @@
+"""Adapter methods: each one's config, weights and trainable module."""

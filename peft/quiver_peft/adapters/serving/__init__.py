@@ -1,0 +1,1 @@
+"""Adapters in service: one memory arena, slots, banks and the seams that apply them to mixed batches."""

@@ -1,0 +1,1 @@
+"""Stores of adapters: folders and URLs, manifests and revisions."""

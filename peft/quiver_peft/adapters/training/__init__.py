@@ -1,0 +1,1 @@
+"""Adapters in training: trainable modules joined to a base through its seam."""

@@ -1,0 +1,1 @@
+"""Files: atomic replacement, change stamps, JSON that is not trusted."""

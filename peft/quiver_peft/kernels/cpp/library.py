@@ -1,0 +1,122 @@
+"""The compiled kernels as Python sees them, and the one place that says whether they may be used."""
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quiver_peft.kernels.cpp.build import BuildError, built_library
+
+log = logging.getLogger(__name__)
+
+SWITCH = "QUIVER_KERNELS"
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int64, "f": ctypes.c_float}
+
+
+class Kernels:
+    """The kernels of a step (`kernels.h`; comments in `*.cpp` say what they take) and the memory for what they make.
+
+    function: makes one callable, of its name and its parameters: p an address, 0 for none; i a whole number; n one
+        that grows with the rows of the step; f a float.
+    empty: of a shape whose first number is that of the rows.
+    """
+
+    def __init__(self, function: Callable[[str, str], Callable[..., None]], empty: Callable[..., Tensor]) -> None:
+        self.empty = empty
+        self.linear = function("linear", "pipppinii")
+        self.add_lora = function("add_lora", "pipiipi")
+        self.paged_attention = function("paged_attention", "pippiippiiifiipi")
+        self.store_rows = function("store_rows", "ppipipipn")
+        self.rms_norm = function("rms_norm", "pipfpnii")
+        self.layer_norm = function("layer_norm", "pppffpni")
+        self.activate = function("activate", "pipniii")
+        self.rotate = function("rotate", "pipniippi")
+        self.rotary = function("rotary", "ppfppni")
+        self.add = function("add", "pppni")
+        self.gather = function("gather", "pippni")
+        self.best = function("best", "ppni")
+        self.scale_inputs = function("scale_inputs", "pipnipi")
+        self.scale_outputs = function("scale_outputs", "pipi")
+        self.add_bottleneck = function("add_bottleneck", "ppipi")
+
+
+class Library(Kernels):
+    """The compiled kernels, and what is done with them outside of steps."""
+
+    def __init__(self, path: Path) -> None:
+        dll = ctypes.CDLL(str(path))
+
+        def function(name: str, parameters: str) -> Callable[..., None]:
+            found = dll[f"quiver_{name}"]
+            found.argtypes = [_TYPES[letter] for letter in parameters]
+            found.restype = None
+            return found
+
+        super().__init__(function, torch.empty)
+        self.set_num_threads = function("set_num_threads", "i")
+        self.keep_freed_memory = function("keep_freed_memory", "")
+        self.use_large_pages = function("use_large_pages", "pi")
+        self.pack = function("pack", "piiip")
+        self.run = function("run", "piip")
+        self.invoker: Callable[[bytes], int | None] = dll.quiver_invoker
+        dll.quiver_invoker.argtypes = [ctypes.c_char_p]
+        dll.quiver_invoker.restype = ctypes.c_void_p
+        self.set_num_threads(torch.get_num_threads())
+
+
+_standing_in: ContextVar[Kernels | None] = ContextVar("standing_in", default=None)
+
+
+@functools.cache
+def library() -> Library | None:
+    """The compiled kernels, made at the first call; None, and one line in the log, where there can be none."""
+    choice = os.environ.get(SWITCH, "auto")
+    if choice == "torch":
+        log.info("%s=torch: torch's operators serve", SWITCH)
+        return None
+    if choice not in ("auto", "avx2"):
+        raise ValueError(f"{SWITCH}={choice}: must be auto, avx2 or torch")
+    try:
+        return Library(built_library(avx512=choice == "auto"))
+    except (BuildError, OSError, AttributeError) as error:
+        log.warning("the compiled CPU kernels are off, torch's operators serve, which is slower: %s", error)
+        return None
+
+
+@contextmanager
+def standing_in(kernels: Kernels) -> Generator[None]:
+    """Let these be called in this thread in place of the library's."""
+    token = _standing_in.set(kernels)
+    try:
+        yield
+    finally:
+        _standing_in.reset(token)
+
+
+def library_for(*tensors: Tensor) -> Kernels | None:
+    """The compiled kernels, if they can work on these tensors: fp32 on the CPU, no gradient wanted."""
+    if torch.is_grad_enabled():
+        return None
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype != torch.float32:
+            return None
+    return _standing_in.get() or library()
+
+
+def take_over() -> None:
+    """Arrange the process for the compiled kernels: they have torch's threads, and torch works in its caller's alone.
+
+    Torch's idle threads would spin on the cores that the kernels' need. Also, freed memory is kept for the next step.
+    """
+    native = library()
+    if native is not None:
+        native.keep_freed_memory()
+        native.set_num_threads(torch.get_num_threads())
+        torch.set_num_threads(1)
