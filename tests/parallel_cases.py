@@ -43,7 +43,7 @@ from quiver_trainer import TrainConfig, TrainingInterrupted
 from quiver_trainer.parallel import convert
 from quiver_trainer.parallel.launch import train_on_mesh
 from quiver_trainer.parallel.measure import greedy_answers
-from quiver_trainer.report import SilentReporter
+from quiver_trainer.reports.terminal import SilentReporter
 
 torch.set_num_threads(1)
 

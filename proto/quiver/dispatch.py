@@ -18,12 +18,12 @@ class Room(NamedTuple):
 
 ROOMS = {
     "serve": Room("quiver_server.main", "server"),
-    "train": Room("quiver_trainer.train_cli", "trainer"),
-    "predict": Room("quiver_trainer.predict_cli", "trainer"),
-    "publish": Room("quiver_trainer.publish_cli", "trainer"),
-    "merge": Room("quiver_trainer.merge_cli", "trainer"),
-    "export": Room("quiver_trainer.export_cli", "trainer"),
-    "import": Room("quiver_trainer.import_cli", "trainer"),
+    "train": Room("quiver_trainer.cli.train", "trainer"),
+    "predict": Room("quiver_trainer.cli.predict", "trainer"),
+    "publish": Room("quiver_trainer.cli.publish", "trainer"),
+    "merge": Room("quiver_trainer.cli.merge", "trainer"),
+    "export": Room("quiver_trainer.cli.export", "trainer"),
+    "import": Room("quiver_trainer.cli.import_adapter", "trainer"),
 }
 
 

@@ -17,11 +17,11 @@ from quiver_peft.model import GPT
 from quiver_peft.parallel.adapters import split_adapter
 from quiver_peft.parallel.bases import load_split_base
 from quiver_peft.parallel.mesh import Mesh, start_mesh
-from quiver_trainer.config import OptimiserSection
-from quiver_trainer.optimiser import make_optimiser, set_learning_rate
+from quiver_trainer.data.jsonl import Sample
+from quiver_trainer.loop.optimizer import make_optimiser, set_learning_rate
+from quiver_trainer.loop.run import trainable
 from quiver_trainer.parallel.gradients import Gradients
-from quiver_trainer.rows import Sample
-from quiver_trainer.run import trainable
+from quiver_trainer.recipe.config import OptimiserSection
 
 
 def train(settings: dict[str, Any], folder: Path, mesh: Mesh) -> dict[str, Any]:

@@ -28,11 +28,11 @@ from quiver import AsyncClient
 from quiver_peft.model import T5, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import TrainConfig, Trainer
-from quiver_trainer.data import read_dataset
+from quiver_trainer.data.dataset import read_dataset
+from quiver_trainer.data.jsonl import Encoder
 from quiver_trainer.demo.desk import DEFAULT_SIZES, write_dataset
 from quiver_trainer.demo.story import running_server
-from quiver_trainer.evaluate import exact_match
-from quiver_trainer.rows import Encoder
+from quiver_trainer.loop.metrics import exact_match
 
 RESULTS = Path("tests/bench/results")
 ROWS = 32

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from quiver_trainer.data import Dataset, read_dataset
-from quiver_trainer.rows import Encoder, Sample
+from quiver_trainer.data.dataset import Dataset, read_dataset
+from quiver_trainer.data.jsonl import Encoder, Sample
 
 VOCABULARY = 2000
 LORA_RANK = 16
@@ -67,10 +67,10 @@ def run_quiver(kind: str, base: Path, steps: int, num_runs: int, rows: int, rank
     from quiver_peft import GPT, LoraPEFTConfig
     from quiver_peft.tokenizer import Tokenizer
     from quiver_trainer import DataSection, OptimiserSection, TrainConfig
-    from quiver_trainer.loop import train
-    from quiver_trainer.report import Reporter
-    from quiver_trainer.run import Run
-    from quiver_trainer.workplace import Workplace
+    from quiver_trainer.loop.loop import train
+    from quiver_trainer.loop.run import Run
+    from quiver_trainer.loop.run_directory import Workplace
+    from quiver_trainer.reports.terminal import Reporter
 
     clock = Clock()
 

@@ -8,8 +8,8 @@ from tiny import tiny_t5
 
 from quiver_peft import GPT, T5
 from quiver_peft.joint_forward import ModelInput
-from quiver_trainer.batches import BatchLimits, by_length, collate, cut, plan_epoch
-from quiver_trainer.rows import Sample
+from quiver_trainer.data.batching import BatchLimits, by_length, collate, cut, plan_epoch
+from quiver_trainer.data.jsonl import Sample
 
 _GENERATOR = random.Random(5)
 LENGTHS = [_GENERATOR.randint(2, 60) for _ in range(333)]

@@ -9,7 +9,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from trainer.test_options import LORA, fit
 
 from quiver_trainer import TrainConfig
-from quiver_trainer.events import EventFile, crc32c
+from quiver_trainer.reports.tensorboard import EventFile, crc32c
 
 
 def event_message() -> Any:

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from quiver_peft.chat_template import read_chat_template
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.data import Dataset, read_dataset, spread_evenly
+from quiver_trainer.data.dataset import Dataset, read_dataset, spread_evenly
+from quiver_trainer.data.jsonl import Encoder, read_lines
 from quiver_trainer.errors import DataError
-from quiver_trainer.rows import Encoder, read_lines
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from quiver_trainer import TrainConfig
-from quiver_trainer.many import ManyRecipe, load_recipes
-from quiver_trainer.method_config import METHOD_SECTIONS
+from quiver_trainer.recipe.methods import METHOD_SECTIONS
+from quiver_trainer.recipe.sweep import ManyRecipe, load_recipes
 
 EXAMPLES = Path(__file__).parents[2] / "trainer" / "examples"
 RECIPES = sorted(EXAMPLES.rglob("*.yaml"))

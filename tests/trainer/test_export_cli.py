@@ -16,7 +16,7 @@ from quiver_peft import (
     PromptTuningPEFTConfig,
     load_model,
 )
-from quiver_trainer.export_cli import main
+from quiver_trainer.cli.export import main
 
 TOKENS = random_tokens(1, 10, seed=1)
 

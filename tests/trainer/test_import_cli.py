@@ -9,7 +9,7 @@ from parity.nemo.nemo_formulas import nemo_logits
 from server.live_server import LiveServer, answer_tokens
 from tiny import hf_model, random_tokens
 
-from quiver_trainer.import_cli import main
+from quiver_trainer.cli.import_adapter import main
 
 SCHEMES = {"lora": {**LORA, "target_modules": ["all"]}, "ia3": {}, "adapter": BOTTLENECK, "ptuning": PTUNING}
 PROMPT = random_tokens(1, 10, seed=1)

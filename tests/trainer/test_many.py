@@ -9,7 +9,7 @@ from trainer.conftest import write_rows
 from trainer.test_train_cli import quiver
 
 from quiver_trainer import ConfigError, TrainConfig
-from quiver_trainer.many import ManyRecipe, load_recipes
+from quiver_trainer.recipe.sweep import ManyRecipe, load_recipes
 
 RECIPE = """\
 base: base

@@ -7,7 +7,7 @@ import torch
 from tiny import assert_close, hf_logits, hf_model, random_tokens
 
 from quiver_peft import GPT, CanonicalAdaptersPEFTConfig, IA3PEFTConfig, LoraPEFTConfig
-from quiver_trainer.merge_cli import main
+from quiver_trainer.cli.merge import main
 
 TOKENS = random_tokens(1, 10, seed=1)
 

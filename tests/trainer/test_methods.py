@@ -10,7 +10,7 @@ from trainer.conftest import ROWS
 
 from quiver_peft import GPT
 from quiver_trainer import ConfigError, OptimiserSection, TrainConfig, Trainer
-from quiver_trainer.recipe import load_recipe
+from quiver_trainer.recipe.reader import load_recipe
 
 MakeConfig = Callable[..., TrainConfig]
 LEARNS: dict[str, tuple[list[dict[str, Any]], float]] = {

@@ -23,8 +23,8 @@ from quiver_peft.adapters.merge import merge_into
 from quiver_peft.joint_forward import ModelInput, joint_hidden
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.predict import predict_tokens
-from quiver_trainer.rows import Encoder, Line
+from quiver_trainer.data.jsonl import Encoder, Line
+from quiver_trainer.loop.predict import predict_tokens
 
 
 def with_adapter(folder: Path, *configs: Any) -> AnyModel:

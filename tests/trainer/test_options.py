@@ -12,12 +12,12 @@ from torch import Tensor
 from quiver_peft import GPT
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import EvaluationSection, OptimiserSection, ScheduleSection, TrainConfig, Trainer, TrainingError
-from quiver_trainer.batches import BatchLimits
-from quiver_trainer.evaluate import compare_texts, validation_loss
-from quiver_trainer.preparation import read_datasets
-from quiver_trainer.progress import Progress, ValidationRecord
-from quiver_trainer.report import Reporter
-from quiver_trainer.run import Run
+from quiver_trainer.data.batching import BatchLimits
+from quiver_trainer.loop.datasets import read_datasets
+from quiver_trainer.loop.metrics import compare_texts, validation_loss
+from quiver_trainer.loop.run import Run
+from quiver_trainer.reports.progress import Progress, ValidationRecord
+from quiver_trainer.reports.terminal import Reporter
 
 MakeConfig = Callable[..., TrainConfig]
 LORA = {"method": "lora", "adapter_dim": 4, "target_modules": ["all"]}

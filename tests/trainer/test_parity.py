@@ -16,10 +16,10 @@ from quiver_peft import GPT
 from quiver_peft.adapters.methods.lora import LoraPair
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import OptimiserSection, ScheduleSection, TrainConfig, Trainer
-from quiver_trainer.batches import collate
-from quiver_trainer.data import read_dataset
-from quiver_trainer.evaluate import completion_loss
-from quiver_trainer.rows import Encoder
+from quiver_trainer.data.batching import collate
+from quiver_trainer.data.dataset import read_dataset
+from quiver_trainer.data.jsonl import Encoder
+from quiver_trainer.loop.metrics import completion_loss
 
 RATE = 3e-3
 DECAY = 0.1

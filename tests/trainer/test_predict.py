@@ -13,9 +13,9 @@ from trainer.conftest import ROWS, write_rows
 from quiver_peft import GPT, CanonicalAdaptersPEFTConfig, IA3PEFTConfig, LoraPEFTConfig
 from quiver_peft.adapters.methods.prefix import PrefixPEFTConfig
 from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.cli.predict import main
 from quiver_trainer.errors import DataError
-from quiver_trainer.predict import is_exact_match, predict_texts, predict_tokens
-from quiver_trainer.predict_cli import main
+from quiver_trainer.loop.predict import is_exact_match, predict_texts, predict_tokens
 
 
 def test_answers_equal_transformers_one_at_a_time(base_folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from trainer.test_options import LORA, fit
 
 from quiver_peft import GPT
 from quiver_trainer import OptimiserSection, TrainConfig
-from quiver_trainer.publish_cli import main
+from quiver_trainer.cli.publish import main
 
 
 @pytest.fixture

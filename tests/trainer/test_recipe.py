@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from quiver_trainer import ConfigError
-from quiver_trainer.describe import list_settings, to_recipe
-from quiver_trainer.method_config import LoraSection
-from quiver_trainer.recipe import load_recipe
+from quiver_trainer.recipe.help import list_settings, to_recipe
+from quiver_trainer.recipe.methods import LoraSection
+from quiver_trainer.recipe.reader import load_recipe
 
 RECIPE = """\
 base: models/base

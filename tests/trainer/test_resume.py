@@ -16,10 +16,10 @@ import torch
 
 from quiver_peft import GPT, LoraPEFTConfig
 from quiver_trainer import ConfigError, TrainConfig, Trainer, TrainingError, TrainingInterrupted
-from quiver_trainer.checkpoint import read_checkpoint
-from quiver_trainer.describe import to_recipe
-from quiver_trainer.random_stream import RandomStream
-from quiver_trainer.workplace import Workplace
+from quiver_trainer.loop.checkpoint import read_checkpoint
+from quiver_trainer.loop.rng import RandomStream
+from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.recipe.help import to_recipe
 
 MakeConfig = Callable[..., TrainConfig]
 STEPS = 40

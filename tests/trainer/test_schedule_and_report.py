@@ -10,11 +10,11 @@ from torch import nn
 from quiver_peft import GPT, IA3PEFTConfig, LoraPEFTConfig, PrefixPEFTConfig, PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.adapters.methods.configs import PEFTConfig
 from quiver_trainer import OptimiserSection, ScheduleSection
-from quiver_trainer.method_config import METHOD_SECTIONS
-from quiver_trainer.optimiser import make_optimiser, peak_rate, peak_rates, rate_factor, set_learning_rate
-from quiver_trainer.progress import Progress, ValidationRecord, record_interval
-from quiver_trainer.report import Reporter
-from quiver_trainer.run import trainable
+from quiver_trainer.loop.optimizer import make_optimiser, peak_rate, peak_rates, rate_factor, set_learning_rate
+from quiver_trainer.loop.run import trainable
+from quiver_trainer.recipe.methods import METHOD_SECTIONS
+from quiver_trainer.reports.progress import Progress, ValidationRecord, record_interval
+from quiver_trainer.reports.terminal import Reporter
 
 
 def test_the_rate_rises_then_follows_half_a_cosine() -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from quiver_peft import LoraPEFTConfig, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import DataError, DataSection, TrainConfig, Trainer
-from quiver_trainer.span_corruption import Mender, corrupt_spans, sentinel_ids
+from quiver_trainer.data.span_corruption import Mender, corrupt_spans, sentinel_ids
 
 SENTINELS = list(range(900, 1000))
 

@@ -26,12 +26,12 @@ from quiver_trainer import (
     TrainingInterrupted,
 )
 from quiver_trainer.errors import ConfigError, TrainingError
-from quiver_trainer.loop import train
-from quiver_trainer.preparation import read_datasets
-from quiver_trainer.report import Reporter
-from quiver_trainer.run import Run
+from quiver_trainer.loop.datasets import read_datasets
+from quiver_trainer.loop.loop import train
+from quiver_trainer.loop.run import Run
+from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.reports.terminal import Reporter
 from quiver_trainer.trainer import fit_together
-from quiver_trainer.workplace import Workplace
 
 MakeConfig = Callable[..., TrainConfig]
 LORA = {"method": "lora", "adapter_dim": 4, "target_modules": ["all"]}

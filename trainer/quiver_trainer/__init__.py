@@ -1,7 +1,7 @@
 """The trainer: JSONL in, adapter folder out."""
 
-from quiver_trainer.config import DataSection, EvaluationSection, OptimiserSection, ScheduleSection, TrainConfig
 from quiver_trainer.errors import ConfigError, DataError, TrainingError, TrainingInterrupted
+from quiver_trainer.recipe.config import DataSection, EvaluationSection, OptimiserSection, ScheduleSection, TrainConfig
 from quiver_trainer.trainer import Trainer, TrainingResult
 
 __all__ = [

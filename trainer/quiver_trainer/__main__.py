@@ -2,7 +2,7 @@
 
 import sys
 
-from quiver_trainer.train_cli import main
+from quiver_trainer.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

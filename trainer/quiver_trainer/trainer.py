@@ -12,16 +12,16 @@ import torch
 
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.config import DEFAULT_BATCH_TOKENS, TrainConfig
 from quiver_trainer.errors import ConfigError, TrainingError
-from quiver_trainer.loop import train
-from quiver_trainer.predict import predict_texts
-from quiver_trainer.preparation import read_datasets
-from quiver_trainer.report import Reporter
-from quiver_trainer.result import write_result
-from quiver_trainer.run import Run
-from quiver_trainer.settings import run_settings
-from quiver_trainer.workplace import Workplace
+from quiver_trainer.loop.datasets import read_datasets
+from quiver_trainer.loop.fingerprint import run_settings
+from quiver_trainer.loop.loop import train
+from quiver_trainer.loop.output import write_result
+from quiver_trainer.loop.predict import predict_texts
+from quiver_trainer.loop.run import Run
+from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.recipe.config import DEFAULT_BATCH_TOKENS, TrainConfig
+from quiver_trainer.reports.terminal import Reporter
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from quiver_peft import load_model
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import Trainer
-from quiver_trainer.data import read_dataset
+from quiver_trainer.data.dataset import read_dataset
+from quiver_trainer.data.jsonl import Encoder
 from quiver_trainer.demo.desk import write_dataset
-from quiver_trainer.evaluate import exact_match
-from quiver_trainer.recipe import load_recipe
-from quiver_trainer.rows import Encoder
+from quiver_trainer.loop.metrics import exact_match
+from quiver_trainer.recipe.reader import load_recipe
 
 BASE = Path("trainer/demo/base").resolve()
 RECIPE = f"""

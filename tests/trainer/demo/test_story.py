@@ -9,7 +9,7 @@ from quiver_peft import load_model
 from quiver_trainer import Trainer
 from quiver_trainer.demo import story
 from quiver_trainer.demo.desk import write_dataset
-from quiver_trainer.recipe import load_recipe
+from quiver_trainer.recipe.reader import load_recipe
 
 
 def train_a_little(work: Path, task: str, output: Path, configs: str) -> None:

@@ -13,8 +13,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from trainer.conftest import write_rows
 
 from quiver_trainer import ConfigError
-from quiver_trainer.recipe import load_recipe
-from quiver_trainer.train_cli import main
+from quiver_trainer.cli.train import main
+from quiver_trainer.recipe.reader import load_recipe
 
 RECIPE = """\
 base: base
@@ -89,7 +89,7 @@ def test_one_process_does_not_import_megatron(recipe: Path, tmp_path: Path) -> N
     """As where it is not installed."""
     code = (
         "import sys\nsys.modules['megatron'] = None\n"  # every attempt to import it fails
-        "from quiver_trainer.train_cli import main\n"
+        "from quiver_trainer.cli.train import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     run(tmp_path, "-c", code, recipe)

@@ -18,7 +18,7 @@ from trainer.conftest import ROWS, write_rows
 
 from quiver_peft.model import load_model
 from quiver_trainer import TrainConfig, Trainer
-from quiver_trainer.report import SilentReporter
+from quiver_trainer.reports.terminal import SilentReporter
 
 METHODS: dict[str, Any] = {
     "lora": {"method": "lora", "adapter_dim": 4, "target_modules": ["all"]},

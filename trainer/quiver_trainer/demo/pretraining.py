@@ -19,13 +19,13 @@ from quiver_peft.base.base import Base
 from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.batches import collate
+from quiver_trainer.data.batching import collate
+from quiver_trainer.data.jsonl import Encoder, Line
 from quiver_trainer.demo.corpus import corpus_documents
 from quiver_trainer.demo.instructions import instructed_tickets
 from quiver_trainer.demo.muon import Muon
 from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID, write_tokenizer
-from quiver_trainer.evaluate import completion_loss, exact_match
-from quiver_trainer.rows import Encoder, Line
+from quiver_trainer.loop.metrics import completion_loss, exact_match
 
 ModelT = TypeVar("ModelT", bound=AnyModel)
 

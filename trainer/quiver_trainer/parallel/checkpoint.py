@@ -25,8 +25,8 @@ from quiver_peft.files.atomic_folder import put_in_place
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import shard_of
 from quiver_trainer.errors import TrainingError
-from quiver_trainer.measuring import BestWeights
-from quiver_trainer.progress import Progress
+from quiver_trainer.loop.validation import BestWeights
+from quiver_trainer.reports.progress import Progress
 
 _STATE_FILE = "state.json"
 _TENSORS = "tensors"

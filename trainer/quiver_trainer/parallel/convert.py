@@ -12,7 +12,7 @@ from quiver_peft.errors import QuiverError
 from quiver_peft.model import load_model
 from quiver_peft.parallel.megatron_checkpoint import read_megatron, write_megatron
 from quiver_peft.parallel.mesh import start_mesh
-from quiver_trainer.result import write_base
+from quiver_trainer.loop.output import write_base
 
 _DESCRIPTION = """\
 Convert between a Hugging Face folder and a distributed checkpoint of Megatron-Core's GPTModel or T5Model:

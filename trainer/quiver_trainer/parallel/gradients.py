@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from quiver_peft.model import AnyModel
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import shard_of
+from quiver_trainer.data.jsonl import Sample
 from quiver_trainer.parallel.rows import deal, pad_rows
-from quiver_trainer.rows import Sample
 
 
 class Gradients:

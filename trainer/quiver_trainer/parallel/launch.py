@@ -16,17 +16,17 @@ from quiver_peft.parallel.adapters import gather_adapter, split_adapter
 from quiver_peft.parallel.bases import gather_base, load_split_base
 from quiver_peft.parallel.mesh import Mesh, start_mesh
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.config import TrainConfig
 from quiver_trainer.errors import ConfigError, TrainingInterrupted
+from quiver_trainer.loop.datasets import read_datasets
+from quiver_trainer.loop.fingerprint import differences, run_settings
+from quiver_trainer.loop.output import write_result
+from quiver_trainer.loop.run import trainable
+from quiver_trainer.loop.run_directory import Start, Workplace
 from quiver_trainer.parallel.checkpoint import read_state
 from quiver_trainer.parallel.run import ParallelRun
-from quiver_trainer.preparation import read_datasets
-from quiver_trainer.report import Reporter
-from quiver_trainer.result import write_result
-from quiver_trainer.run import trainable
-from quiver_trainer.settings import differences, run_settings
+from quiver_trainer.recipe.config import TrainConfig
+from quiver_trainer.reports.terminal import Reporter
 from quiver_trainer.trainer import TrainingResult
-from quiver_trainer.workplace import Start, Workplace
 
 
 def train_over_ranks(

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from quiver_peft.model import T5, AnyModel
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.batches import BatchLimits, by_length
-from quiver_trainer.config import EvaluationSection
-from quiver_trainer.data import Dataset
-from quiver_trainer.evaluate import GeneratedMetrics, ValidationMetrics, compare_texts
-from quiver_trainer.measuring import Measuring
+from quiver_trainer.data.batching import BatchLimits, by_length
+from quiver_trainer.data.dataset import Dataset
+from quiver_trainer.data.span_corruption import Mender
+from quiver_trainer.loop.metrics import GeneratedMetrics, ValidationMetrics, compare_texts
+from quiver_trainer.loop.predict import predict_tokens
+from quiver_trainer.loop.validation import Measuring
 from quiver_trainer.parallel.rows import deal, pad_prompts, pad_rows, with_start
-from quiver_trainer.predict import predict_tokens
-from quiver_trainer.span_corruption import Mender
+from quiver_trainer.recipe.config import EvaluationSection
 
 
 class ParallelMeasuring(Measuring):

@@ -12,7 +12,7 @@ from torch import Tensor
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.model import T5, AnyModel
 from quiver_peft.parallel.mesh import Mesh
-from quiver_trainer.rows import Sample
+from quiver_trainer.data.jsonl import Sample
 
 
 @dataclass(frozen=True)

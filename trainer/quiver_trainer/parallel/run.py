@@ -7,18 +7,18 @@ from typing import Any
 from quiver_peft.model import AnyModel
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.batches import collate
-from quiver_trainer.config import TrainConfig
-from quiver_trainer.data import Dataset
-from quiver_trainer.measuring import Measuring
+from quiver_trainer.data.batching import collate
+from quiver_trainer.data.dataset import Dataset
+from quiver_trainer.data.span_corruption import Mender
+from quiver_trainer.loop.run import Run
+from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.loop.validation import Measuring
 from quiver_trainer.parallel.checkpoint import DistributedBest, read_state, restore, write_checkpoint
 from quiver_trainer.parallel.gradients import Gradients
 from quiver_trainer.parallel.measure import ParallelMeasuring
-from quiver_trainer.progress import TrainRecord, ValidationRecord
-from quiver_trainer.report import Reporter
-from quiver_trainer.run import Run
-from quiver_trainer.span_corruption import Mender
-from quiver_trainer.workplace import Workplace
+from quiver_trainer.recipe.config import TrainConfig
+from quiver_trainer.reports.progress import TrainRecord, ValidationRecord
+from quiver_trainer.reports.terminal import Reporter
 
 
 class ParallelRun(Run):

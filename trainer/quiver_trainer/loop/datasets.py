@@ -6,11 +6,11 @@ from quiver_peft import T5
 from quiver_peft.chat_template import read_chat_template
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.config import TrainConfig, WeightedFile
-from quiver_trainer.data import Dataset
+from quiver_trainer.data.dataset import Dataset
+from quiver_trainer.data.jsonl import Encoder
 from quiver_trainer.errors import ConfigError
-from quiver_trainer.report import Reporter
-from quiver_trainer.rows import Encoder
+from quiver_trainer.recipe.config import TrainConfig, WeightedFile
+from quiver_trainer.reports.terminal import Reporter
 
 
 def read_datasets(config: TrainConfig, model: AnyModel, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, Dataset]:

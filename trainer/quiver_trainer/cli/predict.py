@@ -17,9 +17,9 @@ from quiver_peft.errors import QuiverError
 from quiver_peft.files.atomic_file import write_atomically
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.data.jsonl import EXAMPLE, Line, read_lines
 from quiver_trainer.errors import DataError
-from quiver_trainer.predict import is_exact_match, predict_tokens
-from quiver_trainer.rows import EXAMPLE, Line, read_lines
+from quiver_trainer.loop.predict import is_exact_match, predict_tokens
 
 _DESCRIPTION = """\
 Write a model's greedy answers for the prompts of a JSONL file, and how many are right where completions are given.

@@ -15,12 +15,12 @@ from quiver_peft.base.families import FAMILIES
 from quiver_peft.files.atomic_folder import replace_folder
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.card import CARD_FILE, model_card
-from quiver_trainer.curve import draw_learning_curve
-from quiver_trainer.data import Dataset
-from quiver_trainer.progress import Progress, to_jsonl
-from quiver_trainer.run import Run
-from quiver_trainer.workplace import METRICS_FILE, RECORD_FILE
+from quiver_trainer.data.dataset import Dataset
+from quiver_trainer.loop.run import Run
+from quiver_trainer.loop.run_directory import METRICS_FILE, RECORD_FILE
+from quiver_trainer.reports.learning_curve import draw_learning_curve
+from quiver_trainer.reports.model_card import CARD_FILE, model_card
+from quiver_trainer.reports.progress import Progress, to_jsonl
 
 CURVE_FILE = "learning_curve.png"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.formats.export import export_adapter
 from quiver_peft.base.load import load_base
-from quiver_trainer.adapter_command import run_on_adapter
+from quiver_trainer.cli.common import run_on_adapter
 
 _DESCRIPTION = """\
 Write an adapter as folders that Hugging Face PEFT loads.

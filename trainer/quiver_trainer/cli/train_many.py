@@ -9,11 +9,11 @@ from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.device import choose_device
 from quiver_peft.model import AnyModel, load_model
-from quiver_trainer.comparison import PICTURE_FILE, TABLE_FILE, Compared, comparison_table, write_comparison
-from quiver_trainer.config import TrainConfig
 from quiver_trainer.errors import ConfigError, TrainingError
-from quiver_trainer.many import ManyRecipe
-from quiver_trainer.report import Reporter
+from quiver_trainer.recipe.config import TrainConfig
+from quiver_trainer.recipe.sweep import ManyRecipe
+from quiver_trainer.reports.comparison import PICTURE_FILE, TABLE_FILE, Compared, comparison_table, write_comparison
+from quiver_trainer.reports.terminal import Reporter
 from quiver_trainer.trainer import fit_together
 
 

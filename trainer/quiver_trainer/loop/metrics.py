@@ -11,9 +11,9 @@ from quiver_peft.adapters.training.training_seam import Drawing
 from quiver_peft.joint_forward import joint_hidden
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.batches import Batch, BatchLimits, by_length, collate
-from quiver_trainer.predict import is_exact_match, predict_tokens
-from quiver_trainer.rows import Sample
+from quiver_trainer.data.batching import Batch, BatchLimits, by_length, collate
+from quiver_trainer.data.jsonl import Sample
+from quiver_trainer.loop.predict import is_exact_match, predict_tokens
 
 
 def completion_losses(

@@ -9,11 +9,11 @@ from contextlib import nullcontext
 
 import torch
 
-from quiver_trainer.batches import Batch
+from quiver_trainer.data.batching import Batch
 from quiver_trainer.errors import TrainingInterrupted
-from quiver_trainer.evaluate import completion_losses
-from quiver_trainer.report import Reporter
-from quiver_trainer.run import Run
+from quiver_trainer.loop.metrics import completion_losses
+from quiver_trainer.loop.run import Run
+from quiver_trainer.reports.terminal import Reporter
 
 _Work = tuple[Run, Sequence[Batch]]
 

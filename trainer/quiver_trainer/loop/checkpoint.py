@@ -18,8 +18,8 @@ from torch.optim import AdamW
 
 from quiver_peft.files.atomic_folder import replace_folder
 from quiver_trainer.errors import TrainingError
-from quiver_trainer.progress import Progress
-from quiver_trainer.random_stream import RandomStream
+from quiver_trainer.loop.rng import RandomStream
+from quiver_trainer.reports.progress import Progress
 
 _STATE_FILE = "state.json"
 _TENSORS_FILE = "state.safetensors"

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from quiver_trainer.checkpoint import read_checkpoint
 from quiver_trainer.errors import ConfigError
-from quiver_trainer.progress import TrainRecord, ValidationRecord, to_jsonl
-from quiver_trainer.settings import differences
+from quiver_trainer.loop.checkpoint import read_checkpoint
+from quiver_trainer.loop.fingerprint import differences
+from quiver_trainer.reports.progress import TrainRecord, ValidationRecord, to_jsonl
 
 RECORD_FILE = "quiver.json"  # as adapters have it; its "training" tells what a folder was made of
 METRICS_FILE = "metrics.jsonl"

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quiver_trainer.progress import Progress, TrainRecord
+from quiver_trainer.reports.progress import Progress, TrainRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from quiver_trainer.progress import ValidationRecord
+from quiver_trainer.reports.progress import ValidationRecord
 
 _PIPE_WIDTH = 200
 _LINES_PER_RUN = 10

@@ -15,8 +15,8 @@ from typing import Any, overload
 
 import numpy as np
 
+from quiver_trainer.data.jsonl import EXAMPLE, Encoder, Sample, read_lines
 from quiver_trainer.errors import DataError
-from quiver_trainer.rows import EXAMPLE, Encoder, Sample, read_lines
 
 
 @dataclass(frozen=True)

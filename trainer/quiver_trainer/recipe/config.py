@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from quiver_trainer.method_config import METHOD_SECTIONS, AnyMethodSection, Section
+from quiver_trainer.recipe.methods import METHOD_SECTIONS, AnyMethodSection, Section
 
 DEFAULT_BATCH_TOKENS = 4096
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

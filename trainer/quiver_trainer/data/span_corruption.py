@@ -10,8 +10,8 @@ import random
 from collections.abc import Sequence
 
 from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.data.jsonl import Sample
 from quiver_trainer.errors import DataError
-from quiver_trainer.rows import Sample
 
 NOISE_DENSITY = 0.15
 MEAN_SPAN_LENGTH = 3.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from quiver_peft import T5
 from quiver_peft.joint_forward import ModelInput
 from quiver_peft.model import AnyModel
-from quiver_trainer.rows import Sample
+from quiver_trainer.data.jsonl import Sample
 
 # Rows are sorted by length within so many batches: little padding in attention, and still another order in each epoch.
 _BATCHES_SORTED_TOGETHER = 16

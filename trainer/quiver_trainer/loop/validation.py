@@ -12,12 +12,12 @@ from torch import nn
 from quiver_peft.files.atomic_file import write_atomically
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.batches import BatchLimits
-from quiver_trainer.config import EvaluationSection
-from quiver_trainer.data import Dataset, spread_evenly
-from quiver_trainer.evaluate import GeneratedMetrics, ValidationMetrics, generated_metrics, validation_metrics
-from quiver_trainer.progress import Progress, ValidationRecord
-from quiver_trainer.span_corruption import Mender
+from quiver_trainer.data.batching import BatchLimits
+from quiver_trainer.data.dataset import Dataset, spread_evenly
+from quiver_trainer.data.span_corruption import Mender
+from quiver_trainer.loop.metrics import GeneratedMetrics, ValidationMetrics, generated_metrics, validation_metrics
+from quiver_trainer.recipe.config import EvaluationSection
+from quiver_trainer.reports.progress import Progress, ValidationRecord
 
 
 class Measuring:

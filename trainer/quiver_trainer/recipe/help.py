@@ -8,8 +8,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from quiver_trainer.config import TrainConfig
-from quiver_trainer.method_config import METHOD_SECTIONS
+from quiver_trainer.recipe.config import TrainConfig
+from quiver_trainer.recipe.methods import METHOD_SECTIONS
 
 _WIDTH = 110
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quiver_trainer.config import TrainConfig
-from quiver_trainer.data import file_sha256
+from quiver_trainer.data.dataset import file_sha256
+from quiver_trainer.recipe.config import TrainConfig
 
 # These change where or how often something is written, or where it is computed, but not what is learnt.
 _IRRELEVANT = ("output", "device", "checkpoint_interval_steps", "tensorboard", "parallel")

@@ -5,8 +5,8 @@ from pathlib import Path
 from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.merge import merge_into
 from quiver_peft.model import load_model
-from quiver_trainer.adapter_command import run_on_adapter
-from quiver_trainer.result import write_base
+from quiver_trainer.cli.common import run_on_adapter
+from quiver_trainer.loop.output import write_base
 
 _DESCRIPTION = """\
 Fold an adapter into its base and write the result as a Hugging Face folder (float32) that answers as the two together.

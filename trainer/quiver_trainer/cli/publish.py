@@ -16,15 +16,15 @@ from quiver_peft.device import choose_device
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.batches import BatchLimits
-from quiver_trainer.config import EvaluationSection
-from quiver_trainer.data import file_sha256, read_dataset
+from quiver_trainer.data.batching import BatchLimits
+from quiver_trainer.data.dataset import file_sha256, read_dataset
+from quiver_trainer.data.jsonl import Encoder
+from quiver_trainer.data.span_corruption import Mender
 from quiver_trainer.errors import DataError, TrainingError
-from quiver_trainer.measuring import Measuring
-from quiver_trainer.progress import Progress, ValidationRecord
-from quiver_trainer.rows import Encoder
-from quiver_trainer.span_corruption import Mender
-from quiver_trainer.workplace import RECORD_FILE
+from quiver_trainer.loop.run_directory import RECORD_FILE
+from quiver_trainer.loop.validation import Measuring
+from quiver_trainer.recipe.config import EvaluationSection
+from quiver_trainer.reports.progress import Progress, ValidationRecord
 
 _DESCRIPTION = """\
 Put an adapter into a store, in one step: a server that serves the store offers it at once, and never half of it.

@@ -12,17 +12,17 @@ from quiver_peft.base.checkpoint import fingerprint
 from quiver_peft.device import choose_device
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import AnyModel, load_model
-from quiver_trainer.config import TrainConfig
-from quiver_trainer.describe import list_settings, to_recipe
+from quiver_trainer.cli.signals import StopRequest, stop_on_signals
+from quiver_trainer.cli.train_many import train_many
 from quiver_trainer.errors import ConfigError, TrainingError, TrainingInterrupted
-from quiver_trainer.many import ManyRecipe, load_recipes
-from quiver_trainer.report import Reporter, SilentReporter
-from quiver_trainer.result import CURVE_FILE
-from quiver_trainer.settings import run_settings
-from quiver_trainer.stopping import StopRequest, stop_on_signals
-from quiver_trainer.train_many import train_many
+from quiver_trainer.loop.fingerprint import run_settings
+from quiver_trainer.loop.output import CURVE_FILE
+from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.recipe.config import TrainConfig
+from quiver_trainer.recipe.help import list_settings, to_recipe
+from quiver_trainer.recipe.sweep import ManyRecipe, load_recipes
+from quiver_trainer.reports.terminal import Reporter, SilentReporter
 from quiver_trainer.trainer import Trainer, TrainingResult
-from quiver_trainer.workplace import Workplace
 
 _DESCRIPTION = """\
 Train an adapter (or fine-tune a whole base) from a recipe, a YAML file such as

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from quiver_trainer.config import DEFAULT_BATCH_TOKENS, TrainConfig
 from quiver_trainer.errors import ConfigError
-from quiver_trainer.recipe import RawRecipe, anchor_paths, read_raw
-from quiver_trainer.yaml_source import YamlSource
+from quiver_trainer.recipe.config import DEFAULT_BATCH_TOKENS, TrainConfig
+from quiver_trainer.recipe.reader import RawRecipe, anchor_paths, read_raw
+from quiver_trainer.recipe.yaml_source import YamlSource
 
 _OWN_KEYS = ("jobs", "sweep", "pass_tokens")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+")

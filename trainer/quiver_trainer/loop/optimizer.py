@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW
 
-from quiver_trainer.config import OptimiserSection, ScheduleSection
+from quiver_trainer.recipe.config import OptimiserSection, ScheduleSection
 
 # The methods that need far more than the rest, because they have so few numbers to move or move them from afar: the
 # rates of the examples of Hugging Face PEFT's documentation.

@@ -10,10 +10,10 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from quiver_trainer.config import TrainConfig
 from quiver_trainer.errors import ConfigError
-from quiver_trainer.method_config import METHOD_SECTIONS
-from quiver_trainer.yaml_source import KeyPath, YamlSource, parse_yaml
+from quiver_trainer.recipe.config import TrainConfig
+from quiver_trainer.recipe.methods import METHOD_SECTIONS
+from quiver_trainer.recipe.yaml_source import KeyPath, YamlSource, parse_yaml
 
 _PATH_KEYS: tuple[KeyPath, ...] = (("base",), ("output",), ("data", "train"), ("data", "validation"), ("tensorboard",))
 

@@ -11,20 +11,20 @@ from torch import nn
 from quiver_peft import T5
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.batches import Batch, BatchLimits, collate, plan_epoch
-from quiver_trainer.checkpoint import read_checkpoint, restore, write_checkpoint
-from quiver_trainer.config import TrainConfig
-from quiver_trainer.data import Dataset
+from quiver_trainer.data.batching import Batch, BatchLimits, collate, plan_epoch
+from quiver_trainer.data.dataset import Dataset
+from quiver_trainer.data.jsonl import Sample
+from quiver_trainer.data.span_corruption import Mender
 from quiver_trainer.errors import TrainingError
-from quiver_trainer.events import EventFile
-from quiver_trainer.measuring import BestWeights, Measuring
-from quiver_trainer.optimiser import make_optimiser, peak_rates, rate_factor, set_learning_rate
-from quiver_trainer.progress import Progress, TrainRecord, ValidationRecord, record_interval
-from quiver_trainer.random_stream import RandomStream
-from quiver_trainer.report import Reporter
-from quiver_trainer.rows import Sample
-from quiver_trainer.span_corruption import Mender
-from quiver_trainer.workplace import Workplace
+from quiver_trainer.loop.checkpoint import read_checkpoint, restore, write_checkpoint
+from quiver_trainer.loop.optimizer import make_optimiser, peak_rates, rate_factor, set_learning_rate
+from quiver_trainer.loop.rng import RandomStream
+from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.loop.validation import BestWeights, Measuring
+from quiver_trainer.recipe.config import TrainConfig
+from quiver_trainer.reports.progress import Progress, TrainRecord, ValidationRecord, record_interval
+from quiver_trainer.reports.tensorboard import EventFile
+from quiver_trainer.reports.terminal import Reporter
 
 # Good steps after which a loss scale is doubled again.
 _STEPS_AT_SCALE = 200

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from quiver_peft.model import load_model
-from quiver_trainer.adapter_command import run_on_adapter
+from quiver_trainer.cli.common import run_on_adapter
 
 _DESCRIPTION = """\
 Write an adapter that was made elsewhere as a folder for `quiver serve`, checked tensor by tensor against its base.

@@ -1,0 +1,1 @@
+"""Data: JSONL rows, datasets and batches."""

@@ -1,0 +1,1 @@
+"""Training runs: loop, optimizer, checkpoints, validation, prediction."""

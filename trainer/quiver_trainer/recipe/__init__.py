@@ -1,0 +1,1 @@
+"""Recipes: YAML files, overrides and sweeps, validated into a run's configuration."""

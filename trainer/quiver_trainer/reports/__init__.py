@@ -1,0 +1,1 @@
+"""Reports: progress, terminal, plots, TensorBoard, model card, comparison."""
