@@ -31,7 +31,7 @@ $(VENV)/.ready: pyproject.toml .ci/constraints.txt
 setup: $(VENV)/.ready  ## Make .venv with everything in it (about two minutes, mostly downloads).
 
 demo: setup  ## Train four adapters, serve them mixed, watch (about three minutes; the second time half a minute).
-	$(BIN)/python -m quiver_trainer.demo.story --base $(BASE)
+	$(BIN)/python -m quiver_demo.run_demo --base $(BASE)
 
 serve: setup  ## Leave a server with the demo's adapters running on port 50051 (run `make demo` first).
 	$(BIN)/quiver serve --base trainer/demo/base$(SUFFIX) --adapters runs/demo$(SUFFIX)/adapters
@@ -99,7 +99,7 @@ proto: setup  ## Regenerate the committed gRPC stubs.
 	  --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/quiver/v1/*.proto
 
 demo-base: setup  ## Make the bundled demo base from nothing (about half an hour; the repository holds the result).
-	$(BIN)/python -m quiver_trainer.demo.pretrain$(subst -,_,$(SUFFIX)) trainer/demo/base$(SUFFIX)
+	$(BIN)/python -m quiver_demo.pretrain.$(if $(filter t5,$(BASE)),t5,gpt) trainer/demo/base$(SUFFIX)
 
 clean:  ## Remove the virtual environment and all that was made.
 	rm -rf $(VENV) .venv-gpu runs

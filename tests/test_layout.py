@@ -17,6 +17,7 @@ PACKAGES = {
     "peft": "quiver_peft",
     "server": "quiver_server",
     "trainer": "quiver_trainer",
+    "trainer/demo": "quiver_demo",
 }
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
@@ -29,7 +30,8 @@ def sources() -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
+    room = max((room for room in PACKAGES if path.is_relative_to(ROOT / room)), key=len)
+    parts = path.relative_to(ROOT / room).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

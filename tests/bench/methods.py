@@ -22,6 +22,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from quiver_demo.dataset import DEFAULT_SIZES, write_dataset
+from quiver_demo.run_demo import running_server
 from rich.console import Console
 
 from quiver import AsyncClient
@@ -30,8 +32,6 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import TrainConfig, Trainer
 from quiver_trainer.data.dataset import read_dataset
 from quiver_trainer.data.jsonl import Encoder
-from quiver_trainer.demo.desk import DEFAULT_SIZES, write_dataset
-from quiver_trainer.demo.story import running_server
 from quiver_trainer.loop.metrics import exact_match
 
 RESULTS = Path("tests/bench/results")

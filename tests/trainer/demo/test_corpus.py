@@ -5,12 +5,11 @@ from itertools import islice
 from random import Random
 
 import pytest
-
-from quiver_trainer.demo.answers import TASKS
-from quiver_trainer.demo.corpus import corpus_documents, generated_documents, unseen_words
-from quiver_trainer.demo.grammar import Grammar, GrammarError
-from quiver_trainer.demo.python_prose import python_documents
-from quiver_trainer.demo.tickets import tickets
+from quiver_demo.answers import TASKS
+from quiver_demo.corpus import corpus_documents, generated_documents, unseen_words
+from quiver_demo.grammar import Grammar, GrammarError
+from quiver_demo.pretrain.python_prose import python_documents
+from quiver_demo.tickets import tickets
 
 
 @pytest.fixture(scope="module")

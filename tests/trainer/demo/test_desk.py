@@ -11,10 +11,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-
-from quiver_trainer.demo.answers import CLOSINGS, OPENINGS, REMEDIES, TASKS, TEAMS, URGENCY
-from quiver_trainer.demo.desk import make_splits, write_dataset
-from quiver_trainer.demo.tickets import KINDS, MAX_WORDS, MIN_WORDS, TONES, Ticket, desk_grammar, tickets
+from quiver_demo.answers import CLOSINGS, OPENINGS, REMEDIES, TASKS, TEAMS, URGENCY
+from quiver_demo.dataset import make_splits, write_dataset
+from quiver_demo.tickets import KINDS, MAX_WORDS, MIN_WORDS, TONES, Ticket, desk_grammar, tickets
 
 SIZES = {"train": 420, "validation": 42, "held_out": 84}
 
@@ -117,7 +116,7 @@ def test_a_negative_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_line_writes_the_files(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "quiver_trainer.demo.desk", str(tmp_path), "--train", "3", "--validation", "1"]
+    command = [sys.executable, "-m", "quiver_demo.dataset", str(tmp_path), "--train", "3", "--validation", "1"]
     result = subprocess.run([*command, "--held-out", "2"], capture_output=True, text=True, check=True)
     assert "wrote 5 tasks" in result.stdout
     assert len((tmp_path / "reply" / "train.jsonl").read_text().splitlines()) == 3

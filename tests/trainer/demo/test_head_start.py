@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from quiver_demo.pretrain.gpt import HF_CONFIG, repeated_phrases
+from quiver_demo.pretrain.induction_init import give_head_start
+from quiver_demo.pretrain.phases import Recipe, optimisers
 from torch import Tensor
 
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.gpt import GPTBase
-from quiver_trainer.demo.head_start import give_head_start
-from quiver_trainer.demo.pretrain import HF_CONFIG, repeated_phrases
-from quiver_trainer.demo.pretraining import Recipe, optimisers
 
 VOCABULARY = 2048
 

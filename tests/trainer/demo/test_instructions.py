@@ -5,10 +5,9 @@ from itertools import islice
 from random import Random
 
 import pytest
-
-from quiver_trainer.demo.answers import TASKS, TEAMS
-from quiver_trainer.demo.corpus import unseen_words
-from quiver_trainer.demo.instructions import (
+from quiver_demo.answers import TASKS, TEAMS
+from quiver_demo.corpus import unseen_words
+from quiver_demo.instructions import (
     FIELDS,
     FORM_WORDINGS,
     LABELS,
@@ -19,7 +18,7 @@ from quiver_trainer.demo.instructions import (
     single,
     topic,
 )
-from quiver_trainer.demo.tickets import KINDS, TONES, make_ticket, tickets
+from quiver_demo.tickets import KINDS, TONES, make_ticket, tickets
 
 TICKETS = list(islice(tickets(Random("instructed")), 300))
 

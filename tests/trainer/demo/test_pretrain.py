@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from quiver_demo.pretrain.gpt import make_base
+from quiver_demo.pretrain.muon import Muon, orthogonalise
+from quiver_demo.pretrain.phases import Recipe, Windows, rate_factor
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quiver_peft.base.gpt import GPTBase
-from quiver_trainer.demo.muon import Muon, orthogonalise
-from quiver_trainer.demo.pretrain import make_base
-from quiver_trainer.demo.pretraining import Recipe, Windows, rate_factor
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 40), (1, 40, 24), (3, 16, 16)])

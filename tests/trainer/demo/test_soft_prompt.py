@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from quiver_demo.dataset import write_dataset
 
 from quiver_peft import load_model
 from quiver_peft.model import AnyModel
@@ -10,7 +11,6 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import Trainer
 from quiver_trainer.data.dataset import read_dataset
 from quiver_trainer.data.jsonl import Encoder
-from quiver_trainer.demo.desk import write_dataset
 from quiver_trainer.loop.metrics import exact_match
 from quiver_trainer.recipe.reader import load_recipe
 

@@ -4,11 +4,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from quiver_demo import story
+from quiver_demo.dataset import write_dataset
 
 from quiver_peft import load_model
 from quiver_trainer import Trainer
-from quiver_trainer.demo import story
-from quiver_trainer.demo.desk import write_dataset
 from quiver_trainer.recipe.reader import load_recipe
 
 

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
+from quiver_demo.dataset import write_dataset
+from quiver_demo.rows import Row, held_out_rows
+from quiver_demo.tables import accuracy_table, answers_table
 from rich.console import Console
 from rich.table import Table
-
-from quiver_trainer.demo.desk import write_dataset
-from quiver_trainer.demo.rows import Row, held_out_rows
-from quiver_trainer.demo.tables import accuracy_table, answers_table
 
 ROWS = [
     Row("Ticket from A\nfirst\nAnswer:", {"routing": "Billing", "sentiment": "neutral"}),

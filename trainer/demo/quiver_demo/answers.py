@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from quiver_trainer.demo.tickets import Ticket
+from quiver_demo.tickets import Ticket
 
 TEAMS: dict[str, str] = {
     "charged_twice": "Billing",

@@ -8,7 +8,7 @@ from itertools import product
 from random import Random
 from typing import TypeVar
 
-from quiver_trainer.demo.grammar import Grammar
+from quiver_demo.grammar import Grammar
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Ticket:
 @cache
 def desk_grammar() -> Grammar:
     """The grammar of the tickets: names and things, issues, tones, and the orders of sentences."""
-    folder = files("quiver_trainer.demo") / "grammar"
+    folder = files("quiver_demo") / "grammar"
     return Grammar("\n".join((folder / name).read_text("utf-8") for name in ("words.txt", "issues.txt", "tickets.txt")))
 
 

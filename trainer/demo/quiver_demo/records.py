@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from random import Random
 
-from quiver_trainer.demo.grammar import Grammar
-from quiver_trainer.demo.tickets import pick, shuffled
+from quiver_demo.grammar import Grammar
+from quiver_demo.tickets import pick, shuffled
 
 # Field -> the rule of the grammar that its values come from; a theme is what one record may hold.
 THEMES: dict[str, dict[str, str]] = {

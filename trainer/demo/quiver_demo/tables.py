@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from quiver_trainer.demo.rows import Row
+from quiver_demo.rows import Row
 
 Answers = Mapping[tuple[str, str], str]  # {(prompt, adapter): answer}
 

@@ -15,16 +15,16 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from quiver_demo.corpus import corpus_documents
+from quiver_demo.instructions import instructed_tickets
+from quiver_demo.pretrain.muon import Muon
+from quiver_demo.tokenizer import END_OF_TEXT_ID, write_tokenizer
 from quiver_peft.base.base import Base
 from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.batching import collate
 from quiver_trainer.data.jsonl import Encoder, Line
-from quiver_trainer.demo.corpus import corpus_documents
-from quiver_trainer.demo.instructions import instructed_tickets
-from quiver_trainer.demo.muon import Muon
-from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID, write_tokenizer
 from quiver_trainer.loop.metrics import completion_loss, exact_match
 
 ModelT = TypeVar("ModelT", bound=AnyModel)
@@ -201,9 +201,9 @@ to follow an instruction of a few kinds before a ticket; it does no task of the 
 anything else.
 
 - Made by `{command}` (`{module}`, seed {recipe.seed}); nothing was downloaded.
-- Text: generated documents of the shop's world (`quiver_trainer.demo.corpus`) and the documentation of Python's
+- Text: generated documents of the shop's world (`quiver_demo.corpus`) and the documentation of Python's
   standard library (PSF licence), as found in the running interpreter; then tickets below an instruction, with the
-  answer it asks for (`quiver_trainer.demo.instructions`).
+  answer it asks for (`quiver_demo.instructions`).
 - {num_tokens / 1e6:.1f} M training tokens of text ({outcome.text_loss:.3f} nats per token at the end of the first
   phase) and {num_instructed:,} instructed tickets; {outcome.answered:.0%} of {recipe.num_set_aside} others are answered
   exactly. {outcome.seconds / 60:.0f} minutes on a CPU.

@@ -20,10 +20,10 @@ import typer
 from rich.console import Console
 
 from quiver import AsyncClient, Client
+from quiver_demo.dataset import write_dataset
+from quiver_demo.rows import Row, held_out_rows
+from quiver_demo.tables import accuracy_table, answers_table
 from quiver_peft.files.atomic_folder import replace_folder
-from quiver_trainer.demo.desk import write_dataset
-from quiver_trainer.demo.rows import Row, held_out_rows
-from quiver_trainer.demo.tables import accuracy_table, answers_table
 
 HERE = Path("trainer/demo")
 EARLY_TASKS = ("routing", "extract", "sentiment")  # served from the start

@@ -1,6 +1,6 @@
 """Writes the support-desk data set: the same tickets for every task, each with that task's answer.
 
-`python -m quiver_trainer.demo.desk FOLDER [--seed N]` writes FOLDER/TASK/{train,validation,held_out}.jsonl.
+`python -m quiver_demo.dataset FOLDER [--seed N]` writes FOLDER/TASK/{train,validation,held_out}.jsonl.
 """
 
 import argparse
@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from quiver_trainer.demo.answers import TASKS
-from quiver_trainer.demo.tickets import Ticket, tickets
+from quiver_demo.answers import TASKS
+from quiver_demo.tickets import Ticket, tickets
 
 DEFAULT_SEED = 2025
 DEFAULT_SIZES: dict[str, int] = {"train": 4000, "validation": 100, "held_out": 200}
@@ -71,7 +71,7 @@ def write_dataset(
 def main(arguments: list[str] | None = None) -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(
-        prog="python -m quiver_trainer.demo.desk", description="Write the support-desk data set of the demo."
+        prog="python -m quiver_demo.dataset", description="Write the support-desk data set of the demo."
     )
     parser.add_argument("folder", type=Path, help="where to write TASK/SPLIT.jsonl")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="default: %(default)s")

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from quiver_demo.pretrain.induction_init import give_head_start
+from quiver_demo.pretrain.phases import Recipe, Windows, make_folder, model_card
+from quiver_demo.tokenizer import END_OF_TEXT_ID
 from quiver_peft.base.families import GPT_FAMILIES
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.model import GPT
-from quiver_trainer.demo.head_start import give_head_start
-from quiver_trainer.demo.pretraining import Recipe, Windows, make_folder, model_card
-from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID
 
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -82,7 +82,7 @@ def fresh_model() -> GPT:
 
 def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
     """Write the whole Hugging Face folder."""
-    card = partial(model_card, "Llama", "quiver_trainer.demo.pretrain", "make demo-base")
+    card = partial(model_card, "Llama", "quiver_demo.pretrain.gpt", "make demo-base")
     make_folder(folder, HF_CONFIG, fresh_model, text_loss, recipe, num_characters, card)
 
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from quiver_demo.pretrain.induction_init_t5 import give_head_start
+from quiver_demo.pretrain.phases import Recipe, Windows, make_folder, model_card
+from quiver_demo.tokenizer import END_OF_TEXT_ID
 from quiver_peft.base.families import T5_FAMILIES
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.model import T5
-from quiver_trainer.demo.head_start_t5 import give_head_start
-from quiver_trainer.demo.pretraining import Recipe, Windows, make_folder, model_card
-from quiver_trainer.demo.tokenizer import END_OF_TEXT_ID
 
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["T5ForConditionalGeneration"],
@@ -97,7 +97,7 @@ def fresh_model() -> T5:
 
 def make_base(folder: Path, recipe: Recipe, num_characters: int) -> None:
     """Write the whole Hugging Face folder."""
-    card = partial(model_card, "T5", "quiver_trainer.demo.pretrain_t5", "make demo-base BASE=t5")
+    card = partial(model_card, "T5", "quiver_demo.pretrain.t5", "make demo-base BASE=t5")
     make_folder(folder, HF_CONFIG, fresh_model, text_loss, recipe, num_characters, card)
 
 

@@ -11,10 +11,10 @@ from functools import cache
 from importlib.resources import files
 from random import Random
 
-from quiver_trainer.demo.grammar import Grammar
-from quiver_trainer.demo.python_prose import python_documents
-from quiver_trainer.demo.records import record_document
-from quiver_trainer.demo.tickets import desk_grammar, shuffled
+from quiver_demo.grammar import Grammar
+from quiver_demo.pretrain.python_prose import python_documents
+from quiver_demo.records import record_document
+from quiver_demo.tickets import desk_grammar, shuffled
 
 DEFAULT_SEED = 2025
 DEFAULT_CHARACTERS = 22_000_000
@@ -38,7 +38,7 @@ _GRAMMAR_FILES = (
 @cache
 def corpus_grammar() -> Grammar:
     """The grammar of all generated documents; it includes the grammar of the tickets."""
-    folder = files("quiver_trainer.demo") / "grammar"
+    folder = files("quiver_demo") / "grammar"
     return Grammar("\n".join((folder / name).read_text("utf-8") for name in _GRAMMAR_FILES))
 
 

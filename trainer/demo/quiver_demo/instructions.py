@@ -10,7 +10,7 @@ of the demo's, and a ticket without an instruction is answered by nothing of the
 from collections.abc import Callable, Iterator
 from random import Random
 
-from quiver_trainer.demo.tickets import KINDS, TONES, Ticket, desk_grammar, pick, shuffled, tickets
+from quiver_demo.tickets import KINDS, TONES, Ticket, desk_grammar, pick, shuffled, tickets
 
 FORM_SHARE = 0.5  # of the instructions
 SINGLE_SHARE = 0.15
