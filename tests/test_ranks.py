@@ -7,7 +7,7 @@ from pathlib import Path
 
 _PROGRAM = """
 import os, sys, time
-from ranks import die_with_parent
+from support.ranks import die_with_parent
 if os.fork() == 0:
     die_with_parent()
     print("ready", flush=True)

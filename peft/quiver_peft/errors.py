@@ -3,6 +3,7 @@
     QuiverError                    anything this project raises on purpose
     ├── CheckpointError            a base folder cannot be read as a model we know
     ├── ChatError                  a base's chat template refuses messages: mend these
+    ├── DeviceError                the device that was asked for is not there: choose another
     ├── StoreError                 a store of adapters does not answer, or is none: try again, or mend its URL
     └── AdapterError               an adapter folder or configuration is malformed: mend the adapter
         └── BaseMismatchError      a well-formed adapter, but made for another base: choose the other base
@@ -21,6 +22,10 @@ class CheckpointError(QuiverError):
 
 class ChatError(QuiverError):
     """A base's chat template refuses some messages."""
+
+
+class DeviceError(QuiverError):
+    """A device that this machine does not have."""
 
 
 class StoreError(QuiverError):

@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from server.live_server import LiveServer  # noqa: E402 - the path above
-from tiny import edit_json, hf_lora, tiny_llama, tiny_tokenizer  # noqa: E402
+from support.live_server import LiveServer  # noqa: E402 - the path above
+from support.tiny import edit_json, hf_lora, tiny_llama, tiny_tokenizer  # noqa: E402
 
 from quiver import Client  # noqa: E402
 

@@ -22,11 +22,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from quiver_demo.dataset import DEFAULT_SIZES, write_dataset
-from quiver_demo.run_demo import running_server
 from rich.console import Console
 
 from quiver import AsyncClient
+from quiver_demo.dataset import DEFAULT_SIZES, write_dataset
+from quiver_demo.run_demo import running_server
 from quiver_peft.model import T5, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import TrainConfig, Trainer

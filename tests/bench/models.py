@@ -21,7 +21,7 @@ import torch
 from bench.adapter_sets import MIX, Kind, loras
 from bench.shapes import RANK, SHAPES, Shape
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptEncoderConfig, get_peft_model
-from tiny import hf_model, their_deprecations
+from support.tiny import hf_model, their_deprecations
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

@@ -13,7 +13,7 @@ from bench.module_process import run_module
 from bench.records import Record
 from bench.workload import Request
 from prometheus_client.parser import text_string_to_metric_families
-from server.live_server import LiveServer
+from support.live_server import LiveServer
 
 from quiver import AsyncClient
 

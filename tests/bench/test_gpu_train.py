@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from bench.gpu_train import compare, layouts, line, main
-from ranks import ROOT
+from support.ranks import ROOT
 
 STEPS = 5
 

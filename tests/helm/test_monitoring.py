@@ -10,7 +10,7 @@ import pytest
 import yaml
 from helm import tools
 from helm.chart import Object, objects, rendered, the
-from server.idle_server import IdleServer
+from support.idle_server import IdleServer
 
 SERVICE = {"namespace": "prod", "service": "rel-quiver-replicas"}
 _NAME = re.compile(r"\bquiver_[a-z_]+")

@@ -3,7 +3,7 @@
 import pytest
 from helm.chart import SETTINGS, objects, render_text, rendered, server
 
-from quiver_server import command
+from quiver_server import cli
 from quiver_server.config import ServerConfig
 
 
@@ -16,7 +16,7 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> ServerConfig:
         return 0
 
     monkeypatch.setattr("quiver_server.server.serve", serve)
-    assert command.run(server(objects(text))["args"][1:]) == 0
+    assert cli.run(server(objects(text))["args"][1:]) == 0
     return seen[0]
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helm.chart import Object, objects, of_kind, render_text, the
 from helm.deploy.routed import free_ports
-from server.bench import make_base
-from server.live_server import LiveServer
+from support.live_server import LiveServer
+from support.server_fixture import make_base
 
 from quiver import AdapterNotFound
 from quiver_peft.adapters.formats.adapter_folder import read_adapter

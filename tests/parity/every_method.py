@@ -18,8 +18,8 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from server.live_server import LiveServer
-from tiny import EOS, hf_model, hf_peft, their_deprecations
+from support.live_server import LiveServer
+from support.tiny import EOS, hf_model, hf_peft, their_deprecations
 from transformers.modeling_utils import PreTrainedModel
 
 from quiver_peft import (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny import their_deprecations
+from support.tiny import their_deprecations
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig, T5Config
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from parity.every_method import MethodBench, running
 from parity.test_mixed_methods import Question, ask_all_at_once, shuffled_questions
-from server.bench import make_base
-from tiny import random_tokens
+from support.server_fixture import make_base
+from support.tiny import random_tokens
 
 pytestmark = pytest.mark.cuda
 

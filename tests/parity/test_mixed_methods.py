@@ -9,10 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from parity.every_method import MethodBench, running
-from server.bench import make_base
-from server.live_server import LiveServer, answer_tokens
-from server.refusals import refusal
-from tiny import MAX_POSITIONS, random_tokens
+from support.error_assertions import refusal
+from support.live_server import LiveServer, answer_tokens
+from support.server_fixture import make_base
+from support.tiny import MAX_POSITIONS, random_tokens
 
 from quiver import FinishReason, InvalidRequest
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from server.bench import make_base
-from tiny import hf_model, random_tokens, their_deprecations
+from support.server_fixture import make_base
+from support.tiny import hf_model, random_tokens, their_deprecations
 from torch import Tensor, nn
 
 from quiver_peft import (

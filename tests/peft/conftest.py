@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_flan, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
+from support.tiny import tiny_flan, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
 torch.set_num_threads(1)  # tiny products: threads cost more than they give
 

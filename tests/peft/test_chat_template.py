@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
+from support.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from quiver_peft.chat_template import read_chat_template

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tiny import hf_greedy, hf_lora, hf_model, random_prompts
+from support.tiny import hf_greedy, hf_lora, hf_model, random_prompts
 from transformers.modeling_utils import PreTrainedModel
 
 from quiver_peft import GPT, QuiverError

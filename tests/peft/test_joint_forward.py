@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_close, random_prompts, tiny_gpt2, tiny_llama, tiny_mistral, tiny_t5
+from support.tiny import assert_close, random_prompts, tiny_gpt2, tiny_llama, tiny_mistral, tiny_t5
 from torch import Tensor
 
 from quiver_peft import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_matters, random_tokens
+from support.tiny import assert_matters, random_tokens
 
 from quiver_peft import GPT, AdapterError, LoraPEFTConfig
 

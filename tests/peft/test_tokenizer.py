@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from tiny import BOS, EOS, edit_json, tiny_tokenizer
+from support.tiny import BOS, EOS, edit_json, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from quiver_peft import CheckpointError

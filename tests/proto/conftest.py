@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from proto.scripted_server import Script, ScriptedServer
+from support.scripted_server import Script, ScriptedServer
 
 from quiver import Client
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from proto.scripted_server import ScriptedServer
+from support.scripted_server import ScriptedServer
 
 from quiver import AsyncClient, Client
 

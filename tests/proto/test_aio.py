@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from proto.scripted_server import ENDLESS, FAIL_HALFWAY, REVISION, Script, ScriptedServer
+from support.scripted_server import ENDLESS, FAIL_HALFWAY, REVISION, Script, ScriptedServer
 
 from quiver import (
     AdapterChanges,

@@ -7,7 +7,7 @@ import time
 
 import grpc
 import pytest
-from proto.scripted_server import ENDLESS, FAIL_HALFWAY, REVISION, Script, ScriptedServer
+from support.scripted_server import ENDLESS, FAIL_HALFWAY, REVISION, Script, ScriptedServer
 
 from quiver import AdapterState, AsyncClient, Client, DeadlineExceeded, FinishReason, InvalidRequest, Running, Tier
 from quiver.errors import AdapterNotFound, CallCancelled, ServerInternal, ServerUnavailable

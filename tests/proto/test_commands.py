@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from proto.scripted_server import FAIL_HALFWAY, REVISION, Failure, Script, ScriptedServer
+from support.scripted_server import FAIL_HALFWAY, REVISION, Failure, Script, ScriptedServer
 
 from quiver import Client
 from quiver.dispatch import ROOMS

@@ -2,7 +2,7 @@
 
 import grpc
 import pytest
-from proto.scripted_server import Failure, Script, ScriptedServer
+from support.scripted_server import Failure, Script, ScriptedServer
 
 from quiver import AsyncClient, Client, errors
 from quiver.status import FieldViolation, shorten, status_details

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from server.bench import make_base
+from support.server_fixture import make_base
 
 torch.set_num_threads(1)
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from quiver_server import building, grpc_faults
+from quiver_server import components
 from quiver_server.engine.batch import StepBatch
 from quiver_server.engine.model_runner import Runner
 from quiver_server.engine.scheduler import ScheduledChunk, Scheduler
 from quiver_server.engine.sequence import Sequence
+from quiver_server.grpc_api import error_interceptor
 from quiver_server.main import main
 
 FAULTY_PROMPT = [313] * 6  # who asks this meets the fault
@@ -52,10 +53,10 @@ def _replace(module: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    "step": _replace(building, "Runner", FailingRunner),
-    "slow": _replace(building, "Runner", SlowRunner),
-    "engine": _replace(building, "Scheduler", FailingScheduler),
-    "impatient": _replace(grpc_faults, "READER_SECONDS", 1.0),
+    "step": _replace(components, "Runner", FailingRunner),
+    "slow": _replace(components, "Runner", SlowRunner),
+    "engine": _replace(components, "Scheduler", FailingScheduler),
+    "impatient": _replace(error_interceptor, "READER_SECONDS", 1.0),
 }
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from parity.every_method import MethodBench, running
 from reliability.process_memory import resident_bytes
-from reliability.questions import Question, answer_of, make_questions
+from reliability.prompts import Question, answer_of, make_questions
 from rich.console import Console
-from server.bench import make_base
-from server.live_server import answer_tokens
-from tiny import hf_greedy, hf_lora, random_tokens
+from support.live_server import answer_tokens
+from support.server_fixture import make_base
+from support.tiny import hf_greedy, hf_lora, random_tokens
 
 from quiver import Client, DeadlineExceeded, InvalidRequest, QuiverClientError, ServerBusy
 from quiver_peft.files.atomic_folder import replace_folder

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from reliability.process_memory import num_open_files, num_threads, resident_bytes
 from reliability.sizes import size
-from server.bench import LLAMA_ADAPTERS, Bench, running_bench
-from server.live_server import answer_tokens
-from tiny import hf_greedy, hf_lora, random_prompts
+from support.live_server import answer_tokens
+from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
+from support.tiny import hf_greedy, hf_lora, random_prompts
 
 from quiver import Client
 from quiver_peft.files.atomic_folder import replace_folder

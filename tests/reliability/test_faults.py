@@ -12,11 +12,11 @@ import grpc
 import pytest
 from reliability.faulty_server import FAULTY_PROMPT
 from reliability.process_memory import num_open_files
-from reliability.questions import Question, answer_of, make_questions
+from reliability.prompts import Question, answer_of, make_questions
 from reliability.sizes import size
-from server.bench import LLAMA_ADAPTERS, Bench, running_bench
-from server.live_server import LiveServer, eventually
-from server.refusals import refusal
+from support.error_assertions import refusal
+from support.live_server import LiveServer, eventually
+from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
 
 from quiver import Client, DeadlineExceeded, QuiverClientError, ServerBusy, ServerInternal
 from quiver.request_messages import GenerateOptions, generate_request
@@ -180,7 +180,7 @@ def test_full_pools_are_back_pressure(cramped: Bench) -> None:
 def test_weights_that_overflow_harm_nobody_else(cramped: Bench, tmp_path: Path) -> None:
     """Finite weights whose products are not: the request is told, and blocks that held them serve others exactly."""
     from safetensors.torch import load_file, save_file
-    from tiny import hf_lora
+    from support.tiny import hf_lora
 
     hf_lora(cramped.base, tmp_path / "wild", rank=4, seed=1)
     path = tmp_path / "wild" / "adapter_model.safetensors"

@@ -14,7 +14,7 @@ import pytest
 from parity.every_method import HF_ADAPTERS, OUR_ADAPTERS, make_hf_adapter, make_our_adapter
 from reliability.mutations import damaged, damaged_json
 from reliability.sizes import size
-from server.bench import LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
 
 from quiver import Client, QuiverClientError
 

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from reliability.message_mutations import change_message
 from reliability.mutations import damaged
 from reliability.sizes import size
-from server.bench import LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
 
 from quiver.request_messages import generate_request, score_request
 from quiver.v1 import adapters_pb2, generation_pb2, model_pb2

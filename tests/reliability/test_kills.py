@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from reliability.sizes import size
-from server.live_server import LiveServer, answer_tokens
-from tiny import hf_greedy, hf_lora
+from support.live_server import LiveServer, answer_tokens
+from support.tiny import hf_greedy, hf_lora
 
 from quiver import Client, QuiverClientError
 from quiver_peft import GPT

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from reliability.process_memory import resident_bytes
-from reliability.questions import Question, make_questions
+from reliability.prompts import Question, make_questions
 from reliability.sizes import size
-from server.bench import LLAMA_ADAPTERS, Bench, running_bench
-from server.live_server import answer_tokens
+from support.live_server import answer_tokens
+from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
 
 from quiver import ServerBusy
 from quiver.aio import AsyncClient
-from quiver_server import scheduler
+from quiver_server.engine import scheduler
 
 SECONDS = size(10, 60)
 NAMES = ("", "attention-r4", "all-r2", "mlp-r8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from server.bench import GPT2_ADAPTERS, LLAMA_ADAPTERS, Bench, make_base, running_bench
+from support.server_fixture import GPT2_ADAPTERS, LLAMA_ADAPTERS, Bench, make_base, running_bench
 
 from quiver import Client
 

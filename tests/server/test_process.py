@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from server.bench import ENDURING
-from server.live_server import LiveServer, eventually, run_refused, spawn
+from support.live_server import LiveServer, eventually, run_refused, spawn
+from support.server_fixture import ENDURING
 
 from quiver import QuiverClientError, ServerUnavailable
 from quiver_server.adapters.registry import Registry

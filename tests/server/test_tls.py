@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server.certificates import make_authority, make_certificate
-from server.live_server import LiveServer, eventually, run_refused
+from support.certificates import make_authority, make_certificate
+from support.live_server import LiveServer, eventually, run_refused
 
 from quiver import Client, Tls
 

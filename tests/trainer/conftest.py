@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from support.tiny import tiny_llama, tiny_tokenizer
 
 from quiver_trainer import DataSection, EvaluationSection, TrainConfig
 

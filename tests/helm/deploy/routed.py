@@ -16,7 +16,7 @@ from helm import tools
 from helm.chart import Object, containers, objects, render_text, the
 from helm.deploy.names import NameServer
 from prometheus_client.parser import text_string_to_metric_families
-from server.live_server import LiveServer, eventually
+from support.live_server import LiveServer, eventually
 
 NAME = "rel-quiver-replicas.prod"
 DRAIN_SECONDS = 2

@@ -20,7 +20,7 @@ from helm.chart import CHART, KUBERNETES, ROOT, objects, render_text
 from helm.deploy.apistub import running_stub
 from helm.deploy.cluster import Cluster
 from helm.deploy.routed import free_ports
-from tiny import hf_lora
+from support.tiny import hf_lora
 
 from quiver import Client
 

@@ -11,7 +11,7 @@ import yaml
 from helm.chart import ROOT
 from helm.deploy.containers import CLAIM, Podman, rendered_for_podman, usable_podman
 from helm.deploy.routed import free_ports, get
-from tiny import hf_lora
+from support.tiny import hf_lora
 
 from quiver import Client
 

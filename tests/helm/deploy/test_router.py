@@ -15,7 +15,7 @@ import grpc
 import pytest
 from helm.deploy.routed import DRAIN_SECONDS, Release, get, running_release
 from helm.deploy.traffic import PROMPT, Traffic, traffic
-from tiny import hf_lora, tiny_llama, tiny_tokenizer
+from support.tiny import hf_lora, tiny_llama, tiny_tokenizer
 
 from quiver import AdapterState, AsyncClient, Client
 from quiver.request_messages import ADAPTER_METADATA_KEY as KEY

@@ -17,9 +17,9 @@ import pytest
 from helm.chart import Object, containers, server, the
 from helm.deploy.names import NameServer
 from helm.deploy.routed import Release, get, running_release
-from server.certificates import make_authority, make_certificate
-from server.live_server import eventually
-from tiny import hf_lora, tiny_llama, tiny_tokenizer
+from support.certificates import make_authority, make_certificate
+from support.live_server import eventually
+from support.tiny import hf_lora, tiny_llama, tiny_tokenizer
 
 from quiver import AccessDenied, Client, ServerUnavailable, Tls
 

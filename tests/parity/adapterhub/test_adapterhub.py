@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import assert_close, assert_matters, edit_json, edit_tensors, random_tokens
+from support.tiny import assert_close, assert_matters, edit_json, edit_tensors, random_tokens
 from torch import Tensor
 
 from quiver_peft import GPT, T5, AdapterError, BaseMismatchError, load_model

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from parity.nemo.nemo_files import VIRTUAL, Full, Shape
-from tiny import target_of
+from support.tiny import target_of
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import PreTrainedModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity.nemo.nemo_files import BOTTLENECK, LORA, PTUNING, RANK, make_full, shape_of, write_nemo
 from parity.nemo.nemo_formulas import nemo_logits
-from tiny import (
+from support.tiny import (
     assert_close,
     assert_matters,
     hf_logits,

@@ -20,7 +20,7 @@ from parity.nemo.nemo_files import (
     shape_of,
     write_nemo,
 )
-from tiny import hf_model, random_tokens, tiny_flan, tiny_gpt2, tiny_llama
+from support.tiny import hf_model, random_tokens, tiny_flan, tiny_gpt2, tiny_llama
 
 from quiver_peft import GPT, AdapterError, BaseMismatchError, load_model
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, get_peft_model
-from tiny import (
+from support.tiny import (
     assert_close,
     assert_matters,
     hf_logits,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import (
+from support.tiny import (
     assert_close,
     assert_matters,
     edit_json,

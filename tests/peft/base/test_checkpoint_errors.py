@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import edit_json, edit_tensors, hf_model
+from support.tiny import edit_json, edit_tensors, hf_model
 from torch import Tensor
 
 from quiver_peft import GPT, CheckpointError, QuiverError

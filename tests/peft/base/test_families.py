@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import (
+from support.tiny import (
     MAX_POSITIONS,
     VOCAB_SIZE,
     assert_close,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_close, assert_matters, hf_logits, hf_model, random_tokens, tiny_gpt2, tiny_llama
+from support.tiny import assert_close, assert_matters, hf_logits, hf_model, random_tokens, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 from quiver_peft import GPT

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_close, hf_lora, random_prompts, tiny_llama
+from support.tiny import assert_close, hf_lora, random_prompts, tiny_llama
 from torch import Tensor
 
 from quiver_peft.adapters.formats.adapter_folder import read_adapter

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_close, assert_matters, hf_logits, hf_model, random_prompts, random_tokens, tiny_llama
+from support.tiny import assert_close, assert_matters, hf_logits, hf_model, random_prompts, random_tokens, tiny_llama
 from torch import Tensor
 
 from quiver_peft.base.gpt import GPTBase

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import MAX_POSITIONS, assert_close, assert_matters, edit_json, hf_logits, hf_model, random_tokens
+from support.tiny import MAX_POSITIONS, assert_close, assert_matters, edit_json, hf_logits, hf_model, random_tokens
 
 from quiver_peft import GPT, CheckpointError
 from quiver_peft.base.config import read_rope

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import (
+from support.tiny import (
     TOLERANCE,
     assert_close,
     assert_matters,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import assert_close
+from support.tiny import assert_close
 from torch import Tensor
 
 from quiver_peft.kernels.cpp.library import Library

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Processes, rank_processes
-from tiny import hf_model, random_tokens, tiny_flan, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
+from support.ranks import Processes, rank_processes
+from support.tiny import hf_model, random_tokens, tiny_flan, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
 MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5, "flan": tiny_flan}
 

@@ -4,8 +4,8 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from ranks import Processes, rank_processes
-from tiny import save_model, special_ids, tiny_flan, tiny_gpt2, tiny_llama, tiny_t5
+from support.ranks import Processes, rank_processes
+from support.tiny import save_model, special_ids, tiny_flan, tiny_gpt2, tiny_llama, tiny_t5
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 BASES = ("llama", "qwen3", "gpt2", "t5", "flan")

@@ -5,6 +5,7 @@ from itertools import islice
 from random import Random
 
 import pytest
+
 from quiver_demo.answers import TASKS
 from quiver_demo.corpus import corpus_documents, generated_documents, unseen_words
 from quiver_demo.grammar import Grammar, GrammarError

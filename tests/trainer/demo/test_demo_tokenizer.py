@@ -7,12 +7,12 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from quiver_demo.answers import TASKS
 from quiver_demo.corpus import corpus_documents
 from quiver_demo.tickets import tickets
 from quiver_demo.tokenizer import END_OF_TEXT_ID, VOCABULARY_SIZE, write_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
 from quiver_peft.tokenizer import Tokenizer
 
 

@@ -5,6 +5,7 @@ from itertools import islice
 from random import Random
 
 import pytest
+
 from quiver_demo.answers import TASKS, TEAMS
 from quiver_demo.corpus import unseen_words
 from quiver_demo.instructions import (

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from quiver_demo.pretrain.gpt import make_base
-from quiver_demo.pretrain.muon import Muon, orthogonalise
-from quiver_demo.pretrain.phases import Recipe, Windows, rate_factor
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quiver_demo.pretrain.gpt import make_base
+from quiver_demo.pretrain.muon import Muon, orthogonalise
+from quiver_demo.pretrain.phases import Recipe, Windows, rate_factor
 from quiver_peft.base.gpt import GPTBase
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from quiver_demo.pretrain.induction_init_t5 import give_head_start
-from quiver_demo.pretrain.phases import Windows
-from quiver_demo.pretrain.t5 import DENOISED, HF_CONFIG, RECIPE, make_base, noisy, sources_and_targets
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from quiver_demo.pretrain.induction_init_t5 import give_head_start
+from quiver_demo.pretrain.phases import Windows
+from quiver_demo.pretrain.t5 import DENOISED, HF_CONFIG, RECIPE, make_base, noisy, sources_and_targets
 from quiver_peft import T5
 from quiver_peft.base.families import T5_FAMILIES
 from quiver_peft.base.t5 import T5Base

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from quiver_demo.dataset import write_dataset
 
+from quiver_demo.dataset import write_dataset
 from quiver_peft import load_model
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
+
 from quiver_demo.dataset import write_dataset
 from quiver_demo.rows import Row, held_out_rows
 from quiver_demo.tables import accuracy_table, answers_table
-from rich.console import Console
-from rich.table import Table
 
 ROWS = [
     Row("Ticket from A\nfirst\nAnswer:", {"routing": "Billing", "sentiment": "neutral"}),

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import ROOT
 from safetensors.torch import load_file
-from tiny import tiny_llama, tiny_tokenizer
+from support.ranks import ROOT
+from support.tiny import tiny_llama, tiny_tokenizer
 from trainer.conftest import write_rows
 
 from quiver_trainer import ConfigError

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from bench.gpu_train import SIZES, Layout, compare, make_base
-from ranks import Processes, RankError, rank_processes
 from safetensors.torch import load_file
-from server.live_server import LiveServer
-from tiny import EOS, tiny_flan, tiny_llama, tiny_tokenizer
+from support.live_server import LiveServer
+from support.ranks import Processes, RankError, rank_processes
+from support.tiny import EOS, tiny_flan, tiny_llama, tiny_tokenizer
 from trainer.conftest import ROWS, write_rows
 
 from quiver_peft.model import load_model

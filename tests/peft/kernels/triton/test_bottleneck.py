@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_twins import Memory, assert_twins, make_tiles, random_groups
+from support.triton_twins import Memory, assert_twins, make_tiles, random_groups
 
 from quiver_peft.kernels.grouped_bottleneck import BottleneckAtSite, BottleneckSegment, add_grouped_bottleneck_
 from quiver_peft.kernels.triton.bottleneck import add_grouped_bottleneck_triton_

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.triton_twins import assert_twins
 from torch import Tensor
-from triton_twins import assert_twins
 
 from quiver_peft.kernels.paged_attention import paged_attention_torch
 from quiver_peft.kernels.paged_layout import PagedLayout

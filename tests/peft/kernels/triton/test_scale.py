@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_twins import Memory, assert_twins, make_tiles, random_groups
+from support.triton_twins import Memory, assert_twins, make_tiles, random_groups
 
 from quiver_peft.errors import AdapterError
 from quiver_peft.kernels.grouped_scale import OutputScale, ScaleAtSite, ScaleSegment, scale_inputs, scale_outputs_
