@@ -109,7 +109,7 @@ class T5Step(_Step):
         starts, ends = _bounds(new)
         fresh = [start for start, row in zip(starts, rows, strict=True) if not row.generated]
         seam = self.seam(fresh, ends[-1], 0, self.num_prefix)
-        hidden = base(tokens, PagedAttention(self.kv, layout, base.decoder.bias.by_distance()), sources, seam)
+        hidden = base(tokens, PagedAttention(self.kv, layout, base.decoder.bias.bias_for_offsets()), sources, seam)
         return base.logits(hidden[torch.tensor(ends, device=self.device) - 1]).argmax(-1).tolist()
 
     def _read_sources(self, rows: Sequence[Row], query_lengths: Sequence[int]) -> PagedSources:
@@ -128,8 +128,8 @@ class T5Step(_Step):
             starts, ends = _bounds(new)
             seam = self.seam(starts, ends[-1], self.num_prefix, self.num_prefix + self.num_prompt)
             tokens = torch.tensor([token for ids in new for token in ids], device=self.device)
-            attend = PackedAttention([len(ids) for ids in new], self._base.encoder.bias.by_distance(), self.device)
-            self._base.read(self._base.encode(tokens, attend, seam), sources, seam)
+            attend = PackedAttention([len(ids) for ids in new], self._base.encoder.bias.bias_for_offsets(), self.device)
+            self._base.precompute_cross_kv(self._base.encode(tokens, attend, seam), sources, seam)
         return sources
 
 

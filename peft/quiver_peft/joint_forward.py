@@ -7,11 +7,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.training.training_seam import Drawing, JointSeam
+from quiver_peft.adapters.training.training_seam import RngScope, TrainingSeam
 from quiver_peft.base.attention import CausalAttention
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.packed_sequences import PackedCrossAttention, PackedSelfAttention, PackedSequences
-from quiver_peft.base.sites import NO_ADAPTERS, Seam, Stack
+from quiver_peft.base.sites import NO_ADAPTERS, Seam, StackName
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.base.t5_attention import BiasedAttention, WholeSources
 from quiver_peft.model import AnyModel
@@ -31,18 +31,18 @@ class ModelInput:
 
 
 def joint_hidden(
-    models: Sequence[AnyModel], inputs: Sequence[ModelInput], drawing: Sequence[Drawing] | None = None
+    models: Sequence[AnyModel], inputs: Sequence[ModelInput], drawing: Sequence[RngScope] | None = None
 ) -> Tensor:
     """Final hidden states of all that is written, [T, D]: first all sequences of the first model, then the second's.
 
     models: on one and the same base. Virtual tokens are put in here; their own states are left out.
-    drawing: see `JointSeam`.
+    drawing: see `TrainingSeam`.
     """
     base = models[0].base
     device = base.embedding.weight.device
-    last_stack: Stack = "decoder" if isinstance(base, T5Base) else ""
+    last_stack: StackName = "decoder" if isinstance(base, T5Base) else ""
     written = [_with_placeholders(m, last_stack, i.written) for m, i in zip(models, inputs, strict=True)]
-    lengths: dict[Stack, list[list[int]]] = {last_stack: _lengths(written)}
+    lengths: dict[StackName, list[list[int]]] = {last_stack: _lengths(written)}
     if isinstance(base, T5Base):
         sources = [_with_placeholders(m, "encoder", i.sources) for m, i in zip(models, inputs, strict=True)]
         lengths["encoder"] = _lengths(sources)
@@ -73,24 +73,24 @@ def _t5_hidden(base: T5Base, sources: Sequence[Sequences], written: Sequence[Seq
     read = PackedSelfAttention(BiasedAttention(base.encoder.bias, source.lengths), source)
     encoded = base.encode(source_tokens, read, seam)
     kept = PackedCrossAttention(WholeSources(source.lengths), source, target)
-    base.read(encoded, kept, seam)
+    base.precompute_cross_kv(encoded, kept, seam)
     return base(tokens, PackedSelfAttention(BiasedAttention(base.decoder.bias), target), kept, seam)
 
 
 def _seam(
     models: Sequence[AnyModel],
-    lengths: dict[Stack, list[list[int]]],
+    lengths: dict[StackName, list[list[int]]],
     device: torch.device,
-    drawing: Sequence[Drawing] | None,
+    drawing: Sequence[RngScope] | None,
 ) -> Seam:
     adapters = [model.adapter for model in models if model.adapter is not None]
     if not adapters:
         return NO_ADAPTERS
     assert len(adapters) == len(models), "either every model has an adapter, or none"
-    return JointSeam(adapters, lengths, device, drawing)
+    return TrainingSeam(adapters, lengths, device, drawing)
 
 
-def _with_placeholders(model: AnyModel, stack: Stack, sequences: Sequences) -> Sequences:
+def _with_placeholders(model: AnyModel, stack: StackName, sequences: Sequences) -> Sequences:
     placeholders = [0] * model.num_virtual_in(stack)
     return [[*placeholders, *sequence] for sequence in sequences] if placeholders else sequences
 

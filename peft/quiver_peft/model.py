@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from quiver_peft.adapters.formats.adapter_folder import read_adapter, save_adapter
 from quiver_peft.adapters.methods.configs import PEFTConfig
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.base.base import Base
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base
-from quiver_peft.base.sites import NO_ADAPTERS, Seam, Stack
+from quiver_peft.base.sites import NO_ADAPTERS, Seam, StackName
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.base.t5_attention import BiasedAttention, WholeSources
 from quiver_peft.errors import AdapterError
@@ -31,14 +31,14 @@ class Model(nn.Module, Generic[BaseT]):
     def __init__(self, base: BaseT) -> None:
         super().__init__()
         self.base = base
-        self.adapter: Adapter | None = None
+        self.adapter: TrainableAdapter | None = None
 
     @property
     def seam(self) -> Seam:
         """The adapter, or the identity."""
         return NO_ADAPTERS if self.adapter is None else self.adapter
 
-    def num_virtual_in(self, stack: Stack) -> int:
+    def num_virtual_in(self, stack: StackName) -> int:
         """Positions that the adapter takes before every sequence of a stack ("": the only one of a GPT)."""
         return 0 if self.adapter is None else self.adapter.num_virtual_in(stack)
 
@@ -57,7 +57,7 @@ class Model(nn.Module, Generic[BaseT]):
         """
         if self.adapter is not None:
             raise AdapterError("this model has an adapter already; load the base again to start another one")
-        self._set(Adapter.create(self.base, [configs] if isinstance(configs, PEFTConfig) else configs))
+        self._set(TrainableAdapter.create(self.base, [configs] if isinstance(configs, PEFTConfig) else configs))
 
     def load_adapters(self, folder: str | Path) -> None:
         """Freeze the base and put the adapter of an artefact on it; its configuration comes with it.
@@ -66,9 +66,9 @@ class Model(nn.Module, Generic[BaseT]):
 
         Raises AdapterError or BaseMismatchError; the model is then as it was.
         """
-        self._set(Adapter.from_weights(self.base, read_adapter(folder, self.base)))
+        self._set(TrainableAdapter.from_weights(self.base, read_adapter(folder, self.base)))
 
-    def _set(self, adapter: Adapter) -> None:
+    def _set(self, adapter: TrainableAdapter) -> None:
         self.base.requires_grad_(False)
         reference = self.base.embedding.weight
         # Adapters stay in fp32 beside a half-precision base, as Hugging Face PEFT keeps them.
@@ -161,7 +161,7 @@ class T5(Model[T5Base]):
         base, seam = self.base, self.seam
         encoded = base.encode(F.pad(source, (num_prompt, 0)), BiasedAttention(base.encoder.bias, lengths), seam)
         sources = WholeSources(lengths)
-        base.read(encoded, sources, seam)
+        base.precompute_cross_kv(encoded, sources, seam)
         attend = BiasedAttention(base.decoder.bias)
         return base(F.pad(target, (num_prefix, 0)), attend, sources, seam)[:, num_prefix:]
 

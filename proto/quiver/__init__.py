@@ -31,10 +31,10 @@ if TYPE_CHECKING:
         Generation,
         Model,
         Piece,
-        Running,
         Score,
         Scoring,
         Tier,
+        UnloadPolicy,
     )
 
 __all__ = [
@@ -55,7 +55,6 @@ __all__ = [
     "Model",
     "Piece",
     "QuiverClientError",
-    "Running",
     "Score",
     "Scoring",
     "ServerBusy",
@@ -63,6 +62,7 @@ __all__ = [
     "ServerUnavailable",
     "Tier",
     "Tls",
+    "UnloadPolicy",
 ]
 
 _RESULTS = frozenset(

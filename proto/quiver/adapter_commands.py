@@ -6,7 +6,7 @@ import typer
 from rich.filesize import decimal
 
 from quiver import channel, terminal
-from quiver.results import Running, Tier
+from quiver.results import Tier, UnloadPolicy
 
 _EPILOG = """
 A name is an id, "id@revision" (the first digits will do) or an alias.
@@ -74,7 +74,7 @@ def load_adapter(
 @adapters_app.command("unload")
 def unload_adapter(
     adapter_id: Name,
-    running: Annotated[Running, typer.Option(help="What happens to its requests.")] = Running.WAIT,
+    running: Annotated[UnloadPolicy, typer.Option(help="What happens to its requests.")] = UnloadPolicy.WAIT,
     server: Server = channel.DEFAULT_TARGET,
     as_json: AsJson = False,
 ) -> None:

@@ -2,14 +2,14 @@
 
 import sys
 
-from quiver.dispatch import ROOMS, run_room
+from quiver.dispatch import COMMANDS, run_command
 
 
 def main() -> int:
     """Runs the command in `sys.argv` and returns the exit code: 0 done, 1 refused or failed, 2 misused."""
     arguments = sys.argv[1:]
-    if arguments and arguments[0] in ROOMS:
-        return run_room(arguments[0], arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        return run_command(arguments[0], arguments[1:])
     # Here and not above: typer, rich and gRPC take half a second that `quiver serve` must not spend.
     from quiver.commands import app
 

@@ -25,10 +25,10 @@ from quiver.results import (
     Generation,
     Model,
     Piece,
-    Running,
     Scoring,
     Tier,
     Tokens,
+    UnloadPolicy,
 )
 from quiver.v1 import adapters_pb2, generation_pb2, model_pb2
 from quiver.v1.adapters_pb2_grpc import AdapterServiceStub
@@ -142,7 +142,7 @@ class Client:
         answer = self._call(self._adapters.LoadAdapter, request, routing_metadata(adapter_id))
         return response_messages.adapter(answer.adapter)
 
-    def unload_adapter(self, adapter_id: str, *, running: Running = Running.WAIT) -> int:
+    def unload_adapter(self, adapter_id: str, *, running: UnloadPolicy = UnloadPolicy.WAIT) -> int:
         """Takes an adapter out of memory, all its revisions or that of "id@revision"; returns the bytes given back.
 
         `running`: what happens to its requests.

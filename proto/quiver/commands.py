@@ -10,7 +10,7 @@ import typer
 from quiver import channel, terminal
 from quiver.adapter_commands import AsJson, Server, adapters_app
 from quiver.client import Client
-from quiver.dispatch import run_room
+from quiver.dispatch import run_command
 from quiver.request_messages import GenerateOptions
 
 _EXAMPLES = """
@@ -60,43 +60,43 @@ _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help
 @app.command(context_settings=_PASS_THROUGH)
 def train(context: typer.Context) -> None:
     """Train an adapter from a YAML recipe."""
-    raise typer.Exit(run_room("train", context.args))
+    raise typer.Exit(run_command("train", context.args))
 
 
 @app.command(context_settings=_PASS_THROUGH)
 def predict(context: typer.Context) -> None:
     """Write an adapter's answers for a JSONL file."""
-    raise typer.Exit(run_room("predict", context.args))
+    raise typer.Exit(run_command("predict", context.args))
 
 
 @app.command(context_settings=_PASS_THROUGH)
 def publish(context: typer.Context) -> None:
     """Put an adapter into a store, once it has loaded and measures as recorded."""
-    raise typer.Exit(run_room("publish", context.args))
+    raise typer.Exit(run_command("publish", context.args))
 
 
 @app.command(context_settings=_PASS_THROUGH)
 def merge(context: typer.Context) -> None:
     """Fold an adapter into its base's weights."""
-    raise typer.Exit(run_room("merge", context.args))
+    raise typer.Exit(run_command("merge", context.args))
 
 
 @app.command(context_settings=_PASS_THROUGH)
 def export(context: typer.Context) -> None:
     """Write an adapter as Hugging Face PEFT folders."""
-    raise typer.Exit(run_room("export", context.args))
+    raise typer.Exit(run_command("export", context.args))
 
 
 @app.command(name="import", context_settings=_PASS_THROUGH)
 def import_(context: typer.Context) -> None:
     """Write an adapter made elsewhere, a NeMo archive for one, as a folder to serve."""
-    raise typer.Exit(run_room("import", context.args))
+    raise typer.Exit(run_command("import", context.args))
 
 
 @app.command(context_settings=_PASS_THROUGH)
 def serve(context: typer.Context) -> None:
     """Serve a base model and its adapters over gRPC."""
-    raise typer.Exit(run_room("serve", context.args))
+    raise typer.Exit(run_command("serve", context.args))
 
 
 @app.command()

@@ -9,27 +9,27 @@ import sys
 from typing import NamedTuple
 
 
-class Room(NamedTuple):
+class Command(NamedTuple):
     """A package that implements commands, and the extra of `pip install` that brings what it needs."""
 
     module: str  # has `main(argv: list[str]) -> int`
     extra: str
 
 
-ROOMS = {
-    "serve": Room("quiver_server.main", "server"),
-    "train": Room("quiver_trainer.cli.train", "trainer"),
-    "predict": Room("quiver_trainer.cli.predict", "trainer"),
-    "publish": Room("quiver_trainer.cli.publish", "trainer"),
-    "merge": Room("quiver_trainer.cli.merge", "trainer"),
-    "export": Room("quiver_trainer.cli.export", "trainer"),
-    "import": Room("quiver_trainer.cli.import_adapter", "trainer"),
+COMMANDS = {
+    "serve": Command("quiver_server.main", "server"),
+    "train": Command("quiver_trainer.cli.train", "trainer"),
+    "predict": Command("quiver_trainer.cli.predict", "trainer"),
+    "publish": Command("quiver_trainer.cli.publish", "trainer"),
+    "merge": Command("quiver_trainer.cli.merge", "trainer"),
+    "export": Command("quiver_trainer.cli.export", "trainer"),
+    "import": Command("quiver_trainer.cli.import_adapter", "trainer"),
 }
 
 
-def run_room(command: str, arguments: list[str]) -> int:
+def run_command(command: str, arguments: list[str]) -> int:
     """Runs `command` with `arguments` untouched. Returns its exit code; 2 when a package is not installed."""
-    room = ROOMS[command]
+    room = COMMANDS[command]
     try:
         exit_code: int = importlib.import_module(room.module).main(arguments)
     except ModuleNotFoundError as error:
@@ -43,7 +43,7 @@ def run_room(command: str, arguments: list[str]) -> int:
     return exit_code
 
 
-def _is_our_own_fault(missing: str, room: Room) -> bool:
+def _is_our_own_fault(missing: str, room: Command) -> bool:
     """Whether the missing module should be there: one inside a package of ours that is itself installed."""
     package = room.module.partition(".")[0]
     return missing != package and missing.partition(".")[0] in (package, "quiver", "quiver_peft")

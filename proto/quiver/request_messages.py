@@ -6,7 +6,7 @@ from typing import TypedDict, Unpack
 import grpc
 
 from quiver.errors import InvalidRequest
-from quiver.results import Running, Tier
+from quiver.results import Tier, UnloadPolicy
 from quiver.v1 import adapters_pb2, generation_pb2
 
 ADAPTER_METADATA_KEY = "x-adapter-id"
@@ -182,10 +182,10 @@ _TIERS = {
     Tier.DEVICE: adapters_pb2.LoadAdapterRequest.TIER_DEVICE,
     Tier.HOST: adapters_pb2.LoadAdapterRequest.TIER_HOST,
 }
-_RUNNING = {
-    Running.WAIT: adapters_pb2.UnloadAdapterRequest.RUNNING_WAIT,
-    Running.REFUSE: adapters_pb2.UnloadAdapterRequest.RUNNING_REFUSE,
-    Running.CANCEL: adapters_pb2.UnloadAdapterRequest.RUNNING_CANCEL,
+_UNLOAD_POLICIES = {
+    UnloadPolicy.WAIT: adapters_pb2.UnloadAdapterRequest.RUNNING_WAIT,
+    UnloadPolicy.REFUSE: adapters_pb2.UnloadAdapterRequest.RUNNING_REFUSE,
+    UnloadPolicy.CANCEL: adapters_pb2.UnloadAdapterRequest.RUNNING_CANCEL,
 }
 
 
@@ -194,9 +194,9 @@ def load_request(adapter_id: str, source: str, pin: bool | None, tier: Tier) -> 
     return adapters_pb2.LoadAdapterRequest(adapter_id=adapter_id, source=source, pin=pin, tier=_TIERS[tier])
 
 
-def unload_request(adapter_id: str, running: Running) -> adapters_pb2.UnloadAdapterRequest:
+def unload_request(adapter_id: str, running: UnloadPolicy) -> adapters_pb2.UnloadAdapterRequest:
     """The message that takes an adapter out."""
-    return adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id, running=_RUNNING[running])
+    return adapters_pb2.UnloadAdapterRequest(adapter_id=adapter_id, running=_UNLOAD_POLICIES[running])
 
 
 def routing_metadata(adapter_id: str) -> tuple[tuple[str, str], ...]:

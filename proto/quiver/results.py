@@ -28,7 +28,7 @@ class AdapterState(StrEnum):
     HOST = "host"  # read and validated, in main memory; its first request waits for a copy
 
 
-class Running(StrEnum):
+class UnloadPolicy(StrEnum):
     """What happens to the requests of an adapter that is unloaded."""
 
     WAIT = "wait"  # they finish first

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quiver_peft.errors import QuiverError
-from quiver_peft.files.file_state import FileState, file_state
+from quiver_peft.files.file_state import FileStamp, file_stamp
 from quiver_server.errors import BusyError, ForbiddenError, UnauthenticatedError
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ class Grant:
         return any(fnmatchcase(name, pattern) for pattern in self.adapters) if name else self.base
 
 
-EVERYTHING = Grant("", b"", True, ("*",), True, None, None)
+FULL_ACCESS = Grant("", b"", True, ("*",), True, None, None)
 
 
 @dataclass
-class Tenant:
+class ClientUsage:
     """What a token's requests use now. Lives as long as the server, by name: a file read again resets nothing.
 
     allowance: requests that may come at once, refilled as time passes.
@@ -65,7 +65,7 @@ class Caller:
     """Who asks, for the length of one call."""
 
     grant: Grant
-    tenant: Tenant
+    usage: ClientUsage
 
     def check_adapter(self, adapter_id: str) -> None:
         """Raises ForbiddenError, whether there is such an adapter or not."""
@@ -79,10 +79,10 @@ class Caller:
             raise ForbiddenError("adapters are loaded and unloaded with a token of the role admin")
 
     @contextmanager
-    def using(self, num_sequences: int) -> Generator[None]:
+    def reserve(self, num_sequences: int) -> Generator[None]:
         """Count a request against the token's limits while it runs. Raises BusyError with a retry hint."""
-        self._spend()
-        grant, tenant = self.grant, self.tenant
+        self._consume_rate_limit()
+        grant, tenant = self.grant, self.usage
         if grant.max_concurrent is not None and tenant.num_open + num_sequences > grant.max_concurrent:
             raise BusyError(
                 f"this token has {tenant.num_open} sequences running or waiting and asks for {num_sequences} more; its "
@@ -94,9 +94,9 @@ class Caller:
         finally:
             tenant.num_open -= num_sequences
 
-    def _spend(self) -> None:
+    def _consume_rate_limit(self) -> None:
         """A token bucket that holds one second's requests, at least one."""
-        rate, tenant = self.grant.requests_per_second, self.tenant
+        rate, tenant = self.grant.requests_per_second, self.usage
         if rate is None:
             return
         now = time.monotonic()
@@ -110,8 +110,8 @@ class Caller:
         tenant.allowance -= 1
 
 
-ANYONE = Caller(EVERYTHING, Tenant())
-_caller: ContextVar[Caller] = ContextVar("caller", default=ANYONE)
+ANONYMOUS = Caller(FULL_ACCESS, ClientUsage())
+_caller: ContextVar[Caller] = ContextVar("caller", default=ANONYMOUS)
 
 
 def current_caller() -> Caller:
@@ -119,7 +119,7 @@ def current_caller() -> Caller:
     return _caller.get()
 
 
-class Access:
+class Authenticator:
     """The tokens of a file; with no file everybody may do everything.
 
     Raises QuiverError when the file breaks a rule at the start; later such a file is logged and the tokens before it
@@ -128,15 +128,15 @@ class Access:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._tenants: dict[str, Tenant] = {}
-        self._seen: FileState = ()
+        self._usage_by_digest: dict[str, ClientUsage] = {}
+        self._seen: FileStamp = ()
         self._checked_seconds = time.monotonic()
         self._grants: tuple[Grant, ...] = ()
         if path is not None:
-            self._seen = file_state(path)
+            self._seen = file_stamp(path)
             self._grants = read_grants(path)
 
-    def enter(self, authorization: str) -> None:
+    def authenticate(self, authorization: str) -> None:
         """Make the bearer of an Authorization header the current caller. Raises UnauthenticatedError."""
         if self._path is None:
             return
@@ -148,7 +148,7 @@ class Access:
         if scheme.lower() != "bearer" or not found:
             raise UnauthenticatedError("send a valid token as authorization: Bearer TOKEN")
         grant = found[0]
-        _caller.set(Caller(grant, self._tenants.setdefault(grant.name, Tenant())))
+        _caller.set(Caller(grant, self._usage_by_digest.setdefault(grant.name, ClientUsage())))
 
     def _reread(self, path: Path) -> None:
         now = time.monotonic()
@@ -156,7 +156,7 @@ class Access:
             return
         self._checked_seconds = now
         try:
-            seen = file_state(path)
+            seen = file_stamp(path)
             if seen == self._seen:
                 return
             self._seen = seen

@@ -18,20 +18,20 @@ from quiver_peft.base.packing import pack
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
-from quiver_peft.kernels.cpp.library import take_over
-from quiver_peft.kernels.paged_attention import triton_agrees
+from quiver_peft.kernels.cpp.library import configure_process
+from quiver_peft.kernels.paged_attention import check_triton_kernels
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.adapters.admin import AdapterAdmin
-from quiver_server.adapters.manager import AdapterStore
+from quiver_server.adapters.manager import AdapterManager
 from quiver_server.adapters.open import open_adapters
 from quiver_server.config import ServerConfig
 from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.engine import Delivery, Engine
-from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.model_runner import ModelRunner
 from quiver_server.engine.scheduler import Scheduler
 from quiver_server.load_metrics import LoadMetrics
 from quiver_server.requests.admission import Admission
-from quiver_server.requests.generation import Generator, dispatch
+from quiver_server.requests.generation import RequestRunner, dispatch
 from quiver_server.requests.limits import Limits
 from quiver_server.telemetry.metrics import Metrics
 
@@ -42,16 +42,16 @@ _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """Everything that lives as long as the server."""
 
     base: GPTBase | T5Base
     tokenizer: Tokenizer
     kv: PagedKV
     engine: Engine
-    store: AdapterStore
+    adapters: AdapterManager
     admin: AdapterAdmin
-    generator: Generator
+    request_runner: RequestRunner
     limits: Limits
     metrics: Metrics
 
@@ -71,19 +71,21 @@ def load(config: ServerConfig) -> tuple[GPTBase | T5Base, Tokenizer]:
     base = load_base(config.base, dtype=dtypes[config.dtype], device=device)
     if device == "cpu":
         pack(base)
-        take_over()
+        configure_process()
     return base, Tokenizer(config.base)
 
 
-def build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, on_dead: Callable[[], None]) -> Parts:
+def build(
+    config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, on_dead: Callable[[], None]
+) -> Components:
     """The parts, unstarted. Called in the event loop that will serve. on_dead: called there if the engine ends."""
     loop = asyncio.get_running_loop()
     kv = _make_kv(config, base)
     weight = base.embedding.weight
     if weight.is_cuda:
         group = base.config.num_heads // base.config.num_kv_heads
-        triton_agrees(group, base.config.head_dim, weight.dtype, weight.device)  # now, not at the first request
-    tables = SlotTables.where_they_help(base, MAX_RESIDENT_ADAPTERS)
+        check_triton_kernels(group, base.config.head_dim, weight.dtype, weight.device)  # now, not at the first request
+    tables = SlotTables.for_triton(base, MAX_RESIDENT_ADAPTERS)
     banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device, tables)
     blocks = BlockPool(kv.num_blocks, BLOCK_TOKENS, share=config.prefix_cache)
     metrics = Metrics()
@@ -96,7 +98,7 @@ def build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, on
         loop.call_soon_threadsafe(on_dead)
 
     engine = Engine(
-        Runner(base, banks, kv, config.max_step_tokens),
+        ModelRunner(base, banks, kv, config.max_step_tokens),
         scheduler,
         block_size=BLOCK_TOKENS,
         device=weight.device,
@@ -116,7 +118,7 @@ def build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, on
     name = config.base.resolve().name
     metrics.registry.register(LoadMetrics(name, scheduler, blocks, store, MAX_RESIDENT_ADAPTERS))
     limits = _limits(config, base, tokenizer, kv.num_blocks * BLOCK_TOKENS)
-    generator = Generator(
+    generator = RequestRunner(
         engine,
         store,
         tokenizer,
@@ -126,7 +128,7 @@ def build(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, on
         max_queue_seconds=config.max_queue_seconds,
         start_token_id=base.config.start_token_id if isinstance(base, T5Base) else None,
     )
-    return Parts(base, tokenizer, kv, engine, store, admin, generator, limits, metrics)
+    return Components(base, tokenizer, kv, engine, store, admin, generator, limits, metrics)
 
 
 def _make_kv(config: ServerConfig, base: GPTBase | T5Base) -> PagedKV:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from quiver_server.adapters.manager import AdapterStore
+from quiver_server.adapters.manager import AdapterManager
 from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.scheduler import Scheduler
 
@@ -22,7 +22,7 @@ class LoadMetrics(Collector):
     """
 
     def __init__(
-        self, model_name: str, scheduler: Scheduler, blocks: BlockPool, store: AdapterStore, max_adapters: int
+        self, model_name: str, scheduler: Scheduler, blocks: BlockPool, store: AdapterManager, max_adapters: int
     ) -> None:
         self._model_name = model_name
         self._scheduler = scheduler

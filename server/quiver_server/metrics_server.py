@@ -20,7 +20,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
 
-def serve_pages(host: str, port: int, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> int:
+def serve_metrics(host: str, port: int, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> int:
     """Answer from threads of their own; returns the port (of the system's choice for 0).
 
     Called in the event loop that serves: /livez is 200 while that loop turns, /readyz while it also finds `is_ready`;

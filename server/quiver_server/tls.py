@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import grpc
 
 from quiver_peft.errors import QuiverError
-from quiver_peft.files.file_state import FileState, file_state
+from quiver_peft.files.file_state import FileStamp, file_stamp
 from quiver_server.config import ServerConfig
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ class TlsFiles:
         """Every file there is."""
         return (self.cert, self.key) if self.client_ca is None else (self.cert, self.key, self.client_ca)
 
-    def state(self) -> tuple[FileState, ...]:
+    def state(self) -> tuple[FileStamp, ...]:
         """What changes when a file is replaced. Raises OSError while one is missing."""
-        return tuple(file_state(path) for path in self.all)
+        return tuple(file_stamp(path) for path in self.all)
 
     def context(self) -> ssl.SSLContext:
         """The server side of a handshake. Raises QuiverError where the files do not belong together."""
@@ -55,7 +55,7 @@ def tls_files(config: ServerConfig) -> TlsFiles | None:
     return TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
-def following(files: TlsFiles, read: Callable[[], T]) -> Callable[[], T | None]:
+def watch_certificates(files: TlsFiles, read: Callable[[], T]) -> Callable[[], T | None]:
     """A function for each handshake to call: what `read` makes of files that were replaced, else None.
 
     Files that do not belong together are logged, and what was last found good stays.
@@ -83,7 +83,7 @@ def following(files: TlsFiles, read: Callable[[], T]) -> Callable[[], T | None]:
 def http_context(files: TlsFiles) -> ssl.SSLContext:
     """A context for an HTTP server that follows the files: each handshake is given what was last found good."""
     first = current = files.context()
-    fetch = following(files, files.context)
+    fetch = watch_certificates(files, files.context)
 
     def choose(handshake: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
         nonlocal current
@@ -102,7 +102,7 @@ def grpc_credentials(files: TlsFiles) -> grpc.ServerCredentials:
         roots = None if files.client_ca is None else files.client_ca.read_bytes()
         return grpc.ssl_server_certificate_configuration([(files.key.read_bytes(), files.cert.read_bytes())], roots)
 
-    fetch = following(files, read)
+    fetch = watch_certificates(files, read)
     # None is gRPC's word for "unchanged", though the stubs do not say so.
     follow = cast("Callable[[], grpc.ServerCertificateConfiguration]", fetch)
     return grpc.dynamic_ssl_server_credentials(read(), follow, files.client_ca is not None)

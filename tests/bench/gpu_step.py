@@ -67,7 +67,7 @@ class StepBench:
         self.device, self.dtype, self.config = device, dtype, config
         with device:
             self.base = GPTBase(config).to(dtype).eval()
-        tables = SlotTables.where_they_help(self.base, num_rows=256)
+        tables = SlotTables.for_triton(self.base, num_rows=256)
         self.uses_triton = tables is not None
         self.banks = AdapterBanks(bank_bytes, dtype, device, tables)
         self._weights: dict[int, AdapterWeights] = {}

@@ -18,10 +18,10 @@ from quiver_peft.parallel.adapters import split_adapter
 from quiver_peft.parallel.bases import load_split_base
 from quiver_peft.parallel.mesh import Mesh, start_mesh
 from quiver_trainer.data.jsonl import Sample
-from quiver_trainer.loop.optimizer import make_optimiser, set_learning_rate
+from quiver_trainer.loop.optimizer import make_optimizer, set_learning_rate
 from quiver_trainer.loop.run import trainable
 from quiver_trainer.parallel.gradients import Gradients
-from quiver_trainer.recipe.config import OptimiserSection
+from quiver_trainer.recipe.config import OptimizerSection
 
 
 def train(settings: dict[str, Any], folder: Path, mesh: Mesh) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def train(settings: dict[str, Any], folder: Path, mesh: Mesh) -> dict[str, Any]:
     assert model.adapter is not None
     model.adapter = split_adapter(model.adapter, base, mesh)
     parameters = trainable(model)
-    optimiser = make_optimiser(parameters, OptimiserSection(), dict.fromkeys(parameters, 1e-3))
+    optimiser = make_optimizer(parameters, OptimizerSection(), dict.fromkeys(parameters, 1e-3))
     gradients = Gradients(model, mesh, parameters, seed=0, overlap=settings["overlap"])
     generator = torch.Generator().manual_seed(2)
     shape = (settings["steps"], size["rows"], size["tokens"])

@@ -22,17 +22,17 @@ from rich.table import Table
 
 from quiver_peft import CanonicalAdaptersPEFTConfig, IA3PEFTConfig, LoraPEFTConfig, PtuningPEFTConfig
 from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.base.base import Base
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
-from quiver_peft.kernels.cpp.library import library, take_over
+from quiver_peft.kernels.cpp.library import configure_process, library
 from quiver_server import engine as engine_module
 from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.engine import Engine
-from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.model_runner import ModelRunner
 from quiver_server.engine.scheduler import Scheduler
 from quiver_server.engine.sequence import GREEDY, Sequence
 from quiver_server.telemetry.metrics import Metrics
@@ -85,7 +85,7 @@ class Steps:
 
 def random_adapters(base: Base, methods: list[str], count: int) -> tuple[AdapterBanks, list[int], list[int]]:
     """Banks with so many adapters, the methods in turn; their slots, and the virtual tokens of each."""
-    made = [Adapter.create(base, [CONFIGS[methods[i % len(methods)]]()]) for i in range(count)]
+    made = [TrainableAdapter.create(base, [CONFIGS[methods[i % len(methods)]]()]) for i in range(count)]
     for adapter in made:
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -107,7 +107,7 @@ def make_sequences(base: Base, running: int, slots: list[int], virtual: list[int
         slot, num_virtual = (slots[i % len(slots)], virtual[i % len(slots)]) if slots else (BASE_SLOT, 0)
         item = Sequence(ids, params, 0, lambda event: None, slot, num_virtual, revision=f"revision-{slot}")
         if isinstance(base, T5Base):
-            item.source, item.prompt = ids, [base.config.start_token_id]
+            item.encoder_input, item.prompt = ids, [base.config.start_token_id]
         found.append(item)
     return found
 
@@ -121,7 +121,7 @@ def make_engine(
     kv = PagedKV(base.config, num_blocks, BLOCK_TOKENS, torch.float32, base.embedding.weight.device)
     blocks = BlockPool(num_blocks, BLOCK_TOKENS)
     scheduler = Scheduler(blocks, running, 512)
-    runner: Any = Runner(base, banks, kv, 512)  # pyright: ignore[reportArgumentType]
+    runner: Any = ModelRunner(base, banks, kv, 512)  # pyright: ignore[reportArgumentType]
     engine: Any = Engine(
         runner,
         scheduler,
@@ -148,7 +148,7 @@ def make_engine(
 def run(engine: Engine, scheduler: Scheduler, sequences: list[Sequence], clock: Clock) -> tuple[Steps, Steps, int]:
     """All sequences from their prompts to their ends: prefill steps, decode steps of the full batch, prefill tokens."""
     prefill, decode = Steps(), Steps()
-    num_prompt_tokens = sum(len(item.prompt) + len(item.source) + item.num_virtual_tokens for item in sequences)
+    num_prompt_tokens = sum(len(item.prompt) + len(item.encoder_input) + item.num_virtual_tokens for item in sequences)
     for item in sequences:
         scheduler.add(item)
     while scheduler.running or scheduler.waiting:
@@ -196,7 +196,7 @@ def profile(
     banks, slots, virtual = random_adapters(loaded, methods.split(","), adapters)
     with torch.inference_mode():
         pack(loaded)
-    take_over()
+    configure_process()
     clock = Clock()
     engine, scheduler = make_engine(loaded, banks, running, clock, by_kernel=by_kernel)
     best: tuple[Steps, Steps, int] | None = None

@@ -21,7 +21,7 @@ def measure(num_rows: int, num_waiting: int, num_steps: int = 400) -> dict[str, 
     scheduler = Scheduler(BlockPool(20_000, 16), num_rows, 512)
     for index in range(num_rows + num_waiting):
         name = f"a{index % 8 if index < num_rows else index}"
-        sequence = Sequence([index, *range(99)], _PARAMS, 0, lambda event: None, revision=name, tenant=name)
+        sequence = Sequence([index, *range(99)], _PARAMS, 0, lambda event: None, revision=name, fairness_key=name)
         scheduler.add(sequence)
     planning: list[float] = []
     noting: list[float] = []

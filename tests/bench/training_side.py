@@ -66,10 +66,10 @@ def run_quiver(kind: str, base: Path, steps: int, num_runs: int, rows: int, rank
     """`num_runs` runs of so many steps each, all at once."""
     from quiver_peft import GPT, LoraPEFTConfig
     from quiver_peft.tokenizer import Tokenizer
-    from quiver_trainer import DataSection, OptimiserSection, TrainConfig
+    from quiver_trainer import DataSection, OptimizerSection, TrainConfig
     from quiver_trainer.loop.loop import train
     from quiver_trainer.loop.run import Run
-    from quiver_trainer.loop.run_directory import Workplace
+    from quiver_trainer.loop.run_directory import RunDirectory
     from quiver_trainer.reports.terminal import Reporter
 
     clock = Clock()
@@ -90,13 +90,13 @@ def run_quiver(kind: str, base: Path, steps: int, num_runs: int, rows: int, rank
                 base=base,
                 output=Path(folder) / f"run-{i}",
                 data=DataSection(train=Path("none")),
-                optimiser=OptimiserSection(learning_rate=RATE),
+                optimiser=OptimizerSection(learning_rate=RATE),
                 batch_size=rows,
                 epochs=1000,
                 max_steps=steps + WARM_UP_STEPS,
                 checkpoint_interval_steps=10**6,
             )
-            Workplace(config.output).folder.mkdir()
+            RunDirectory(config.output).folder.mkdir()
             encoder = Encoder(tokenizer, 1, VOCABULARY, None)
             runs.append(
                 Run(config, model, tokenizer, {"train": _dataset(Path(folder), encoder, rows * steps, i)}, {}, reporter)

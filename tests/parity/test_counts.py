@@ -21,7 +21,7 @@ from quiver_peft import (
 )
 from quiver_peft.adapters.methods.ia3 import IA3Scale
 from quiver_peft.adapters.methods.lora import LoraPair
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.base.families import GPT_FAMILIES, T5_FAMILIES
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.t5 import T5Base
@@ -113,10 +113,10 @@ def our_base(name: str) -> GPTBase | T5Base:
         return GPTBase(GPT_FAMILIES[config["model_type"]].read_config(config))
 
 
-def our_adapter(case: Case) -> Adapter:
+def our_adapter(case: Case) -> TrainableAdapter:
     base = our_base(case.model)
     with torch.device("meta"):
-        return Adapter.create(base, [case.config])
+        return TrainableAdapter.create(base, [case.config])
 
 
 def their_model(case: Case) -> nn.Module:
@@ -136,7 +136,7 @@ def their_model(case: Case) -> nn.Module:
         return get_peft_model(auto.from_config(MODELS[case.model]), config)
 
 
-def placed_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def placed_shapes(adapter: TrainableAdapter) -> dict[str, tuple[int, ...]]:
     """By the names that PEFT gives them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module in adapter.modules():

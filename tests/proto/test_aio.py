@@ -16,8 +16,8 @@ from quiver import (
     DeadlineExceeded,
     FinishReason,
     InvalidRequest,
-    Running,
     Tier,
+    UnloadPolicy,
 )
 from quiver.errors import AdapterNotFound, CallCancelled, ServerInternal, ServerUnavailable
 from quiver.results import AdapterRef
@@ -188,5 +188,5 @@ async def test_aliases_and_changes(aclient: AsyncClient, script: Script) -> None
     assert [item.is_snapshot for item in seen] == [True, False]
     assert seen[0].adapters[0].aliases == (alias,)
     assert await aclient.delete_alias("live") == alias
-    await aclient.unload_adapter("support", running=Running.REFUSE)
+    await aclient.unload_adapter("support", running=UnloadPolicy.REFUSE)
     assert script.unload_request.running == adapters_pb2.UnloadAdapterRequest.RUNNING_REFUSE

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from support.scripted_server import ENDLESS, FAIL_HALFWAY, REVISION, Script, ScriptedServer
 
-from quiver import AdapterState, AsyncClient, Client, DeadlineExceeded, FinishReason, InvalidRequest, Running, Tier
+from quiver import AdapterState, AsyncClient, Client, DeadlineExceeded, FinishReason, InvalidRequest, Tier, UnloadPolicy
 from quiver.errors import AdapterNotFound, CallCancelled, ServerInternal, ServerUnavailable
 from quiver.results import AdapterRef, Timing, Usage
 from quiver.v1 import adapters_pb2
@@ -243,5 +243,5 @@ def test_aliases_and_changes(client: Client, script: Script) -> None:
     with pytest.raises(CallCancelled, match="no more changes"):
         list(client.watch_adapters())
     assert client.delete_alias("live") == alias
-    client.unload_adapter("support", running=Running.CANCEL)
+    client.unload_adapter("support", running=UnloadPolicy.CANCEL)
     assert script.unload_request.running == adapters_pb2.UnloadAdapterRequest.RUNNING_CANCEL

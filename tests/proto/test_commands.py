@@ -12,7 +12,7 @@ import pytest
 from support.scripted_server import FAIL_HALFWAY, REVISION, Failure, Script, ScriptedServer
 
 from quiver import Client
-from quiver.dispatch import ROOMS
+from quiver.dispatch import COMMANDS
 from quiver.status import status_details
 from quiver.v1 import adapters_pb2, generation_pb2
 
@@ -42,7 +42,7 @@ def _succeeds(run: subprocess.CompletedProcess[str]) -> str:
 def test_help_names_every_command_and_shows_examples() -> None:
     text = _succeeds(_quiver("--help"))
 
-    for command in (*ROOMS, "generate", "score", "adapters", "model", "health"):
+    for command in (*COMMANDS, "generate", "score", "adapters", "model", "health"):
         assert f" {command} " in text
     assert 'quiver generate "Where is my order?" --adapter routing' in text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quiver.dispatch import ROOMS
+from quiver.dispatch import COMMANDS
 
 PROTO = Path(__file__).parents[2] / "proto"
 
@@ -40,9 +40,9 @@ def _quiver(folder: Path, *arguments: str, only_standard_library: bool = False) 
     )
 
 
-@pytest.mark.parametrize("command", ROOMS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Path, command: str) -> None:
-    _install(tmp_path, ROOMS[command].module, REPORTS_ITS_ARGUMENTS)
+    _install(tmp_path, COMMANDS[command].module, REPORTS_ITS_ARGUMENTS)
     arguments = ["--help", "--unknown=1", "key=value", "--", "-x", ""]
 
     run = _quiver(tmp_path, command, *arguments)
@@ -51,7 +51,7 @@ def test_a_command_reaches_its_package_with_its_arguments_untouched(tmp_path: Pa
     assert run.returncode == 7
 
 
-@pytest.mark.parametrize("command", ROOMS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_package_that_is_not_installed_is_named_with_the_cure(tmp_path: Path, command: str) -> None:
     extra = "server" if command == "serve" else "trainer"
     run = _quiver(tmp_path, command, "--help", only_standard_library=True)

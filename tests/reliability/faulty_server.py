@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quiver_server import components
 from quiver_server.engine.batch import StepBatch
-from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.model_runner import ModelRunner
 from quiver_server.engine.scheduler import ScheduledChunk, Scheduler
 from quiver_server.engine.sequence import Sequence
 from quiver_server.grpc_api import error_interceptor
@@ -21,7 +21,7 @@ from quiver_server.main import main
 FAULTY_PROMPT = [313] * 6  # who asks this meets the fault
 
 
-class FailingRunner(Runner):
+class FailingRunner(ModelRunner):
     """A step with the prompt in it raises."""
 
     def run(self, batch: StepBatch) -> Tensor:
@@ -30,7 +30,7 @@ class FailingRunner(Runner):
         return super().run(batch)
 
 
-class SlowRunner(Runner):
+class SlowRunner(ModelRunner):
     """A step takes 20 ms, as with a larger model."""
 
     def run(self, batch: StepBatch) -> Tensor:

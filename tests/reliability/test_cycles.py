@@ -11,7 +11,7 @@ import pytest
 from reliability.process_memory import num_open_files, num_threads, resident_bytes
 from reliability.sizes import size
 from support.live_server import answer_tokens
-from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture, running_server
 from support.tiny import hf_greedy, hf_lora, random_prompts
 
 from quiver import Client
@@ -27,10 +27,10 @@ NUM_TOKENS = 5
 
 
 @pytest.fixture(scope="module")
-def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4",)}
     options = ("--kv-memory-mib", "8", "--adapter-memory-mib", "4")  # so that 2 % of all is little
-    with running_bench(tmp_path_factory.mktemp("cycles"), base, settings, *options) as bench:
+    with running_server(tmp_path_factory.mktemp("cycles"), base, settings, *options) as bench:
         yield bench
 
 
@@ -49,7 +49,7 @@ def contents(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
 class Traffic:
     """Clients that ask for the cycling adapter all the time, and sort the answers by their revision."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: ServerFixture) -> None:
         self.seen: dict[str, set[tuple[int, tuple[int, ...]]]] = {}
         self.num_answers = Counter[str]()
         self._bench = bench
@@ -72,7 +72,7 @@ class Traffic:
 
 
 def test_memory_returns_and_every_answer_is_exact_for_its_revision(
-    bench: Bench, contents: list[tuple[dict[str, bytes], list[list[int]]]]
+    bench: ServerFixture, contents: list[tuple[dict[str, bytes], list[list[int]]]]
 ) -> None:
     folder, pid = bench.adapters / "cycling", bench.server.process.pid
     replace_folder(folder, contents[0][0])

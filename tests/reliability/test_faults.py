@@ -16,7 +16,7 @@ from reliability.prompts import Question, answer_of, make_questions
 from reliability.sizes import size
 from support.error_assertions import refusal
 from support.live_server import LiveServer, eventually
-from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture, running_server
 
 from quiver import Client, DeadlineExceeded, QuiverClientError, ServerBusy, ServerInternal
 from quiver.request_messages import GenerateOptions, generate_request
@@ -29,17 +29,17 @@ HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00
 
 
 @pytest.fixture(scope="module")
-def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """Its patience with readers is a second; a step with a certain prompt raises."""
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2")}
     launcher = ("-m", "reliability.faulty_server", "step,impatient")
     folder = tmp_path_factory.mktemp("faults")
-    with running_bench(folder, base, settings, launcher=launcher, faults=10) as bench:
+    with running_server(folder, base, settings, launcher=launcher, faults=10) as bench:
         yield bench
 
 
 @pytest.fixture
-def client(bench: Bench) -> Iterator[Client]:
+def client(bench: ServerFixture) -> Iterator[Client]:
     """Afterwards nothing runs, nothing is held, and answers are exact."""
     with bench.server.client() as client:
         yield client
@@ -51,7 +51,7 @@ def client(bench: Bench) -> Iterator[Client]:
             bench.check(client, name)
 
 
-def test_a_step_that_raises_fails_its_requests_and_no_others(bench: Bench, client: Client) -> None:
+def test_a_step_that_raises_fails_its_requests_and_no_others(bench: ServerFixture, client: Client) -> None:
     for _ in range(5):
         error = refusal(lambda: client.generate(FAULTY_PROMPT, adapter="all-r2"), ServerInternal, "a broken kernel")
         assert error.reason == "ENGINE_FAULT"
@@ -60,7 +60,7 @@ def test_a_step_that_raises_fails_its_requests_and_no_others(bench: Bench, clien
     assert client.is_healthy()
 
 
-def test_clients_that_vanish(bench: Bench, client: Client) -> None:
+def test_clients_that_vanish(bench: ServerFixture, client: Client) -> None:
     """Connections that are cut, in the middle of a stream and before its first piece."""
     for number in range(30):
         with bench.server.client() as other:
@@ -72,7 +72,7 @@ def test_clients_that_vanish(bench: Bench, client: Client) -> None:
     assert client.unload_adapter("all-r2") > 0, "nobody holds it"
 
 
-def test_deadlines_before_and_while_running(bench: Bench, client: Client) -> None:
+def test_deadlines_before_and_while_running(bench: ServerFixture, client: Client) -> None:
     draw = random.Random(1)
     waits = [draw.choice([0.001, 0.005, 0.02, 0.05, 0.1]) for _ in range(NUM_HURRIED)]
 
@@ -88,7 +88,7 @@ def test_deadlines_before_and_while_running(bench: Bench, client: Client) -> Non
     assert ends["late"] > NUM_HURRIED / 2 and not ends["cut"], ends
 
 
-def test_who_does_not_read_is_let_go_and_holds_up_nobody(bench: Bench, client: Client) -> None:
+def test_who_does_not_read_is_let_go_and_holds_up_nobody(bench: ServerFixture, client: Client) -> None:
     """More is generated for them than their connections take; rows, adapter and places come back all the same."""
     request = generate_request(
         [5, 6], adapter="all-r2", n=16, temperature=1.0, seed=1, top_logprobs=20, max_new_tokens=240, ignore_eos=True
@@ -113,7 +113,7 @@ def test_who_does_not_read_is_let_go_and_holds_up_nobody(bench: Bench, client: C
         channel.close()
 
 
-def test_a_thousand_idle_connections(bench: Bench, client: Client) -> None:
+def test_a_thousand_idle_connections(bench: ServerFixture, client: Client) -> None:
     """Half of them speak HTTP/2 and ask nothing, half are silent."""
     host, _, port = bench.server.target.rpartition(":")
     pid = bench.server.process.pid
@@ -145,15 +145,15 @@ def test_an_engine_that_cannot_go_on_ends_the_server(base: Path, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def cramped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def cramped(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """Keys and values of five long requests at most; two of six adapters at once."""
     settings = {f"large-{i}": {"rank": 32, "targets": "all-linear"} for i in range(6)}
     options = ("--kv-memory-mib", "1", "--adapter-memory-mib", "1")
-    with running_bench(tmp_path_factory.mktemp("cramped"), base, settings, *options) as bench:
+    with running_server(tmp_path_factory.mktemp("cramped"), base, settings, *options) as bench:
         yield bench
 
 
-def test_full_pools_are_back_pressure(cramped: Bench) -> None:
+def test_full_pools_are_back_pressure(cramped: ServerFixture) -> None:
     """Whoever asks is answered exactly, or told to come again: never an error of the server's own."""
     names = ["", *(f"large-{i}" for i in range(6))]
     questions = [
@@ -177,7 +177,7 @@ def test_full_pools_are_back_pressure(cramped: Bench) -> None:
     assert cramped.server.metric("quiver_adapter_evictions_total") > 0
 
 
-def test_weights_that_overflow_harm_nobody_else(cramped: Bench, tmp_path: Path) -> None:
+def test_weights_that_overflow_harm_nobody_else(cramped: ServerFixture, tmp_path: Path) -> None:
     """Finite weights whose products are not: the request is told, and blocks that held them serve others exactly."""
     from safetensors.torch import load_file, save_file
     from support.tiny import hf_lora

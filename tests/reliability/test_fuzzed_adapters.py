@@ -14,7 +14,7 @@ import pytest
 from parity.every_method import HF_ADAPTERS, OUR_ADAPTERS, make_hf_adapter, make_our_adapter
 from reliability.mutations import damaged, damaged_json
 from reliability.sizes import size
-from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture, running_server
 
 from quiver import Client, QuiverClientError
 
@@ -27,9 +27,9 @@ RIGHT = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, 
 
 
 @pytest.fixture(scope="module")
-def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2")}
-    with running_bench(tmp_path_factory.mktemp("fuzzed"), base, settings) as bench:
+    with running_server(tmp_path_factory.mktemp("fuzzed"), base, settings) as bench:
         yield bench
 
 
@@ -75,7 +75,7 @@ def revision_of(folder: Path) -> str:
     return hashlib.sha256((folder / CONFIG).read_bytes() + b"\0" + (folder / WEIGHTS).read_bytes()).hexdigest()
 
 
-def test_mutated_adapters(bench: Bench, seeds: list[Path]) -> None:
+def test_mutated_adapters(bench: ServerFixture, seeds: list[Path]) -> None:
     codes: Counter[str] = Counter()
     with bench.server.client() as client, ThreadPoolExecutor(4) as threads:
         for start in range(0, NUM_FOLDERS, 100):
@@ -88,7 +88,7 @@ def test_mutated_adapters(bench: Bench, seeds: list[Path]) -> None:
     assert bench.server.metric("quiver_resident_adapters") == 2
 
 
-def outcome(bench: Bench, client: Client, seeds: list[Path], number: int) -> str:
+def outcome(bench: ServerFixture, client: Client, seeds: list[Path], number: int) -> str:
     """What the server made of one damaged folder, which is gone afterwards."""
     draw = random.Random(number)
     name = f"fuzzed-{number}"

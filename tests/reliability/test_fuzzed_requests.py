@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from reliability.message_mutations import change_message
 from reliability.mutations import damaged
 from reliability.sizes import size
-from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture, running_server
 
 from quiver.request_messages import generate_request, score_request
 from quiver.v1 import adapters_pb2, generation_pb2, model_pb2
@@ -63,13 +63,13 @@ RIGHT = {
 
 
 @pytest.fixture(scope="module")
-def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2", "one-r1")}
-    with running_bench(tmp_path_factory.mktemp("fuzzed"), base, settings) as bench:
+    with running_server(tmp_path_factory.mktemp("fuzzed"), base, settings) as bench:
         yield bench
 
 
-def ask_all(bench: Bench, calls: Sequence[Damaged]) -> Iterator[tuple[grpc.StatusCode, str]]:
+def ask_all(bench: ServerFixture, calls: Sequence[Damaged]) -> Iterator[tuple[grpc.StatusCode, str]]:
     """Some dozens at a time; how each ended."""
     with grpc.insecure_channel(bench.server.target) as channel:
         waiting = iter(calls)
@@ -102,7 +102,7 @@ def parses(message: Message, data: bytes) -> bool:
     return True
 
 
-def test_mutated_messages(bench: Bench) -> None:
+def test_mutated_messages(bench: ServerFixture) -> None:
     calls = damaged_calls(NUM_CALLS, random.Random(20))
     codes: Counter[str] = Counter()
     with bench.server.client() as client:
@@ -126,7 +126,7 @@ def test_mutated_tokens(base: Path, tmp_path: Path) -> None:
     file.write_text(f'[[token]]\nname = "operator"\ntoken = "{token}"\n')
     draw = random.Random(30)
     good = f"Bearer {token}"
-    with running_bench(tmp_path / "bench", base, {}, "--token-file", str(file)) as bench:
+    with running_server(tmp_path / "bench", base, {}, "--token-file", str(file)) as bench:
         with grpc.insecure_channel(bench.server.target) as channel:
             method = channel.unary_unary("/quiver.v1.ModelService/GetModel")
             for _ in range(NUM_TOKENS):

@@ -12,7 +12,7 @@ from reliability.process_memory import resident_bytes
 from reliability.prompts import Question, make_questions
 from reliability.sizes import size
 from support.live_server import answer_tokens
-from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture, running_server
 
 from quiver import ServerBusy
 from quiver.aio import AsyncClient
@@ -27,13 +27,13 @@ RECOVERY_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
-def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """Steps of 20 ms, as with a larger model: so the load generator is not what is measured."""
     settings = {name: LLAMA_ADAPTERS[name] for name in NAMES if name}
     options = ("--max-running", str(MAX_RUNNING), "--max-waiting", str(MAX_WAITING), "--max-adapter-share", "1")
     launcher = ("-m", "reliability.faulty_server", "slow")
     folder = tmp_path_factory.mktemp("overload")
-    with running_bench(folder, base, settings, *options, launcher=launcher) as bench:
+    with running_server(folder, base, settings, *options, launcher=launcher) as bench:
         yield bench
 
 
@@ -88,7 +88,7 @@ def p99(latencies: list[float]) -> float:
     return sorted(latencies)[int(len(latencies) * 0.99)]
 
 
-async def test_four_times_the_capacity(bench: Bench) -> None:
+async def test_four_times_the_capacity(bench: ServerFixture) -> None:
     questions = [question for question in make_questions(bench, NAMES, 48) if question.num_tokens > 4]
     async with AsyncClient(bench.server.target, timeout_seconds=60) as client:
         calm = Load(client)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.server_fixture import GPT2_ADAPTERS, LLAMA_ADAPTERS, Bench, make_base, running_bench
+from support.server_fixture import GPT2_ADAPTERS, LLAMA_ADAPTERS, ServerFixture, make_base, running_server
 
 from quiver import Client
 
@@ -37,10 +37,12 @@ def enduring_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def enduring(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def enduring(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """A server for streams that last, with three adapters."""
     settings = {name: LLAMA_ADAPTERS[name] for name in ("all-r2", "keys-r16", "mlp-r8")}
-    with running_bench(tmp_path_factory.mktemp("enduring-bench"), enduring_base, settings, "--http-port", "0") as bench:
+    with running_server(
+        tmp_path_factory.mktemp("enduring-bench"), enduring_base, settings, "--http-port", "0"
+    ) as bench:
         yield bench
 
 
@@ -51,30 +53,30 @@ def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def llama(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """A server on the Llama with six adapters; short steps, so that long prompts are cut."""
     folder = tmp_path_factory.mktemp("llama-bench")
-    with running_bench(folder, llama_base, LLAMA_ADAPTERS, "--max-step-tokens", "48", "--http-port", "0") as bench:
+    with running_server(folder, llama_base, LLAMA_ADAPTERS, "--max-step-tokens", "48", "--http-port", "0") as bench:
         yield bench
 
 
 @pytest.fixture(scope="session")
-def gpt2(gpt2_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def gpt2(gpt2_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """A server on the GPT-2 with two adapters."""
     folder = tmp_path_factory.mktemp("gpt2-bench")
-    with running_bench(folder, gpt2_base, GPT2_ADAPTERS, "--http-port", "0") as bench:
+    with running_server(folder, gpt2_base, GPT2_ADAPTERS, "--http-port", "0") as bench:
         yield bench
 
 
 @pytest.fixture
-def client(llama: Bench) -> Iterator[Client]:
+def client(llama: ServerFixture) -> Iterator[Client]:
     """A connection to the Llama's server."""
     with llama.server.client() as client:
         yield client
 
 
 @pytest.fixture
-def still_serving(llama: Bench, client: Client) -> Iterator[None]:
+def still_serving(llama: ServerFixture, client: Client) -> Iterator[None]:
     """Whatever a test had refused, base and adapter answer exactly afterwards, and nothing is left running."""
     yield
     llama.check(client)

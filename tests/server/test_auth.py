@@ -11,12 +11,12 @@ import grpc
 import pytest
 from support.error_assertions import refusal
 from support.live_server import eventually
-from support.server_fixture import ENDURING, LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import ENDURING, LLAMA_ADAPTERS, ServerFixture, running_server
 
 from quiver import Client, InvalidRequest, QuiverClientError, ServerBusy
 from quiver.errors import AccessDenied
 from quiver_peft.errors import QuiverError
-from quiver_server.auth import ANYONE, Access, read_grants
+from quiver_server.auth import ANONYMOUS, Authenticator, read_grants
 
 ADMIN, SUPPORT, SLOW, NARROW = (f"{name}-token-{'x' * 16}" for name in ("admin", "support", "slow", "narrow"))
 FILE = f"""
@@ -51,9 +51,9 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guarded(enduring_base: Path, token_file: Path) -> Iterator[Bench]:
+def guarded(enduring_base: Path, token_file: Path) -> Iterator[ServerFixture]:
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2", "mlp-r8")}
-    with running_bench(token_file.parent, enduring_base, settings, "--token-file", str(token_file)) as bench:
+    with running_server(token_file.parent, enduring_base, settings, "--token-file", str(token_file)) as bench:
         yield bench
         log = bench.server.log.read_text()
         assert not [token for token in (ADMIN, SUPPORT, SLOW, NARROW) if token in log], "a secret in the log"
@@ -73,7 +73,7 @@ CALLS: list[Callable[[Client], object]] = [
 
 
 @pytest.mark.parametrize("token", ["", "nobody's", SUPPORT[:-1], SUPPORT + "x"])
-def test_no_call_without_a_token(guarded: Bench, token: str) -> None:
+def test_no_call_without_a_token(guarded: ServerFixture, token: str) -> None:
     with guarded.server.client(token) as client:
         for call in CALLS:
             error = refusal(lambda call=call: call(client), AccessDenied, "authorization: Bearer TOKEN")
@@ -82,7 +82,7 @@ def test_no_call_without_a_token(guarded: Bench, token: str) -> None:
         assert client.is_healthy(), "health is open: kubelet has no token"
 
 
-def test_another_scheme_is_no_token(guarded: Bench) -> None:
+def test_another_scheme_is_no_token(guarded: ServerFixture) -> None:
     with grpc.insecure_channel(guarded.server.target) as channel:
         method = channel.unary_unary("/quiver.v1.ModelService/GetModel")
         for value in (f"Basic {SUPPORT}", SUPPORT, "Bearer"):
@@ -92,21 +92,21 @@ def test_another_scheme_is_no_token(guarded: Bench) -> None:
         assert method(b"", metadata=(("authorization", f"bearer {SUPPORT}"),), timeout=20)
 
 
-def test_an_admin_may_do_everything(guarded: Bench) -> None:
+def test_an_admin_may_do_everything(guarded: ServerFixture) -> None:
     with guarded.server.client(ADMIN) as client:
         for call in CALLS:
             call(client)
         guarded.check(client, "mlp-r8")
 
 
-def test_only_admins_change_adapters(guarded: Bench) -> None:
+def test_only_admins_change_adapters(guarded: ServerFixture) -> None:
     with guarded.server.client(SUPPORT) as client:
         for change in (client.load_adapter, client.unload_adapter):
             error = refusal(lambda change=change: change("all-r2"), AccessDenied, "a token of the role admin")
             assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN")
 
 
-def test_a_token_reaches_its_adapters_only(guarded: Bench) -> None:
+def test_a_token_reaches_its_adapters_only(guarded: ServerFixture) -> None:
     with guarded.server.client(SUPPORT) as client:
         for name in ("attention-r4", "all-r2"):
             guarded.check(client, name)
@@ -121,7 +121,7 @@ def test_a_token_reaches_its_adapters_only(guarded: Bench) -> None:
         refusal(lambda: client.get_adapter(""), InvalidRequest, "malformed")
 
 
-def test_a_rate_is_kept_with_a_hint_that_holds(guarded: Bench) -> None:
+def test_a_rate_is_kept_with_a_hint_that_holds(guarded: ServerFixture) -> None:
     with guarded.server.client(SLOW) as client:
         client.generate([5], max_new_tokens=1)
         error = refusal(lambda: client.generate([5], max_new_tokens=1), ServerBusy, "limit is 0.5 requests per second")
@@ -134,7 +134,7 @@ def test_a_rate_is_kept_with_a_hint_that_holds(guarded: Bench) -> None:
             other.generate([5], max_new_tokens=1)
 
 
-def test_sequences_at_once_are_limited_and_counted_back(guarded: Bench) -> None:
+def test_sequences_at_once_are_limited_and_counted_back(guarded: ServerFixture) -> None:
     words = "its limit is 2"
     with guarded.server.client(NARROW) as client:
         refusal(lambda: client.generate([5], n=3, temperature=1.0), ServerBusy, words)
@@ -156,7 +156,7 @@ def client_generate(client: Client) -> tuple[int, ...]:
         return ()
 
 
-def test_a_changed_file_counts_and_a_broken_one_does_not(guarded: Bench, token_file: Path) -> None:
+def test_a_changed_file_counts_and_a_broken_one_does_not(guarded: ServerFixture, token_file: Path) -> None:
     fresh = "fresh-token-" + "x" * 16
 
     def allowed(token: str) -> bool:
@@ -209,13 +209,13 @@ def test_a_file_that_breaks_a_rule_is_refused_without_quoting_a_token(tmp_path: 
 
 
 def test_without_a_file_everybody_may_do_everything() -> None:
-    Access(None).enter("")
-    ANYONE.check_admin()
-    ANYONE.check_adapter("any")
-    ANYONE.check_adapter("")
+    Authenticator(None).authenticate("")
+    ANONYMOUS.check_admin()
+    ANONYMOUS.check_adapter("any")
+    ANONYMOUS.check_adapter("")
 
 
-def test_many_at_once_never_pass_the_limit(guarded: Bench) -> None:
+def test_many_at_once_never_pass_the_limit(guarded: ServerFixture) -> None:
     """Counted in one event loop: no moment between looking and taking."""
     with guarded.server.client(NARROW) as client, ThreadPoolExecutor(12) as threads:
 

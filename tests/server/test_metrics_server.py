@@ -25,7 +25,7 @@ async def test_each_page_says_how_the_server_is() -> None:
     registry = CollectorRegistry()
     Counter("quiver_requests", "Requests.", registry=registry).inc(3)
     ready = True
-    port = metrics_server.serve_pages("127.0.0.1", 0, registry, lambda: ready)
+    port = metrics_server.serve_metrics("127.0.0.1", 0, registry, lambda: ready)
 
     async def get(path: str) -> tuple[int, str]:
         return await asyncio.to_thread(page, port, path)
@@ -39,7 +39,7 @@ async def test_each_page_says_how_the_server_is() -> None:
 
 async def test_a_loop_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_server, "_ANSWER_SECONDS", 0.2)
-    port = metrics_server.serve_pages("127.0.0.1", 0, CollectorRegistry(), lambda: True)
+    port = metrics_server.serve_metrics("127.0.0.1", 0, CollectorRegistry(), lambda: True)
     with ThreadPoolExecutor(1) as pool:
         for path in ("/livez", "/readyz"):
             asked = pool.submit(page, port, path)
@@ -48,6 +48,6 @@ async def test_a_loop_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_a_port_that_is_taken_is_an_error() -> None:
-    port = metrics_server.serve_pages("127.0.0.1", 0, CollectorRegistry(), lambda: True)
+    port = metrics_server.serve_metrics("127.0.0.1", 0, CollectorRegistry(), lambda: True)
     with pytest.raises(OSError, match="in use"):
-        metrics_server.serve_pages("127.0.0.1", port, CollectorRegistry(), lambda: True)
+        metrics_server.serve_metrics("127.0.0.1", port, CollectorRegistry(), lambda: True)

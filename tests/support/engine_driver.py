@@ -12,7 +12,7 @@ from quiver_peft.base.t5 import T5Base
 from quiver_server.engine.batch import StepBatch
 from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.engine import Delivery, Engine
-from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.model_runner import ModelRunner
 from quiver_server.engine.scheduler import Scheduler
 from quiver_server.engine.sequence import Sequence, TokenEvent
 from quiver_server.telemetry.metrics import Metrics
@@ -21,7 +21,7 @@ BLOCK_SIZE = 4
 CPU = torch.device("cpu")
 
 
-class FailingRunner(Runner):
+class FailingRunner(ModelRunner):
     """Fails once, in the step that `should_fail` chooses. num_rows: tokens computed so far."""
 
     should_fail: Callable[[StepBatch], bool] | None = None

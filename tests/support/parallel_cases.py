@@ -29,7 +29,7 @@ from quiver_peft.adapters.methods.ia3 import IA3PEFTConfig
 from quiver_peft.adapters.methods.lora import LoraPEFTConfig
 from quiver_peft.adapters.methods.prefix import PrefixPEFTConfig
 from quiver_peft.adapters.methods.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
 from quiver_peft.model import GPT, T5, AnyModel, load_model
@@ -88,7 +88,7 @@ def loss_of(model: AnyModel) -> tuple[Tensor, Tensor]:
     return model.base.cross_entropy(hidden, targets).mean(), model.base.logits(hidden.detach())
 
 
-def randomise(module: nn.Module, seed: int = 7, std: float = 0.2) -> None:
+def randomize(module: nn.Module, seed: int = 7, std: float = 0.2) -> None:
     """Nothing is zero any more, nor one."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -130,13 +130,13 @@ def _compare_method(folder: str, name: str, mesh: Mesh) -> float:
         for model in (alone, split):
             model.base.requires_grad_(False)
         torch.manual_seed(3)
-        fresh = Adapter.create(alone.base, [METHODS[name]])
+        fresh = TrainableAdapter.create(alone.base, [METHODS[name]])
         torch.manual_seed(3)
-        fresh_split = split_adapter(Adapter.create(split.base, [METHODS[name]]), split.base, mesh)
+        fresh_split = split_adapter(TrainableAdapter.create(split.base, [METHODS[name]]), split.base, mesh)
         for (key, parameter), expected in zip(fresh_split.named_parameters(), fresh.parameters(), strict=True):
             require_close(gather(parameter, mesh), expected, f"{name}: fresh {key}", 1e-6)
-        randomise(fresh)
-        whole = Adapter.create(split.base, [METHODS[name]])
+        randomize(fresh)
+        whole = TrainableAdapter.create(split.base, [METHODS[name]])
         whole.load_state_dict(fresh.state_dict())
         alone.adapter, split.adapter = fresh, split_adapter(whole, split.base, mesh)
         trained, trained_split = alone.adapter, split.adapter
@@ -153,7 +153,7 @@ def _compare_method(folder: str, name: str, mesh: Mesh) -> float:
         assert gradient.abs().max() > 0, (name, key)
         require_close(found[key], gradient, f"{name}: gradient of {key}")
     if split.adapter is not None and alone.adapter is not None:
-        back = gather_adapter(split.adapter, Adapter.create(split.base, [METHODS[name]]), mesh)
+        back = gather_adapter(split.adapter, TrainableAdapter.create(split.base, [METHODS[name]]), mesh)
         for (key, parameter), whole in zip(back.named_parameters(), alone.adapter.parameters(), strict=True):
             assert torch.equal(parameter, whole), (name, key)
     return loss.item()
@@ -179,7 +179,7 @@ def count_collectives(folder: str, methods: list[str]) -> dict[str, int]:
             model = split_model(folder, mesh)
             if name != "full":
                 model.base.requires_grad_(False)
-                model.adapter = split_adapter(Adapter.create(model.base, [METHODS[name]]), model.base, mesh)
+                model.adapter = split_adapter(TrainableAdapter.create(model.base, [METHODS[name]]), model.base, mesh)
             with ExitStack() as stack:
                 spies = [
                     stack.enter_context(patch.object(dist, call, wraps=getattr(dist, call)))
@@ -231,7 +231,7 @@ def answers(base: str, adapters: list[str], prompts: list[str]) -> list[list[lis
     with start_mesh(tensor=2) as mesh:
         for adapter in adapters:
             model = split_model(base, mesh)
-            whole = Adapter.from_weights(alone.base, read_adapter(adapter, alone.base))
+            whole = TrainableAdapter.from_weights(alone.base, read_adapter(adapter, alone.base))
             model.adapter = split_adapter(whole, model.base, mesh).eval()
             found.append(greedy_answers(model, tokens, 8, mesh))
     return found
@@ -251,7 +251,7 @@ def megatron_both_ways(folder: str, scratch: str) -> dict[str, float]:
     with start_mesh() as mesh:
         theirs = megatron_model(alone.base.config)
         found["before"] = _difference(alone, theirs, scale, tokens, target)
-        randomise(theirs, std=0.1)  # with 0.2 rounding alone differs by up to 1e-4, from process to process
+        randomize(theirs, std=0.1)  # with 0.2 rounding alone differs by up to 1e-4, from process to process
         for name, parameter in theirs.named_parameters():
             if name == "lm_head.output_layer.bias":
                 parameter.data.zero_()

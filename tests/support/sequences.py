@@ -30,4 +30,4 @@ def sequence(
     tokens = list(range(10, 10 + prompt)) if isinstance(prompt, int) else prompt
     name = f"adapter-{slot}" if slot else ""
     params_ = replace(GREEDY, **{**(params or {}), **more})
-    return Sequence(tokens, params_, index, emit, slot, revision=name, tenant=name)
+    return Sequence(tokens, params_, index, emit, slot, revision=name, fairness_key=name)

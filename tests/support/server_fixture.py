@@ -42,7 +42,7 @@ ENDURING: GenerateOptions = {"max_new_tokens": 8000, "ignore_eos": True}
 
 
 @dataclass
-class Bench:
+class ServerFixture:
     """What a test needs: folders, a running server, and the oracles by adapter id ("": the base)."""
 
     base: Path
@@ -80,14 +80,14 @@ def make_base(folder: Path, family: str = "llama", *, seed: int = 0, **overrides
 
 
 @contextmanager
-def running_bench(
+def running_server(
     folder: Path,
     base: Path,
     settings: Mapping[str, Mapping[str, Any]],
     *options: str,
     launcher: Sequence[str] = SERVE,
     faults: int = 0,
-) -> Generator[Bench]:
+) -> Generator[ServerFixture]:
     """Adapters and a server on them, under `folder`; the server must drain and exit with 0 at the end.
 
     launcher: as of `spawn`. faults: tracebacks that its log may hold, because they were provoked.
@@ -99,7 +99,7 @@ def running_bench(
         oracles[adapter_id] = hf_lora(base, adapters / adapter_id, seed=seed, **adapter)
     server = LiveServer(base, adapters, folder / "server.log", *options, launcher=launcher)
     try:
-        yield Bench(base, adapters, server, oracles)
+        yield ServerFixture(base, adapters, server, oracles)
     finally:
         if server.process.poll() is None:
             assert server.stop() == 0, server.log.read_text()

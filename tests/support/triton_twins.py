@@ -6,12 +6,12 @@ import random
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.triton.tiles import FEW, Tiles, tiles_on
+from quiver_peft.kernels.triton.tiles import SMALL_BATCH_ROWS, Tiles, tiles_on
 
 Group = tuple[int, int, int]
 
 
-class Memory:
+class FlatBuffer:
     """An adapter memory of random numbers, handed out from its start."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, size: int = 100_000) -> None:
@@ -30,7 +30,7 @@ def random_groups(num_rows: int, num_records: int, seed: int) -> list[Group]:
     groups: list[Group] = []
     row = draw.choice([0, 1])
     while row < num_rows:
-        end = min(row + draw.choice([1, 1, 3, FEW, FEW + 1, 20]), num_rows)
+        end = min(row + draw.choice([1, 1, 3, SMALL_BATCH_ROWS, SMALL_BATCH_ROWS + 1, 20]), num_rows)
         groups.append((draw.randint(1, num_records), row, end))
         row = end + draw.choice([0, 0, 2])
     return groups

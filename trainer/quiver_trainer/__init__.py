@@ -1,7 +1,7 @@
 """The trainer: JSONL in, adapter folder out."""
 
 from quiver_trainer.errors import ConfigError, DataError, TrainingError, TrainingInterrupted
-from quiver_trainer.recipe.config import DataSection, EvaluationSection, OptimiserSection, ScheduleSection, TrainConfig
+from quiver_trainer.recipe.config import DataSection, EvaluationSection, OptimizerSection, ScheduleSection, TrainConfig
 from quiver_trainer.trainer import Trainer, TrainingResult
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "DataError",
     "DataSection",
     "EvaluationSection",
-    "OptimiserSection",
+    "OptimizerSection",
     "ScheduleSection",
     "TrainConfig",
     "Trainer",

@@ -19,7 +19,7 @@ from quiver_trainer.loop.loop import train
 from quiver_trainer.loop.output import write_result
 from quiver_trainer.loop.predict import predict_texts
 from quiver_trainer.loop.run import Run
-from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.loop.run_directory import RunDirectory
 from quiver_trainer.recipe.config import DEFAULT_BATCH_TOKENS, TrainConfig
 from quiver_trainer.reports.terminal import Reporter
 
@@ -96,7 +96,7 @@ def fit_together(
     with ExitStack() as places:
         runs: list[Run] = []
         for config, model in jobs:
-            places.enter_context(Workplace(config.output).occupied())
+            places.enter_context(RunDirectory(config.output).lock())
             prepared = _prepare(config, model, tokenizer, restart, reporter)
             if isinstance(prepared, Run):
                 runs.append(prepared)
@@ -109,7 +109,7 @@ def fit_together(
                 return
             run.finish()
             results[run.name] = TrainingResult(*write_result(run, tokenizer))
-            run.workplace.remove()
+            run.run_directory.remove()
 
         train(runs, reporter, pass_tokens=pass_tokens, should_stop=should_stop, on_over=keep)
     return [results[config.output.name] for config, _ in jobs]
@@ -122,7 +122,7 @@ def _prepare(
     methods = () if model.adapter is None else model.adapter.configs
     model.base.recomputes = config.checkpoint_activations
     settings = run_settings(config, model.base.fingerprint, [method.to_dict() for method in methods])
-    workplace = Workplace(config.output)
+    workplace = RunDirectory(config.output)
     start = workplace.decide_start(settings, restart=restart)
     if start.kind == "finished":
         return TrainingResult(start.revision, start.record, was_finished=True)
@@ -141,7 +141,7 @@ def _check_together(jobs: Sequence[tuple[TrainConfig, AnyModel]]) -> None:
         raise ConfigError(f"adapters that are trained together need names of their own, not {', '.join(names)}")
     if len(jobs) > 1 and any(model.adapter is None for _, model in jobs):
         raise ConfigError("full fine-tuning changes the base, so it cannot run beside other trainings of it")
-    draws = any(model.adapter is not None and model.adapter.train().draws for _, model in jobs)
+    draws = any(model.adapter is not None and model.adapter.train().needs_rng for _, model in jobs)
     if len(jobs) > 1 and draws and any(config.checkpoint_activations for config, _ in jobs):
         raise ConfigError("checkpoint_activations: not for several adapters at once when any of them has dropout")
     if any(model.base is not jobs[0][1].base for _, model in jobs):

@@ -2,7 +2,7 @@
 
 import torch
 
-from quiver_peft.adapters.methods.dora import gate
+from quiver_peft.adapters.methods.dora import magnitude_ratio
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError
@@ -30,7 +30,7 @@ def merge_into(base: Base, weights: AdapterWeights) -> None:
         # Before the sum: the gate is of the unmerged weights.
         scale = None
         if item.magnitude is not None:
-            scale, _ = gate(linear, item.target, a, b, item.scale, item.magnitude.to(a.device))
+            scale, _ = magnitude_ratio(linear, item.target, a, b, item.scale, item.magnitude.to(a.device))
         merged = linear.weight[rows].float() + item.scale * (b @ a)
         linear.weight[rows] = (merged if scale is None else merged * scale[:, None]).to(linear.weight.dtype)
     for item in weights.ia3:

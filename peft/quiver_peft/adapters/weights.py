@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quiver_peft.adapters.methods.bottleneck import BottleneckWeights
 from quiver_peft.adapters.methods.configs import PEFTConfig, method_name
-from quiver_peft.adapters.methods.dora import gate
+from quiver_peft.adapters.methods.dora import magnitude_ratio
 from quiver_peft.adapters.methods.ia3 import IA3Weights
 from quiver_peft.adapters.methods.lora import LoraWeights
 from quiver_peft.adapters.methods.prefix import PrefixWeights
@@ -82,7 +82,9 @@ def fold_scales(base: Base, lora: Sequence[LoraWeights], ia3: Sequence[IA3Weight
     outputs: dict[str, list[OutputScale]] = {}
     for item in lora:
         if item.magnitude is not None:
-            scale, shift = gate(linears[item.target.site], item.target, item.a, item.b, item.scale, item.magnitude)
+            scale, shift = magnitude_ratio(
+                linears[item.target.site], item.target, item.a, item.b, item.scale, item.magnitude
+            )
             outputs.setdefault(item.target.site, []).append(OutputScale(*item.target.rows, scale, shift))
     for item in ia3:
         if not item.on_input:

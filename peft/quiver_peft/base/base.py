@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quiver_peft.base.checkpoint import Cut, fingerprint, load_checkpoint, read_config
+from quiver_peft.base.checkpoint import ShardSlice, fingerprint, load_checkpoint, read_config
 from quiver_peft.base.config import BaseConfig
 from quiver_peft.base.families import FAMILIES
-from quiver_peft.base.family import Family, Rename
+from quiver_peft.base.family import Family, TensorMapping
 from quiver_peft.base.sites import Linear, Site
-from quiver_peft.base.spread import ONE_DEVICE, Spread
+from quiver_peft.base.spread import SINGLE_DEVICE, TensorParallelHooks
 from quiver_peft.errors import CheckpointError
 from quiver_peft.kernels.packed_linear import PackedWeight, packed_linear
 
@@ -40,7 +40,7 @@ class Base(nn.Module):
         super().__init__()
         self.fingerprint = ""
         self.packed_head: PackedWeight | None = None
-        self.spread: Spread = ONE_DEVICE
+        self.parallel_hooks: TensorParallelHooks = SINGLE_DEVICE
         self.recomputes = False
 
     @property
@@ -69,19 +69,19 @@ class Base(nn.Module):
         """Through the head. hidden: [*, D] -> [*, V]."""
         if self.packed_head is not None:
             return packed_linear(hidden, self.packed_head, None)
-        return self.spread.logits(hidden, self.head_weight)
+        return self.parallel_hooks.logits(hidden, self.head_weight)
 
-    def before_head(self, hidden: Tensor) -> Tensor:
+    def scale_hidden(self, hidden: Tensor) -> Tensor:
         """What the head is applied to. hidden: [*, D] -> [*, D]."""
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [*, D] -> next-token logits [*, V]."""
-        return self.project(self.before_head(hidden))
+        return self.project(self.scale_hidden(hidden))
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """-log p of each target after each hidden state, in nats. hidden: [R, D], targets: [R] int64 -> [R] fp32."""
-        return self.spread.cross_entropy(self.before_head(hidden), self.head_weight, targets)
+        return self.parallel_hooks.cross_entropy(self.scale_hidden(hidden), self.head_weight, targets)
 
     @property
     def num_parameters(self) -> int:
@@ -104,13 +104,13 @@ class Base(nn.Module):
         cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> Self:
         """Read a Hugging Face folder (config.json and safetensors). Raises CheckpointError."""
-        base = cls.skeleton(folder, dtype=dtype)
+        base = cls.on_meta_device(folder, dtype=dtype)
         base.to_empty(device=device)
-        base.fill(folder)
+        base.load_tensors(folder)
         return base.eval()
 
     @classmethod
-    def skeleton(cls, folder: str | Path, *, dtype: torch.dtype) -> Self:
+    def on_meta_device(cls, folder: str | Path, *, dtype: torch.dtype) -> Self:
         """What a folder's weights will fill, on the meta device. Raises CheckpointError."""
         path = Path(folder)
         hf_config = read_config(path)
@@ -129,22 +129,22 @@ class Base(nn.Module):
         with torch.device("meta"):
             return cls._construct(config, path).to(dtype)
 
-    def fill(self, folder: str | Path, cut: Cut | None = None) -> None:
+    def load_tensors(self, folder: str | Path, cut: ShardSlice | None = None) -> None:
         """Read the weights of a folder into what was made of its skeleton. cut: see `load_checkpoint`."""
         self._fill_computed()
-        load_checkpoint(self, Path(folder), self.renames(), cut)
+        load_checkpoint(self, Path(folder), self.tensor_mappings(), cut)
         self.fingerprint = fingerprint(Path(folder))
 
-    def constants(self) -> Iterator[Tensor]:
+    def buffers_read(self) -> Iterator[Tensor]:
         """Every tensor that a forward pass reads beside what it is given."""
         yield from self.parameters()
         for linear in self.linears():
             if linear.packed is not None:
                 yield linear.packed.panels
 
-    def renames(self) -> list[Rename]:
+    def tensor_mappings(self) -> list[TensorMapping]:
         """Every tensor of its checkpoint and the parameter that it fills."""
-        return FAMILIES[self.config.family].renames(self.config)
+        return FAMILIES[self.config.family].tensor_mappings(self.config)
 
     def linears(self) -> Iterator[Linear]:
         """Every linear with a site, in order of the layers."""
@@ -157,6 +157,6 @@ class Base(nn.Module):
         linears = {linear.site.name + ".weight": linear for linear in self.linears()}
         return {
             rename.theirs.removesuffix(".weight"): (linears[rename.ours], rename.part)
-            for rename in self.renames()
+            for rename in self.tensor_mappings()
             if rename.ours in linears
         }

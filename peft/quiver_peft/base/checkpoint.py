@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quiver_peft.base.families import FAMILIES
-from quiver_peft.base.family import Rename
+from quiver_peft.base.family import TensorMapping
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import CheckpointError
 
@@ -23,7 +23,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HEAD = "lm_head.weight"
 
-Cut = Callable[[Rename, Tensor], Tensor]
+ShardSlice = Callable[[TensorMapping, Tensor], Tensor]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def tensor_names(paths: Iterable[Path]) -> Iterator[str]:
             raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _target(model: nn.Module, rename: Rename) -> Tensor:
+def _target(model: nn.Module, rename: TensorMapping) -> Tensor:
     """The rows of the parameter that a checkpoint tensor fills, as a view."""
     module_name, _, parameter_name = rename.ours.rpartition(".")
     module = model.get_submodule(module_name)
@@ -105,11 +105,13 @@ def _target(model: nn.Module, rename: Rename) -> Tensor:
     if not rename.part:
         return parameter
     assert isinstance(module, Linear)
-    start, end = module.rows_of(rename.part)
+    start, end = module.part_rows(rename.part)
     return parameter[start:end]
 
 
-def load_checkpoint(model: nn.Module, folder: Path, renames: list[Rename], cut: Cut | None = None) -> None:
+def load_checkpoint(
+    model: nn.Module, folder: Path, renames: list[TensorMapping], cut: ShardSlice | None = None
+) -> None:
     """Fill every parameter of `model` in place. Raises CheckpointError for a tensor missing, left over or misshapen.
 
     cut: what of a tensor, laid out as ours, belongs into `model`, where that holds a share alone.
@@ -136,7 +138,7 @@ def load_checkpoint(model: nn.Module, folder: Path, renames: list[Rename], cut: 
             )
         target.copy_(tensor)
     if second_head is not None:
-        tied = Rename(_HEAD, "embedding.weight")
+        tied = TensorMapping(_HEAD, "embedding.weight")
         _check_second_head(model, second_head if cut is None else cut(tied, second_head), folder)
     if table:
         raise CheckpointError(f"{folder}: {len(table)} tensors are missing, the first is {next(iter(table))!r}")
@@ -156,7 +158,7 @@ def has_head(folder: Path) -> bool:
     return any(name == _HEAD for name in tensor_names(shard_paths(folder)))
 
 
-def save_checkpoint(model: nn.Module, folder: Path, renames: list[Rename], dtype: torch.dtype) -> None:
+def save_checkpoint(model: nn.Module, folder: Path, renames: list[TensorMapping], dtype: torch.dtype) -> None:
     """Write the model's weights as `model.safetensors` under the family's own names. config.json is the caller's."""
     tensors = {}
     for rename in renames:

@@ -25,7 +25,7 @@ ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class Rename:
+class TensorMapping:
     """One checkpoint tensor: its name there, our parameter, and the part of the parameter's rows it fills.
 
     part: "" means all rows. transposed: stored [in, out] (GPT-2's Conv1D) instead of [out, in].
@@ -46,7 +46,7 @@ class Family(Generic[ConfigT]):
     """
 
     read_config: Callable[[Mapping[str, Any]], ConfigT]
-    renames: Callable[[ConfigT], list[Rename]]
+    tensor_mappings: Callable[[ConfigT], list[TensorMapping]]
     prefix: str
     ignored: tuple[str, ...]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quiver_peft.base.config import GPTConfig, token_ids
-from quiver_peft.base.family import ACTIVATIONS, Rename, choose, require
+from quiver_peft.base.family import ACTIVATIONS, TensorMapping, choose, require
 
 
 def read_gpt2(hf: Mapping[str, Any]) -> GPTConfig:
@@ -39,14 +39,14 @@ def read_gpt2(hf: Mapping[str, Any]) -> GPTConfig:
     )
 
 
-def gpt2_renames(config: GPTConfig) -> list[Rename]:
+def gpt2_mappings(config: GPTConfig) -> list[TensorMapping]:
     table = [
-        Rename("transformer.wte.weight", "embedding.weight"),
-        Rename("transformer.wpe.weight", "position_embedding.weight"),
+        TensorMapping("transformer.wte.weight", "embedding.weight"),
+        TensorMapping("transformer.wpe.weight", "position_embedding.weight"),
     ]
     norms = [("transformer.ln_f", "norm")]
     if not config.tied_embeddings:
-        table.append(Rename("lm_head.weight", "head.weight"))
+        table.append(TensorMapping("lm_head.weight", "head.weight"))
     for i in range(config.num_layers):
         theirs, ours = f"transformer.h.{i}.", f"layers.{i}."
         norms += [(theirs + "ln_1", ours + "attention_norm"), (theirs + "ln_2", ours + "mlp_norm")]
@@ -56,8 +56,8 @@ def gpt2_renames(config: GPTConfig) -> list[Rename]:
             ("mlp.c_fc", "mlp.up"),
             ("mlp.c_proj", "mlp.down"),
         ):
-            table.append(Rename(f"{theirs}{their_linear}.weight", f"{ours}{our_linear}.weight", transposed=True))
-            table.append(Rename(f"{theirs}{their_linear}.bias", f"{ours}{our_linear}.bias"))
+            table.append(TensorMapping(f"{theirs}{their_linear}.weight", f"{ours}{our_linear}.weight", transposed=True))
+            table.append(TensorMapping(f"{theirs}{their_linear}.bias", f"{ours}{our_linear}.bias"))
     for their_norm, our_norm in norms:
-        table += [Rename(f"{their_norm}.{t}", f"{our_norm}.{t}") for t in ("weight", "bias")]
+        table += [TensorMapping(f"{their_norm}.{t}", f"{our_norm}.{t}") for t in ("weight", "bias")]
     return table

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from quiver_peft.base.config import GPTConfig, read_rope, token_ids
-from quiver_peft.base.family import ACTIVATIONS, Rename, choose
+from quiver_peft.base.family import ACTIVATIONS, TensorMapping, choose
 from quiver_peft.errors import CheckpointError
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -80,26 +80,28 @@ def _qwen_windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, .
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
-def llama_renames(config: GPTConfig) -> list[Rename]:
+def llama_mappings(config: GPTConfig) -> list[TensorMapping]:
     """The tensors of the whole family."""
     norms = ("weight", "bias") if config.norm != "rms" else ("weight",)
-    table = [Rename("model.embed_tokens.weight", "embedding.weight")]
-    table += [Rename(f"model.norm.{tensor}", f"norm.{tensor}") for tensor in norms]
+    table = [TensorMapping("model.embed_tokens.weight", "embedding.weight")]
+    table += [TensorMapping(f"model.norm.{tensor}", f"norm.{tensor}") for tensor in norms]
     if not config.tied_embeddings:
-        table.append(Rename("lm_head.weight", "head.weight"))
+        table.append(TensorMapping("lm_head.weight", "head.weight"))
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}.", f"layers.{i}."
         for tensor in norms:
-            table.append(Rename(f"{theirs}input_layernorm.{tensor}", f"{ours}attention_norm.{tensor}"))
-            table.append(Rename(f"{theirs}post_attention_layernorm.{tensor}", f"{ours}mlp_norm.{tensor}"))
+            table.append(TensorMapping(f"{theirs}input_layernorm.{tensor}", f"{ours}attention_norm.{tensor}"))
+            table.append(TensorMapping(f"{theirs}post_attention_layernorm.{tensor}", f"{ours}mlp_norm.{tensor}"))
         if config.qk_norm:
             for part in "qk":
-                table.append(Rename(f"{theirs}self_attn.{part}_norm.weight", f"{ours}attention.{part}_norm.weight"))
-        table += _linear_renames(config, theirs, ours)
+                table.append(
+                    TensorMapping(f"{theirs}self_attn.{part}_norm.weight", f"{ours}attention.{part}_norm.weight")
+                )
+        table += _linear_mappings(config, theirs, ours)
     return table
 
 
-def _linear_renames(config: GPTConfig, theirs: str, ours: str) -> list[Rename]:
+def _linear_mappings(config: GPTConfig, theirs: str, ours: str) -> list[TensorMapping]:
     linears = [("self_attn." + p + "_proj", "attention.qkv", p, config.qkv_bias) for p in "qkv"]
     linears.append(("self_attn.o_proj", "attention.out", "", config.out_bias))
     # Without a gate the linear is one module of the checkpoint: no part of it has a name of its own.
@@ -107,7 +109,7 @@ def _linear_renames(config: GPTConfig, theirs: str, ours: str) -> list[Rename]:
     linears += [(f"mlp.{p}_proj", "mlp.up", part, config.mlp_bias) for p, part in inner]
     linears.append(("mlp.down_proj", "mlp.down", "", config.mlp_bias))
     return [
-        Rename(f"{theirs}{their_linear}.{tensor}", f"{ours}{our_linear}.{tensor}", part)
+        TensorMapping(f"{theirs}{their_linear}.{tensor}", f"{ours}{our_linear}.{tensor}", part)
         for their_linear, our_linear, part, has_bias in linears
         for tensor in (("weight", "bias") if has_bias else ("weight",))
     ]

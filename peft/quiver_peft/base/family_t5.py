@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from quiver_peft.base.config import T5Config, token_ids
-from quiver_peft.base.family import ACTIVATIONS, Rename, choose, require
+from quiver_peft.base.family import ACTIVATIONS, TensorMapping, choose, require
 
 
 def read_t5(hf: Mapping[str, Any]) -> T5Config:
@@ -57,30 +57,32 @@ def _activation(name: str) -> Any:
     return choose({"feed_forward_proj": kind}, "feed_forward_proj", ACTIVATIONS)
 
 
-def t5_renames(config: T5Config) -> list[Rename]:
+def t5_mappings(config: T5Config) -> list[TensorMapping]:
     """The tensors of the whole family."""
-    table = [Rename("shared.weight", "embedding.weight")]
+    table = [TensorMapping("shared.weight", "embedding.weight")]
     if not config.tied_embeddings:
-        table.append(Rename("lm_head.weight", "head.weight"))
+        table.append(TensorMapping("lm_head.weight", "head.weight"))
     for stack, num_layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_layers)):
-        table.append(Rename(f"{stack}.final_layer_norm.weight", f"{stack}.norm.weight"))
+        table.append(TensorMapping(f"{stack}.final_layer_norm.weight", f"{stack}.norm.weight"))
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        table.append(Rename(bias, f"{stack}.bias.weight"))
+        table.append(TensorMapping(bias, f"{stack}.bias.weight"))
         for i in range(num_layers):
-            table += _layer_renames(config, stack, i)
+            table += _layer_mappings(config, stack, i)
     return table
 
 
-def _layer_renames(config: T5Config, stack: str, i: int) -> list[Rename]:
+def _layer_mappings(config: T5Config, stack: str, i: int) -> list[TensorMapping]:
     theirs, ours = f"{stack}.block.{i}.layer.", f"{stack}.layers.{i}."
     cross = [("EncDecAttention", "cross_attention")] if stack == "decoder" else []
     names = [("SelfAttention", "attention"), *cross, ("DenseReluDense", "mlp")]
-    table: list[Rename] = []
+    table: list[TensorMapping] = []
     for number, (their_part, our_part) in enumerate(names):
-        table.append(Rename(f"{theirs}{number}.layer_norm.weight", f"{ours}{our_part}_norm.weight"))
+        table.append(TensorMapping(f"{theirs}{number}.layer_norm.weight", f"{ours}{our_part}_norm.weight"))
         for their_linear, our_linear, part in _linears(config, our_part):
             table.append(
-                Rename(f"{theirs}{number}.{their_part}.{their_linear}.weight", f"{ours}{our_linear}.weight", part)
+                TensorMapping(
+                    f"{theirs}{number}.{their_part}.{their_linear}.weight", f"{ours}{our_linear}.weight", part
+                )
             )
     return table
 

@@ -72,9 +72,9 @@ class GPTBase(Base):
         if self.config.rope is not None:
             self.rotary = Rotary(self.config.rope)
 
-    def constants(self) -> Iterator[Tensor]:
+    def buffers_read(self) -> Iterator[Tensor]:
         """Every tensor that a forward pass reads beside what it is given."""
-        yield from super().constants()
+        yield from super().buffers_read()
         if self.rotary is not None:
             yield self.rotary.frequencies
 
@@ -96,7 +96,7 @@ class GPTBase(Base):
         if self.position_embedding is not None:
             h = add(h, self.position_embedding(positions))
         rotary = None if self.rotary is None else self.rotary(positions, h.dtype)
-        h = self.spread.split(h)
+        h = self.parallel_hooks.scatter_tokens(h)
         for block in self.layers:
             h = self.layer(partial(block, rotary=rotary, attend=attend, seam=seam), h)
-        return self.spread.join(self.norm(h))
+        return self.parallel_hooks.gather_tokens(self.norm(h))

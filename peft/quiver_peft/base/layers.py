@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from quiver_peft.base.attention import Attend
 from quiver_peft.base.config import BaseConfig, RopeConfig
-from quiver_peft.base.sites import Linear, Seam, Site, Stack
-from quiver_peft.kernels.elementwise import Activation, activate, layer_norm, look_up, rms_norm, rotary, rotate
+from quiver_peft.base.sites import Linear, Seam, Site, StackName
+from quiver_peft.kernels.elementwise import (
+    Activation,
+    activate,
+    apply_rope,
+    embedding,
+    layer_norm,
+    rms_norm,
+    rope_cos_sin,
+)
 
 
 class Embedding(nn.Embedding):
@@ -21,7 +29,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """[*] int64 -> [*, D]."""
-        return look_up(self.weight, input)
+        return embedding(self.weight, input)
 
 
 class RMSNorm(nn.Module):
@@ -117,14 +125,14 @@ class Rotary(nn.Module):
         """positions: [*] int64 -> cos, sin: [*, 1, dim], to be broadcast over heads."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        cos, sin = rotary(positions, self.frequencies, self.attention_factor)
+        cos, sin = rope_cos_sin(positions, self.frequencies, self.attention_factor)
         return cos.to(dtype), sin.to(dtype)
 
 
 class Attention(nn.Module):
     """Self-attention with fused query, key and value; keys and values go through `attend`, which may cache them."""
 
-    def __init__(self, config: BaseConfig, layer: int, stack: Stack = "") -> None:
+    def __init__(self, config: BaseConfig, layer: int, stack: StackName = "") -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
@@ -147,7 +155,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
         k, v = seam.key_values(self.site, k, v)
         return seam.linear(self.out, attend(self.layer, q, k, v).flatten(-2))
 
@@ -155,7 +163,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Feed-forward sub-layer; with `gated_mlp` act(gate) · up (Shazeer 2020)."""
 
-    def __init__(self, config: BaseConfig, layer: int, stack: Stack = "") -> None:
+    def __init__(self, config: BaseConfig, layer: int, stack: StackName = "") -> None:
         super().__init__()
         self.activation: Activation = config.activation
         self.gated = config.gated_mlp

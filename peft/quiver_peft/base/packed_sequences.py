@@ -26,7 +26,7 @@ class PackedSequences:
         is_ragged = min(lengths) < max(lengths)
         self._places = (sequences.to(device) * max(lengths) + self.positions) if is_ragged else None
 
-    def pad(self, x: Tensor) -> Tensor:
+    def to_padded(self, x: Tensor) -> Tensor:
         """[T, *] -> [B, S, *], zeros behind the end of a sequence."""
         if self._places is None:
             return x.unflatten(0, self._shape)
@@ -34,7 +34,7 @@ class PackedSequences:
         padded = x.new_zeros(num_sequences * longest, *x.shape[1:])
         return padded.index_copy(0, self._places, x).unflatten(0, self._shape)
 
-    def strip(self, x: Tensor) -> Tensor:
+    def from_padded(self, x: Tensor) -> Tensor:
         """[B, S, *] -> [T, *]."""
         flat = x.flatten(0, 1)
         return flat if self._places is None else flat.index_select(0, self._places)
@@ -49,8 +49,8 @@ class PackedSelfAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [T, H, E]; k, v: [T, G, E] -> [T, H, E]."""
-        pad = self._sequences.pad
-        return self._sequences.strip(self._attend(layer, pad(q), pad(k), pad(v)))
+        pad = self._sequences.to_padded
+        return self._sequences.from_padded(self._attend(layer, pad(q), pad(k), pad(v)))
 
 
 class PackedCrossAttention:
@@ -61,10 +61,10 @@ class PackedCrossAttention:
         self._source = source
         self._target = target
 
-    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v: [T, H, E], rows of the sources."""
-        self._sources.keep(layer, self._source.pad(k), self._source.pad(v))
+        self._sources.store(layer, self._source.to_padded(k), self._source.to_padded(v))
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
         """q: [T, H, E], rows of the targets -> [T, H, E]."""
-        return self._target.strip(self._sources(layer, self._target.pad(q)))
+        return self._target.from_padded(self._sources(layer, self._target.to_padded(q)))

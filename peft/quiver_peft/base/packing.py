@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from quiver_peft.base.base import Base
-from quiver_peft.kernels.large_memory import empty_large
+from quiver_peft.kernels.large_memory import empty_huge
 from quiver_peft.kernels.packed_linear import can_pack, pack_weight, packed_size
 
 
@@ -20,16 +20,16 @@ def pack(base: Base) -> None:
     if not all(can_pack(weight) for weight in (head, *(linear.weight for linear in linears))):
         return
     sizes = [packed_size(linear.weight) for linear in linears]
-    memory = empty_large([sum(sizes) + packed_size(head)], head.dtype, head.device)
+    memory = empty_huge([sum(sizes) + packed_size(head)], head.dtype, head.device)
     *pieces, last = memory.split([*sizes, packed_size(head)])
     for linear, piece in zip(linears, pieces, strict=True):
         linear.packed = pack_weight(linear.weight, piece)
-        linear.weight = _nothing(linear.weight)
+        linear.weight = _empty_weight(linear.weight)
     base.packed_head = pack_weight(head, last)
     if base.head is not None:
-        base.head.weight = _nothing(head)
+        base.head.weight = _empty_weight(head)
 
 
-def _nothing(like: Tensor) -> nn.Parameter:
+def _empty_weight(like: Tensor) -> nn.Parameter:
     """In place of a weight that is packed: whoever uses it fails by its shape."""
     return nn.Parameter(like.new_empty(0), requires_grad=False)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from quiver_peft.base.config import BaseConfig
-from quiver_peft.kernels.large_memory import empty_large
-from quiver_peft.kernels.paged_attention import paged_attention, store_rows
+from quiver_peft.kernels.large_memory import empty_huge
+from quiver_peft.kernels.paged_attention import paged_attention, write_kv
 from quiver_peft.kernels.paged_layout import PagedLayout
 
 __all__ = ["PagedAttention", "PagedKV", "PagedLayout"]
@@ -24,8 +24,8 @@ class PagedKV:
         self.windows = config.windows
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = empty_large(shape, dtype, device).zero_()
-        self.values = empty_large(shape, dtype, device).zero_()
+        self.keys = empty_huge(shape, dtype, device).zero_()
+        self.values = empty_huge(shape, dtype, device).zero_()
 
     @staticmethod
     def bytes_per_token(config: BaseConfig, dtype: torch.dtype) -> int:
@@ -36,7 +36,7 @@ class PagedKV:
 class PagedAttention:
     """Stores the new keys and values of a step, then attends each row to its own sequence and nothing else.
 
-    bias: T5's by distance (`RelativeBias.by_distance`), added to scores that are then not scaled.
+    bias: T5's by distance (`RelativeBias.bias_for_offsets`), added to scores that are then not scaled.
     """
 
     def __init__(self, kv: PagedKV, layout: PagedLayout, bias: Tensor | None = None) -> None:
@@ -48,6 +48,6 @@ class PagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [T, H, E]; k, v: [T, G, E] -> [T, H, E]."""
         keys, values = self._kv.keys[layer], self._kv.values[layer]
-        store_rows(keys, values, k, v, self._layout.new_rows)
+        write_kv(keys, values, k, v, self._layout.new_rows)
         window = self._kv.windows[layer] if self._kv.windows else None
         return paged_attention(q, keys, values, self._layout, scale=self._scale, window=window, bias=self._bias)

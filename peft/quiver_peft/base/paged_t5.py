@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from quiver_peft.base.paged import PagedKV
-from quiver_peft.kernels.paged_attention import paged_attention, store_rows
+from quiver_peft.kernels.paged_attention import paged_attention, write_kv
 from quiver_peft.kernels.paged_layout import PagedLayout
 
 
 class PackedAttention:
     """The encoder's attention: sources follow one another in T rows, and each sees itself alone.
 
-    lengths: tokens of each source. bias: by distance (`RelativeBias.by_distance`).
+    lengths: tokens of each source. bias: by distance (`RelativeBias.bias_for_offsets`).
     """
 
     def __init__(self, lengths: Sequence[int], bias: Tensor, device: torch.device) -> None:
@@ -63,10 +63,10 @@ class PagedSources:
         self._kv = kv
         self._layout = layout
 
-    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Those of the new sources, in order. k, v: [T, H, E]."""
         assert self._layout.new_rows is not None
-        store_rows(self._kv.keys[layer], self._kv.values[layer], k, v, self._layout.new_rows)
+        write_kv(self._kv.keys[layer], self._kv.values[layer], k, v, self._layout.new_rows)
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
         """q: [T, H, E], rows of the decoder's batch -> [T, H, E]."""

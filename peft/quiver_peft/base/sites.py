@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quiver_peft.kernels.packed_linear import PackedWeight, packed_linear
 
-Stack = Literal["", "encoder", "decoder"]
+StackName = Literal["", "encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Site:
     name: str
     kind: str
     layer: int
-    stack: Stack = ""
+    stack: StackName = ""
 
     @classmethod
-    def in_layer(cls, layer: int, kind: str, stack: Stack = "") -> "Site":
+    def in_layer(cls, layer: int, kind: str, stack: StackName = "") -> "Site":
         """The site of `kind` in layer `layer` of `stack`."""
         prefix = f"{stack}." if stack else ""
         return cls(f"{prefix}layers.{layer}.{kind}", kind, layer, stack)
 
     @classmethod
-    def embedding(cls, stack: Stack = "") -> "Site":
+    def embedding(cls, stack: StackName = "") -> "Site":
         """Where `stack` embeds its tokens."""
         return cls(f"{stack}.embedding" if stack else "embedding", "embedding", -1, stack)
 
@@ -71,15 +71,15 @@ class Linear(nn.Module):
             return packed_linear(x, self.packed, self.bias)
         return F.linear(x, self.weight, self.bias)
 
-    def enter(self, x: Tensor) -> Tensor:
+    def gather_input(self, x: Tensor) -> Tensor:
         """What `multiply` takes: x itself, unless the linear lies over several devices. x: [*, K]."""
         return x
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """The product alone, to which adapters add theirs. x: [*, K] -> [*, N]."""
         return self(x)
 
-    def leave(self, y: Tensor) -> Tensor:
+    def reduce_output(self, y: Tensor) -> Tensor:
         """What the base goes on with: y itself, unless the linear lies over several devices. y: [*, N]."""
         return y
 
@@ -87,11 +87,11 @@ class Linear(nn.Module):
         """The weight [N, K], packed or not."""
         return self.weight.detach() if self.packed is None else self.packed.plain()
 
-    def rows_of(self, part: str) -> tuple[int, int]:
+    def part_rows(self, part: str) -> tuple[int, int]:
         """Which rows of `weight` a part is; "": all of them."""
         return self.parts[part] if part else (0, self.out_features)
 
-    def row_lengths(self, rows: tuple[int, int], delta: Tensor) -> Tensor:
+    def row_norms(self, rows: tuple[int, int], delta: Tensor) -> Tensor:
         """‖W + delta‖ of each of the rows [first, end), fp32. delta: [rows, K] -> [rows]."""
         weight = self.plain_weight()[rows[0] : rows[1]].to(delta.device, torch.float32)
         return torch.linalg.vector_norm(weight + delta, dim=1)

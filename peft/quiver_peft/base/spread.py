@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Spread(Protocol):
+class TensorParallelHooks(Protocol):
     """What a base asks for around its layers and at its head."""
 
-    def split(self, h: Tensor) -> Tensor:
+    def scatter_tokens(self, h: Tensor) -> Tensor:
         """What of the residual stream this device keeps. h: [*, D]."""
         ...
 
-    def join(self, h: Tensor) -> Tensor:
+    def gather_tokens(self, h: Tensor) -> Tensor:
         """The whole of it again. -> [*, D]."""
         ...
 
@@ -29,14 +29,14 @@ class Spread(Protocol):
         ...
 
 
-class OneDevice:
+class SingleDevice:
     """Everything is here."""
 
-    def split(self, h: Tensor) -> Tensor:
+    def scatter_tokens(self, h: Tensor) -> Tensor:
         """All of it."""
         return h
 
-    def join(self, h: Tensor) -> Tensor:
+    def gather_tokens(self, h: Tensor) -> Tensor:
         """It was never split."""
         return h
 
@@ -49,4 +49,4 @@ class OneDevice:
         return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
 
 
-ONE_DEVICE: Spread = OneDevice()
+SINGLE_DEVICE: TensorParallelHooks = SingleDevice()

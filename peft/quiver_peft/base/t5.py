@@ -34,10 +34,10 @@ class CrossAttention(nn.Module):
     def _part(self, name: str) -> Site:
         return Site.in_layer(self.layer, f"cross_attention.{name}", "decoder")
 
-    def read(self, source: Tensor, sources: Sources, seam: Seam) -> None:
+    def project_encoder(self, source: Tensor, sources: Sources, seam: Seam) -> None:
         """Keep the keys and values of a source. source: [*, D], the encoder's output."""
         k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.kv.split(seam.linear(self.kv, source)))
-        sources.keep(self.layer, k, v)
+        sources.store(self.layer, k, v)
 
     def forward(self, x: Tensor, sources: Sources, seam: Seam) -> Tensor:
         """x: [*, D] -> [*, D]."""
@@ -96,7 +96,7 @@ class DecoderBlock(EncoderBlock):
         return [self.attention.site, self.cross_attention.site, self.mlp.site]
 
 
-class Stack(nn.Module):
+class T5Stack(nn.Module):
     """The layers of the encoder or of the decoder, the bias that they share, and the norm at their end."""
 
     def __init__(self, config: T5Config, blocks: list[EncoderBlock] | list[DecoderBlock], bidirectional: bool) -> None:
@@ -122,8 +122,8 @@ class T5Base(Base):
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self._encoder_blocks = [EncoderBlock(config, layer) for layer in range(config.num_encoder_layers)]
         self._decoder_blocks = [DecoderBlock(config, layer) for layer in range(config.num_layers)]
-        self.encoder = Stack(config, self._encoder_blocks, bidirectional=True)
-        self.decoder = Stack(config, self._decoder_blocks, bidirectional=False)
+        self.encoder = T5Stack(config, self._encoder_blocks, bidirectional=True)
+        self.decoder = T5Stack(config, self._decoder_blocks, bidirectional=False)
         blocks = [*self._encoder_blocks, *self._decoder_blocks]
         self.sublayers = [site for block in blocks for site in block.sublayers()]
         self.head = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -143,23 +143,23 @@ class T5Base(Base):
 
     def encode(self, tokens: Tensor, attend: Attend, seam: Seam = NO_ADAPTERS) -> Tensor:
         """What the encoder makes of sources. tokens: [*] int64 -> [*, D]."""
-        h = self.spread.split(seam.embed(Site.embedding("encoder"), tokens, self.embedding))
+        h = self.parallel_hooks.scatter_tokens(seam.embed(Site.embedding("encoder"), tokens, self.embedding))
         for block in self._encoder_blocks:
             h = self.layer(partial(block, attend=attend, seam=seam), h)
         return self.encoder.norm(h)
 
-    def read(self, encoded: Tensor, sources: Sources, seam: Seam = NO_ADAPTERS) -> None:
+    def precompute_cross_kv(self, encoded: Tensor, sources: Sources, seam: Seam = NO_ADAPTERS) -> None:
         """Keep what the decoder will attend to, for all its layers. encoded: [*, D]."""
         for block in self._decoder_blocks:
-            block.cross_attention.read(encoded, sources, seam)
+            block.cross_attention.project_encoder(encoded, sources, seam)
 
     def forward(self, tokens: Tensor, attend: Attend, sources: Sources, seam: Seam = NO_ADAPTERS) -> Tensor:
         """Final hidden states of the decoder. tokens: [*] int64, the start token first -> [*, D]."""
-        h = self.spread.split(seam.embed(Site.embedding("decoder"), tokens, self.embedding))
+        h = self.parallel_hooks.scatter_tokens(seam.embed(Site.embedding("decoder"), tokens, self.embedding))
         for block in self._decoder_blocks:
             h = self.layer(partial(block, attend=attend, sources=sources, seam=seam), h)
-        return self.spread.join(self.decoder.norm(h))
+        return self.parallel_hooks.gather_tokens(self.decoder.norm(h))
 
-    def before_head(self, hidden: Tensor) -> Tensor:
+    def scale_hidden(self, hidden: Tensor) -> Tensor:
         """What the head is applied to, [*, D]."""
         return hidden * self.config.hidden_size**-0.5 if self.config.scaled_head else hidden

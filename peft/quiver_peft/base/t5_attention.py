@@ -26,7 +26,7 @@ class RelativeBias(nn.Module):
         """distances: position of the key less that of the query, [*] int64 -> [H, *]."""
         return self.weight[self.bucket(distances)].movedim(-1, 0)
 
-    def by_distance(self) -> Tensor:
+    def bias_for_offsets(self) -> Tensor:
         """Of distances -max_distance to max_distance, [H, 2 · max_distance + 1] fp32; farther ones are as those."""
         limit = self.max_distance
         return self(torch.arange(-limit, limit + 1, device=self.weight.device)).float().contiguous()
@@ -55,7 +55,7 @@ class RelativeBias(nn.Module):
 class Sources(Protocol):
     """The keys and values of the encoder's output, kept for the decoder's cross-attention."""
 
-    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v: [*, H, E]."""
         ...
 
@@ -104,7 +104,7 @@ class WholeSources:
         self._lengths = lengths
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v: [B, S, H, E]."""
         self._kept[layer] = k, v
 

@@ -26,20 +26,20 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                     file.write(whole[start : start + _PIECE_BYTES])
                 file.flush()
                 os.fsync(file.fileno())
-        put_in_place(staging, folder)
+        rename_into_place(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def put_in_place(staging: Path, folder: Path) -> None:
+def rename_into_place(staging: Path, folder: Path) -> None:
     """Exchange `folder` for a sibling that was written beside it; what was there before is removed."""
     sync_folder(staging)
-    _swap_in(staging, folder)
+    _exchange(staging, folder)
     sync_folder(folder.parent)
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _swap_in(staging: Path, folder: Path) -> None:
+def _exchange(staging: Path, folder: Path) -> None:
     """Afterwards `folder` is the new content; `staging` is what was there before, if anything."""
     if not folder.exists():
         staging.rename(folder)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-FileState = tuple[int, ...]
+FileStamp = tuple[int, ...]
 
 
-def file_state(path: Path) -> FileState:
+def file_stamp(path: Path) -> FileStamp:
     """Size, times and number of a file. Raises OSError."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino

@@ -9,10 +9,10 @@ from torch import Tensor
 from quiver_peft.kernels.cpp.library import library_for
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-_NATIVE_KINDS: dict[Activation, int] = {"silu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}
+_CPP_KINDS: dict[Activation, int] = {"silu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}
 
 
-def look_up(table: Tensor, ids: Tensor) -> Tensor:
+def embedding(table: Tensor, ids: Tensor) -> Tensor:
     """Rows of an embedding. table: [V, D], ids: [*] int64 -> [*, D]. An id that is none raises, or gives NaN."""
     native = library_for(table)
     if native is None or not (table.is_contiguous() and ids.is_contiguous()):
@@ -70,13 +70,13 @@ def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, weight
 def activate(kind: Activation, x: Tensor, *, gated: bool) -> Tensor:
     """act(x), or of both halves of x act(first) · second (Shazeer 2020). x: [*, F] or gated [*, 2 F] -> [*, F]."""
     native = library_for(x)
-    if native is None or kind not in _NATIVE_KINDS:
+    if native is None or kind not in _CPP_KINDS:
         return activate_torch(kind, x, gated=gated)
     x = x.contiguous()
     size = x.shape[-1]
     width = size // 2 if gated else size
     out = native.empty((*x.shape[:-1], width))
-    native.activate(x.data_ptr(), size, out.data_ptr(), x.numel() // size, width, gated, _NATIVE_KINDS[kind])
+    native.activate(x.data_ptr(), size, out.data_ptr(), x.numel() // size, width, gated, _CPP_KINDS[kind])
     return out
 
 
@@ -99,14 +99,14 @@ def _act(kind: Activation, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def rotary(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of position · frequency, each angle twice, times `factor`, fp32.
 
     positions: [*] int64; frequencies: [dim / 2] fp32 -> cos, sin: [*, 1, dim], to be broadcast over heads.
     """
     native = library_for(frequencies)
     if native is None or not positions.is_contiguous():
-        return rotary_torch(positions, frequencies, factor)
+        return rope_cos_sin_torch(positions, frequencies, factor)
     half = len(frequencies)
     cos, sin = (native.empty((*positions.shape, 1, 2 * half)) for _ in range(2))
     native.rotary(
@@ -115,21 +115,21 @@ def rotary(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tenso
     return cos, sin
 
 
-def rotary_torch(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def rope_cos_sin_torch(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """The plain form."""
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `dim` features of every head, the two halves being the pairs (Su et al. 2021, as Llama has it).
 
     x: [*, H, E]; cos, sin: [*, 1, dim] -> [*, H, E].
     """
     native = library_for(x, cos, sin)
     if native is None:
-        return rotate_torch(x, cos, sin)
+        return apply_rope_torch(x, cos, sin)
     x, step = _with_packed_heads(x)
     heads, size = x.shape[-2:]
     out = native.empty(x.shape)
@@ -140,7 +140,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The plain form."""
     dim = cos.shape[-1]
     turned, rest = x[..., :dim], x[..., dim:]
@@ -149,17 +149,17 @@ def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def best_ids(x: Tensor) -> Tensor:
+def argmax_finite(x: Tensor) -> Tensor:
     """Where the largest of each row first stands, -1 where it is no finite number. x: [T, V] -> [T] int64."""
     native = library_for(x)
     if native is None or not x.is_contiguous():
-        return best_ids_torch(x)
+        return argmax_finite_torch(x)
     out = torch.empty(len(x), dtype=torch.int64)
     native.best(x.data_ptr(), out.data_ptr(), *x.shape)
     return out
 
 
-def best_ids_torch(x: Tensor) -> Tensor:
+def argmax_finite_torch(x: Tensor) -> Tensor:
     """The plain form."""
     best, ids = x.max(-1)  # a NaN in a row is its maximum
     return torch.where(best.isfinite(), ids, -1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiver_peft.kernels.cpp.groups import Groups
+from quiver_peft.kernels.cpp.groups import AdapterGroups
 from quiver_peft.kernels.cpp.library import library_for
 
 NORM_EPS = 1e-5
@@ -97,7 +97,7 @@ def add_grouped_bottleneck_(out: Tensor, residual: Tensor, segments: Sequence[Bo
         out[rows] += bottleneck_delta(segment.bottleneck, out[rows], residual[rows])
 
 
-def add_bottleneck_of_groups_(out: Tensor, residual: Tensor, groups: Groups, site: int) -> None:
+def add_bottleneck_of_groups_(out: Tensor, residual: Tensor, groups: AdapterGroups, site: int) -> None:
     """The same by the compiled kernel, for the adapters of `groups` after a sub-layer, by its number."""
     native = library_for(out, residual)
     assert native is not None and out.is_contiguous() and residual.is_contiguous()

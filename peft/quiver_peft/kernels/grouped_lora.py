@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quiver_peft.kernels.cpp.groups import Groups, RowsOf, SiteRecords
+from quiver_peft.kernels.cpp.groups import AdapterGroups, RowRange, SiteDescriptors
 from quiver_peft.kernels.cpp.library import library_for
 
 
@@ -63,18 +63,18 @@ def add_grouped_lora_(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> 
         add_lora_of_groups_(y, x, groups, 0)
 
 
-def _as_groups(segments: Sequence[LoraSegment]) -> Groups | None:
+def _as_groups(segments: Sequence[LoraSegment]) -> AdapterGroups | None:
     """The site is number 0. None for what the kernel cannot take."""
-    groups: list[RowsOf] = []
+    groups: list[RowRange] = []
     for segment in segments:
         record = segment.lora.descriptor
         if record is None or (groups and groups[-1].end > segment.start):
             return None
-        groups.append(RowsOf(segment.start, segment.end, SiteRecords.of({0: record})))
-    return Groups(groups)
+        groups.append(RowRange(segment.start, segment.end, SiteDescriptors.of({0: record})))
+    return AdapterGroups(groups)
 
 
-def add_lora_of_groups_(y: Tensor, x: Tensor, groups: Groups, site: int) -> None:
+def add_lora_of_groups_(y: Tensor, x: Tensor, groups: AdapterGroups, site: int) -> None:
     """The same by the compiled kernel, for what the adapters of `groups` do at a site, by its number."""
     native = library_for(y, x)
     assert native is not None and y.stride(1) == x.stride(1) == 1

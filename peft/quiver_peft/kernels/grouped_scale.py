@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quiver_peft.kernels.cpp.groups import Groups
+from quiver_peft.kernels.cpp.groups import AdapterGroups
 from quiver_peft.kernels.cpp.library import library_for
 
 
@@ -68,7 +68,7 @@ def scale_outputs_(y: Tensor, segments: Sequence[ScaleSegment]) -> None:
                 outputs += out.shift
 
 
-def scale_inputs_of_groups(x: Tensor, groups: Groups, site: int) -> Tensor:
+def scale_inputs_of_groups(x: Tensor, groups: AdapterGroups, site: int) -> Tensor:
     """As `scale_inputs` by the compiled kernel, for the adapters of `groups` at a site, by its number."""
     native = library_for(x)
     assert native is not None and x.stride(1) == 1
@@ -77,7 +77,7 @@ def scale_inputs_of_groups(x: Tensor, groups: Groups, site: int) -> Tensor:
     return out
 
 
-def scale_outputs_of_groups_(y: Tensor, groups: Groups, site: int) -> None:
+def scale_outputs_of_groups_(y: Tensor, groups: AdapterGroups, site: int) -> None:
     """As `scale_outputs_`, likewise."""
     native = library_for(y)
     assert native is not None and y.stride(1) == 1

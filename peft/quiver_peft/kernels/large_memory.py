@@ -8,7 +8,7 @@ from torch import Tensor
 from quiver_peft.kernels.cpp.library import library
 
 
-def empty_large(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty_huge(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As torch.empty; on a CPU in large pages where the system has them: fewer page walks while it streams by."""
     memory = torch.empty(*shape, dtype=dtype, device=device)
     native = library()

@@ -16,7 +16,7 @@ from quiver_peft.kernels.paged_layout import PagedLayout
 _MAX_SHARING = 32  # query heads of one key head, by the compiled kernel
 
 
-def store_rows(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> None:
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> None:
     """Put new keys and values into a layer's cache. keys, values: [C, G, E]; k, v: [T, G, E]; rows: [T] int64."""
     native = library_for(keys, values, k, v)
     if native is None or not (_packs_heads(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous()):
@@ -53,7 +53,7 @@ def paged_attention(
     bias: [H, 2 · limit + 1] fp32, added to the scores; column limit + d is for keys d positions after the query,
     those farther than `limit` take the outermost columns.
     """
-    if q.is_cuda and triton_agrees(q.shape[1] // keys.shape[1], q.shape[2], q.dtype, q.device):
+    if q.is_cuda and check_triton_kernels(q.shape[1] // keys.shape[1], q.shape[2], q.dtype, q.device):
         from quiver_peft.kernels.triton.paged_attention import paged_attention_triton
 
         return paged_attention_triton(q, keys, values, layout, scale, causal, window, bias)
@@ -70,16 +70,16 @@ def paged_attention(
 
 
 @cache
-def triton_agrees(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+def check_triton_kernels(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the Triton form does on this GPU what the plain one does, with `group` query heads to each of keys.
 
     It is tried once, best before the first request: kernels are compiled for it.
     """
     if importlib.util.find_spec("triton") is None:
         return False
-    from quiver_peft.kernels.triton.self_check import attention_agrees
+    from quiver_peft.kernels.triton.self_check import check_attention_kernels
 
-    return attention_agrees(paged_attention_torch, group, head_dim, dtype, device)
+    return check_attention_kernels(paged_attention_torch, group, head_dim, dtype, device)
 
 
 def paged_attention_torch(

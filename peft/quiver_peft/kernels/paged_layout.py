@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.transfer import Transfer
+from quiver_peft.kernels.transfer import PinnedUpload
 
 
 class PagedLayout:
@@ -30,7 +30,7 @@ class PagedLayout:
         context_lengths: Sequence[int],
         block_tables: Sequence[Sequence[int]],
         block_size: int,
-        to: torch.device | Transfer,
+        to: torch.device | PinnedUpload,
     ) -> None:
         """query_lengths: new tokens of each sequence. A table may be longer than its sequence needs.
 
@@ -45,7 +45,7 @@ class PagedLayout:
         for row, _, length, table in zip(tables, query_lengths, context_lengths, block_tables, strict=True):
             needed = table[: -(-length // block_size)]
             row[: len(needed)] = needed
-        transfer = to if isinstance(to, Transfer) else Transfer(to)
+        transfer = to if isinstance(to, PinnedUpload) else PinnedUpload(to)
         self._query_starts = transfer.add([0, *accumulate(query_lengths)])
         self._context_lengths = transfer.add(self.lengths)
         self._tables = transfer.add(tables.ravel())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Transfer:
+class PinnedUpload:
     """One copy of int32 numbers, from pinned memory where the device is a GPU, so that nobody waits for it."""
 
     def __init__(self, device: torch.device) -> None:

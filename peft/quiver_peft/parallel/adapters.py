@@ -23,21 +23,23 @@ from quiver_peft.adapters.methods.ia3 import IA3Module, IA3Scale
 from quiver_peft.adapters.methods.lora import LoraModule, LoraPair
 from quiver_peft.adapters.methods.prefix import PrefixEncoder, PrefixModule, PrefixRows
 from quiver_peft.adapters.methods.targets import Target
-from quiver_peft.adapters.training.trainable_adapter import Adapter, AnyMethod
+from quiver_peft.adapters.training.trainable_adapter import AnyMethod, TrainableAdapter
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear
-from quiver_peft.parallel.linears import is_cut_by_rows
+from quiver_peft.parallel.linears import is_column_parallel
 from quiver_peft.parallel.mesh import Mesh
-from quiver_peft.parallel.shards import WHOLE, Shard, even, gather, mark
+from quiver_peft.parallel.shards import REPLICATED, Shard, evenly, gather, set_shard
 
 
-def split_adapter(adapter: Adapter, base: Base, mesh: Mesh) -> Adapter:
+def split_adapter(adapter: TrainableAdapter, base: Base, mesh: Mesh) -> TrainableAdapter:
     """This rank's share of a whole adapter; of one rank all of it, with the same marks."""
     linears = {linear.site.name: linear for linear in base.linears()}
-    return Adapter([_split_method(method, base, linears, mesh) for method in _methods(adapter)]).to(mesh.device)
+    return TrainableAdapter([_split_method(method, base, linears, mesh) for method in _methods(adapter)]).to(
+        mesh.device
+    )
 
 
-def gather_adapter(adapter: Adapter, whole: Adapter, mesh: Mesh) -> Adapter:
+def gather_adapter(adapter: TrainableAdapter, whole: TrainableAdapter, mesh: Mesh) -> TrainableAdapter:
     """Fill `whole`, an adapter of the same configuration, with what all ranks hold; every rank must ask."""
     for (name, parameter), target in zip(adapter.named_parameters(), whole.parameters(), strict=True):
         found = gather(parameter, mesh)
@@ -46,7 +48,7 @@ def gather_adapter(adapter: Adapter, whole: Adapter, mesh: Mesh) -> Adapter:
     return whole
 
 
-def _methods(adapter: Adapter) -> list[AnyMethod]:
+def _methods(adapter: TrainableAdapter) -> list[AnyMethod]:
     return [method for method in adapter.methods if isinstance(method, AnyMethod)]
 
 
@@ -63,48 +65,48 @@ def _split_method(method: AnyMethod, base: Base, linears: dict[str, Linear], mes
         return _split_prefix(method, base, mesh)
     if isinstance(method, BottleneckModule) and mesh.sequence:
         for parameter in method.parameters():
-            mark(parameter, gradient_is_share=True)
+            set_shard(parameter, gradient_is_share=True)
     return method
 
 
 def _local_target(target: Target, linear: Linear) -> Target:
     """The same rows as this rank's linear has them."""
-    if is_cut_by_rows(linear):
-        return replace(target, rows=linear.rows_of(target.part))
+    if is_column_parallel(linear):
+        return replace(target, rows=linear.part_rows(target.part))
     return replace(target, in_features=linear.weight.shape[1])
 
 
 def _rows_shard(target: Target, linear: Linear) -> Shard:
     """How what has a number for each row of a target lies beside a linear cut by rows."""
     if target.part:
-        return even(target.num_rows)
+        return evenly(target.num_rows)
     return Shard(0, tuple(linear.parts.values()))
 
 
 def _split_pair(pair: LoraPair, linear: Linear, mesh: Mesh) -> LoraPair:
-    by_rows = is_cut_by_rows(linear)
+    by_rows = is_column_parallel(linear)
     rows = _rows_shard(pair.target, linear)
-    a_shard, b_shard = (WHOLE, rows) if by_rows else (Shard(1, ((0, pair.target.in_features),)), WHOLE)
-    lengths = None if pair.magnitude is None else (rows if by_rows else WHOLE).share(pair.magnitude.data, mesh)
+    a_shard, b_shard = (REPLICATED, rows) if by_rows else (Shard(1, ((0, pair.target.in_features),)), REPLICATED)
+    lengths = None if pair.magnitude is None else (rows if by_rows else REPLICATED).share(pair.magnitude.data, mesh)
     split = LoraPair(_local_target(pair.target, linear), pair.a.shape[0], pair.alpha, pair.scale, lengths)
     split.a.data.copy_(a_shard.share(pair.a.data, mesh))
     split.b.data.copy_(b_shard.share(pair.b.data, mesh))
-    mark(split.a, a_shard, gradient_is_share=by_rows)
-    mark(split.b, b_shard, gradient_is_share=not by_rows)
+    set_shard(split.a, a_shard, gradient_is_share=by_rows)
+    set_shard(split.b, b_shard, gradient_is_share=not by_rows)
     if split.magnitude is not None:
         # By columns they act after the sum of the ranks, on the tokens that sequence parallelism left here.
-        mark(split.magnitude, rows if by_rows else WHOLE, gradient_is_share=mesh.sequence and not by_rows)
+        set_shard(split.magnitude, rows if by_rows else REPLICATED, gradient_is_share=mesh.sequence and not by_rows)
     return split
 
 
 def _split_scale(scale: IA3Scale, linear: Linear, mesh: Mesh) -> IA3Scale:
-    by_rows = is_cut_by_rows(linear)
-    shard = WHOLE
+    by_rows = is_column_parallel(linear)
+    shard = REPLICATED
     if by_rows != scale.on_input:
-        shard = even(scale.target.in_features) if scale.on_input else _rows_shard(scale.target, linear)
+        shard = evenly(scale.target.in_features) if scale.on_input else _rows_shard(scale.target, linear)
     split = IA3Scale(_local_target(scale.target, linear), scale.on_input)
     split.scale = nn.Parameter(shard.share(scale.scale.data, mesh).clone())
-    mark(split.scale, shard, gradient_is_share=mesh.sequence and shard == WHOLE)
+    set_shard(split.scale, shard, gradient_is_share=mesh.sequence and shard == REPLICATED)
     return split
 
 
@@ -117,11 +119,11 @@ def _split_prefix(method: PrefixModule, base: Base, mesh: Mesh) -> PrefixModule:
     if isinstance(encoder, PrefixRows):
         shard = Shard(1, parts)
         encoder = PrefixRows(shard.share(encoder.embedding.data, mesh))
-        mark(encoder.embedding, shard)
+        set_shard(encoder.embedding, shard)
     else:
         assert isinstance(encoder, PrefixEncoder)
         for parameter in encoder.parameters():
-            mark(parameter, gradient_is_share=True)
+            set_shard(parameter, gradient_is_share=True)
         last = encoder.transform[-1]
         assert isinstance(last, nn.Linear) and isinstance(last.weight, nn.Parameter)
         last.weight = _share_of(last.weight, Shard(0, parts), mesh)
@@ -134,4 +136,4 @@ def _split_prefix(method: PrefixModule, base: Base, mesh: Mesh) -> PrefixModule:
 
 
 def _share_of(parameter: nn.Parameter, shard: Shard, mesh: Mesh) -> nn.Parameter:
-    return mark(nn.Parameter(shard.share(parameter.data, mesh).clone()), shard)
+    return set_shard(nn.Parameter(shard.share(parameter.data, mesh).clone()), shard)

@@ -8,29 +8,29 @@ from torch import Tensor, nn
 from quiver_peft.base.base import Base
 from quiver_peft.base.checkpoint import read_config
 from quiver_peft.base.families import T5_FAMILIES
-from quiver_peft.base.family import Rename
+from quiver_peft.base.family import TensorMapping
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.sites import Linear
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.base.t5_attention import RelativeBias
 from quiver_peft.errors import CheckpointError
-from quiver_peft.parallel.linears import ColumnLinear, RowLinear, is_cut_by_rows
+from quiver_peft.parallel.linears import ColumnParallelLinear, RowParallelLinear, is_column_parallel
 from quiver_peft.parallel.mesh import Mesh
-from quiver_peft.parallel.shards import Shard, gather, mark, shard_of
-from quiver_peft.parallel.vocabulary import SplitHead, TensorParallelSpread, split_embedding, vocabulary_shard
+from quiver_peft.parallel.shards import Shard, gather, get_shard, set_shard
+from quiver_peft.parallel.vocabulary import MegatronHooks, SplitHead, split_embedding, vocabulary_shard
 
 
 def load_split_base(folder: str | Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32) -> GPTBase | T5Base:
     """This rank's share of a Hugging Face folder; nothing more is ever in memory. Raises CheckpointError."""
     kind = T5Base if read_config(Path(folder))["model_type"] in T5_FAMILIES else GPTBase
-    base = kind.skeleton(folder, dtype=dtype)
+    base = kind.on_meta_device(folder, dtype=dtype)
     if mesh.tensor_size > 1:
         _require_divisible(base, mesh)
         _split(base, mesh)
     else:
         _mark(base, mesh)
-    _materialise(base, mesh)
-    base.fill(folder, lambda rename, tensor: _cut(base, mesh, rename, tensor))
+    _to_device(base, mesh)
+    base.load_tensors(folder, lambda rename, tensor: _cut(base, mesh, rename, tensor))
     return base.eval()
 
 
@@ -39,7 +39,7 @@ def gather_base(base: GPTBase | T5Base, folder: str | Path, mesh: Mesh) -> GPTBa
     """The whole base that all ranks hold, on the first rank's CPU in fp32, to be written; on others there is no more
     of it than its shapes. folder: that it was read from. Every rank must ask.
     """
-    whole = type(base).skeleton(folder, dtype=torch.float32)
+    whole = type(base).on_meta_device(folder, dtype=torch.float32)
     if mesh.is_first:
         whole.to_empty(device="cpu")
     places = dict(whole.named_parameters())
@@ -68,48 +68,52 @@ def _split(base: Base, mesh: Mesh) -> None:
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
-                setattr(module, name, (ColumnLinear if is_cut_by_rows(child) else RowLinear)(child, mesh))
+                setattr(
+                    module,
+                    name,
+                    (ColumnParallelLinear if is_column_parallel(child) else RowParallelLinear)(child, mesh),
+                )
         if isinstance(module, RelativeBias):
             num_buckets, num_heads = module.weight.shape
             weight = module.weight.new_empty(num_buckets, num_heads // mesh.tensor_size)
-            module.weight = mark(nn.Parameter(weight), Shard(1, ((0, num_heads),)))
+            module.weight = set_shard(nn.Parameter(weight), Shard(1, ((0, num_heads),)))
     base.embedding = split_embedding(base.embedding, mesh)  # pyright: ignore[reportAttributeAccessIssue] - it looks up
     if base.head is not None:
         base.head = SplitHead(base.head, mesh)  # pyright: ignore[reportAttributeAccessIssue] - its weight is all
-    base.spread = TensorParallelSpread(mesh, base.config.vocab_size)
+    base.parallel_hooks = MegatronHooks(mesh, base.config.vocab_size)
 
 
 def _mark(base: Base, mesh: Mesh) -> None:
     """What would be cut, on one rank: checkpoints of any number of ranks know the same pieces."""
     for linear in base.linears():
         for parameter in (linear.weight, linear.bias):
-            if parameter is not None and is_cut_by_rows(linear):
-                mark(parameter, Shard(0, tuple(linear.parts.values())))
+            if parameter is not None and is_column_parallel(linear):
+                set_shard(parameter, Shard(0, tuple(linear.parts.values())))
     for table in (base.embedding, base.head):
         if table is not None:
-            mark(table.weight, vocabulary_shard(base.config.vocab_size, mesh))
+            set_shard(table.weight, vocabulary_shard(base.config.vocab_size, mesh))
 
 
-def _materialise(base: Base, mesh: Mesh) -> None:
+def _to_device(base: Base, mesh: Mesh) -> None:
     """Memory for what is not a share of a linear or a vocabulary."""
     for name, module in base.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 new = nn.Parameter(torch.empty_like(parameter, device=mesh.device))
-                mark(new, shard_of(parameter), gradient_is_share=_sees_a_share(name, mesh))
+                set_shard(new, get_shard(parameter), gradient_is_share=_is_sharded(name, mesh))
                 setattr(module, key, new)
 
 
-def _sees_a_share(name: str, mesh: Mesh) -> bool:
+def _is_sharded(name: str, mesh: Mesh) -> bool:
     """Whether a module that is whole on every rank is used with this rank's heads or tokens alone."""
     if name.endswith((".q_norm", ".k_norm")):
         return mesh.tensor_size > 1
     return mesh.sequence and "norm" in name
 
 
-def _cut(base: Base, mesh: Mesh, rename: Rename, tensor: Tensor) -> Tensor:
+def _cut(base: Base, mesh: Mesh, rename: TensorMapping, tensor: Tensor) -> Tensor:
     """This rank's of a tensor of the checkpoint, which may be one part of a fused linear."""
-    shard = shard_of(base.get_parameter(rename.ours))
+    shard = get_shard(base.get_parameter(rename.ours))
     if rename.part and shard.dim == 0:
         shard = Shard(0, ((0, tensor.shape[0]),))
     return shard.share(tensor, mesh)

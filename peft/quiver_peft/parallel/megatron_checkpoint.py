@@ -45,7 +45,7 @@ def read_megatron(base: Base, folder: Path) -> None:
 
     A mesh of one process must have been started.
     """
-    wanted = {entry: base.get_parameter(entry.ours) for entry in _once(entries(base))}
+    wanted = {entry: base.get_parameter(entry.ours) for entry in _on_first_rank(entries(base))}
     asked = {_name(entry): _sharded(entry, torch.empty_like(place.data)) for entry, place in wanted.items()}
     try:
         found = dist_checkpointing.load(
@@ -69,7 +69,7 @@ def _head_bias(base: Base, key: str) -> dict[str, ShardedTensor]:
     return {key: ShardedTensor.from_rank_offsets(key, bias, allow_shape_mismatch=True)}
 
 
-def _once(found: Iterator[Entry]) -> Iterator[Entry]:
+def _on_first_rank(found: Iterator[Entry]) -> Iterator[Entry]:
     """One entry for each parameter: the first."""
     return iter({entry.ours: entry for entry in reversed(list(found))}.values())
 

@@ -65,22 +65,22 @@ class Shard:
         return whole if self.length is None else whole.narrow(self.dim, 0, self.length)
 
 
-WHOLE = Shard()
+REPLICATED = Shard()
 
 
-def mark(parameter: TensorT, shard: Shard = WHOLE, *, gradient_is_share: bool = False) -> TensorT:
-    """Write down how a parameter lies, where Megatron (for the last) and `shard_of` look for it."""
+def set_shard(parameter: TensorT, shard: Shard = REPLICATED, *, gradient_is_share: bool = False) -> TensorT:
+    """Write down how a parameter lies, where Megatron (for the last) and `get_shard` look for it."""
     parameter.quiver_shard = shard  # pyright: ignore[reportAttributeAccessIssue]
     parameter.sequence_parallel = gradient_is_share  # pyright: ignore[reportAttributeAccessIssue]
     return parameter
 
 
-def shard_of(parameter: Tensor) -> Shard:
+def get_shard(parameter: Tensor) -> Shard:
     """How a parameter lies; whole where nothing else was said."""
-    return getattr(parameter, "quiver_shard", WHOLE)
+    return getattr(parameter, "quiver_shard", REPLICATED)
 
 
-def even(length: int) -> Shard:
+def evenly(length: int) -> Shard:
     """Rows [0, length) cut evenly."""
     return Shard(0, ((0, length),))
 
@@ -88,7 +88,7 @@ def even(length: int) -> Shard:
 @torch.no_grad()
 def gather(parameter: Tensor, mesh: Mesh, shard: Shard | None = None) -> Tensor:
     """The whole tensor, on every rank; all ranks of the group must ask. shard: where the tensor is no parameter."""
-    shard = shard or shard_of(parameter)
+    shard = shard or get_shard(parameter)
     if shard.dim is None or mesh.tensor_size == 1:
         return parameter.detach()
     shares = [torch.empty_like(parameter) for _ in range(mesh.tensor_size)]

@@ -19,7 +19,7 @@ def sequence_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous()
 
 
-def split_tokens(x: Tensor, mesh: Mesh) -> Tensor:
+def scatter_tokens(x: Tensor, mesh: Mesh) -> Tensor:
     """[B, S, D], the same on every rank -> [B, S / ranks, D]. Raises QuiverError where S cannot be cut."""
     if x.shape[1] % mesh.tensor_size:
         raise QuiverError(
@@ -29,7 +29,7 @@ def split_tokens(x: Tensor, mesh: Mesh) -> Tensor:
     return scatter_to_sequence_parallel_region(sequence_first(x), group=mesh.tensor).transpose(0, 1)
 
 
-def join_tokens(x: Tensor, mesh: Mesh, *, gradients_are_shares: bool) -> Tensor:
+def gather_tokens(x: Tensor, mesh: Mesh, *, gradients_are_shares: bool) -> Tensor:
     """[B, S / ranks, D] -> [B, S, D]. gradients_are_shares: what follows gives each rank a share of the gradient."""
     whole = gather_from_sequence_parallel_region(
         sequence_first(x), tensor_parallel_output_grad=gradients_are_shares, group=mesh.tensor
@@ -37,6 +37,6 @@ def join_tokens(x: Tensor, mesh: Mesh, *, gradients_are_shares: bool) -> Tensor:
     return whole.transpose(0, 1)
 
 
-def sum_and_split_tokens(x: Tensor, mesh: Mesh) -> Tensor:
+def reduce_scatter_tokens(x: Tensor, mesh: Mesh) -> Tensor:
     """Of each rank's summand [B, S, D] the sum, of which each keeps its tokens: [B, S / ranks, D]."""
     return reduce_scatter_to_sequence_parallel_region(sequence_first(x), group=mesh.tensor).transpose(0, 1)

@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from quiver_peft.parallel.mesh import Mesh
-from quiver_peft.parallel.shards import Shard, gather, mark
-from quiver_peft.parallel.tokens import join_tokens, split_tokens
+from quiver_peft.parallel.shards import Shard, gather, set_shard
+from quiver_peft.parallel.tokens import gather_tokens, scatter_tokens
 
 
 def vocabulary_shard(size: int, mesh: Mesh) -> Shard:
@@ -30,7 +30,7 @@ def split_embedding(plain: nn.Embedding, mesh: Mesh) -> VocabParallelEmbedding:
         config=mesh.layer_config(plain.weight.dtype),
         tp_group=mesh.tensor,
     )
-    mark(split.weight, shard)
+    set_shard(split.weight, shard)
     return split
 
 
@@ -41,10 +41,10 @@ class SplitHead(nn.Module):
         super().__init__()
         shard = vocabulary_shard(plain.out_features, mesh)
         size = shard.parts[0][1] // mesh.tensor_size, plain.in_features
-        self.weight = mark(nn.Parameter(torch.empty(size, dtype=plain.weight.dtype, device=mesh.device)), shard)
+        self.weight = set_shard(nn.Parameter(torch.empty(size, dtype=plain.weight.dtype, device=mesh.device)), shard)
 
 
-class TensorParallelSpread:
+class MegatronHooks:
     """The residual stream is whole on each rank, or cut by tokens; logits are cut by words."""
 
     def __init__(self, mesh: Mesh, vocab_size: int) -> None:
@@ -53,13 +53,13 @@ class TensorParallelSpread:
         share = self._shard.parts[0][1] // mesh.tensor_size
         self._num_words = max(0, min(share, vocab_size - mesh.tensor_rank * share))
 
-    def split(self, h: Tensor) -> Tensor:
+    def scatter_tokens(self, h: Tensor) -> Tensor:
         """[B, S, D] -> [B, S / ranks, D] with sequence parallelism, else as it is."""
-        return split_tokens(h, self._mesh) if self._mesh.sequence else h
+        return scatter_tokens(h, self._mesh) if self._mesh.sequence else h
 
-    def join(self, h: Tensor) -> Tensor:
+    def gather_tokens(self, h: Tensor) -> Tensor:
         """The reverse."""
-        return join_tokens(h, self._mesh, gradients_are_shares=False) if self._mesh.sequence else h
+        return gather_tokens(h, self._mesh, gradients_are_shares=False) if self._mesh.sequence else h
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """For answers, not for training: no gradient flows. hidden: [*, D], weight: [V / ranks, D] -> [*, V]."""

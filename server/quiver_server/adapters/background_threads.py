@@ -11,10 +11,10 @@ _NICEST = 19
 
 def background_threads(num_threads: int, name: str) -> ThreadPoolExecutor:
     """A pool whose threads run at a lower priority, where each thread has one of its own (Linux)."""
-    return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=_give_way)
+    return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=_lower_priority)
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     if sys.platform == "linux":
         thread = threading.get_native_id()
         nice = min(os.getpriority(os.PRIO_PROCESS, thread) + _NICER, _NICEST)

@@ -17,7 +17,7 @@ from quiver_peft.adapters.formats.adapter_files import AdapterFiles, read_files
 from quiver_peft.adapters.store.store import ADAPTER_ID, REVISION
 from quiver_peft.errors import AdapterError
 from quiver_peft.files.atomic_folder import replace_folder
-from quiver_server.adapters.revision import Exact
+from quiver_server.adapters.revision import RevisionKey
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +27,17 @@ _CURRENT = "current"  # a link to the revision that the id alone named last
 class DiskCache:
     """A folder that this process alone writes. Threads may share it."""
 
-    def __init__(self, folder: Path, capacity_bytes: int, must_stay: Callable[[Exact], bool]) -> None:
+    def __init__(self, folder: Path, capacity_bytes: int, must_stay: Callable[[RevisionKey], bool]) -> None:
         self._folder = folder
         self._capacity_bytes = capacity_bytes
         self._must_stay = must_stay
         self._lock = RLock()
-        self._sizes: OrderedDict[Exact, int] = OrderedDict()  # the least recently used first
+        self._sizes: OrderedDict[RevisionKey, int] = OrderedDict()  # the least recently used first
         self.num_bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._find()
 
-    def get(self, exact: Exact) -> AdapterFiles | None:
+    def get(self, exact: RevisionKey) -> AdapterFiles | None:
         """A revision's files, verified; None where it is not kept, or was damaged."""
         with self._lock:
             if exact not in self._sizes:
@@ -58,7 +58,7 @@ class DiskCache:
 
     def put(self, adapter_id: str, files: AdapterFiles) -> bool:
         """Keep a revision; False where there is no room beside those that must stay, or the disk is full."""
-        exact, content = Exact(adapter_id, files.revision), files.by_name
+        exact, content = RevisionKey(adapter_id, files.revision), files.by_name
         num_bytes = sum(len(data) for data in content.values())
         with self._lock:
             if exact in self._sizes:
@@ -74,7 +74,7 @@ class DiskCache:
             self.num_bytes += num_bytes
             return True
 
-    def bytes_of(self, exact: Exact) -> int:
+    def bytes_of(self, exact: RevisionKey) -> int:
         """Disk that a revision takes."""
         return self._sizes.get(exact, 0)
 
@@ -89,9 +89,9 @@ class DiskCache:
             revision = (self._folder / adapter_id / _CURRENT).readlink().name
         except OSError:
             return None
-        return revision if Exact(adapter_id, revision) in self._sizes else None
+        return revision if RevisionKey(adapter_id, revision) in self._sizes else None
 
-    def set_current(self, exact: Exact) -> None:
+    def set_current(self, exact: RevisionKey) -> None:
         """The id alone names this revision from now on."""
         link = self._folder / exact.id / _CURRENT
         if exact not in self._sizes or self.current(exact.id) == exact.revision:
@@ -106,12 +106,12 @@ class DiskCache:
 
     def _find(self) -> None:
         """What an earlier process left; what it had not finished is removed."""
-        found: list[tuple[float, Exact, int]] = []
+        found: list[tuple[float, RevisionKey, int]] = []
         for folder in (path for path in self._folder.iterdir() if ADAPTER_ID.fullmatch(path.name) and path.is_dir()):
             for path in folder.iterdir():
                 if REVISION.fullmatch(path.name) and path.is_dir():
                     num_bytes = sum(file.stat().st_size for file in path.iterdir())
-                    found.append((path.stat().st_mtime, Exact(folder.name, path.name), num_bytes))
+                    found.append((path.stat().st_mtime, RevisionKey(folder.name, path.name), num_bytes))
                 elif path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
         for _, exact, num_bytes in sorted(found):
@@ -121,7 +121,7 @@ class DiskCache:
 
     def _make_room(self, num_bytes: int) -> bool:
         free = self._capacity_bytes - self.num_bytes
-        going: list[Exact] = []
+        going: list[RevisionKey] = []
         for exact, size in self._sizes.items():
             if free >= num_bytes:
                 break
@@ -134,7 +134,7 @@ class DiskCache:
             self._drop(exact)
         return True
 
-    def _drop(self, exact: Exact) -> None:
+    def _drop(self, exact: RevisionKey) -> None:
         """Out of sight by a rename first: a folder that is being removed is half a folder."""
         self.num_bytes -= self._sizes.pop(exact)
         path = self._path(exact)
@@ -145,5 +145,5 @@ class DiskCache:
             aside = path
         shutil.rmtree(aside, ignore_errors=True)
 
-    def _path(self, exact: Exact) -> Path:
+    def _path(self, exact: RevisionKey) -> Path:
         return self._folder / exact.id / exact.revision

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from quiver_peft.adapters.store.files import Stamp
-from quiver_server.adapters.revision import Exact
-from quiver_server.adapters.sources import Place
+from quiver_server.adapters.revision import RevisionKey
+from quiver_server.adapters.sources import StoreLocation
 from quiver_server.errors import InvalidRequestError, RequestError
 
 
@@ -22,7 +22,7 @@ class State(Enum):
 
 
 @dataclass(eq=False)
-class Resident:
+class LoadedRevision:
     """One revision of an adapter in memory. num_leases: requests that use it; a retired one goes when that is 0.
 
     reload_seconds: what it would take to bring it back. worth, num_uses: what decides whether it gives way to others
@@ -39,13 +39,13 @@ class Resident:
     num_prefix_tokens: int
     num_prompt_tokens: int
     reload_seconds: float
-    worth: float = 0.0
+    priority: float = 0.0
     num_uses: int = 0
     num_leases: int = 0
     num_remaining_tokens: int = 0
     retired: bool = False
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    enders: set[Callable[[RequestError], None]] = field(default_factory=set[Callable[[RequestError], None]])
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+    cancel_callbacks: set[Callable[[RequestError], None]] = field(default_factory=set[Callable[[RequestError], None]])
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -54,23 +54,23 @@ class Resident:
 
 
 @dataclass(eq=False)
-class Version:
+class Revision:
     """One revision of an adapter, whether it is in memory or not.
 
     draining: gets no new request until it has given way to one that waits. placing: one at a time.
     """
 
-    entry: "Entry"
+    entry: "KnownAdapter"
     revision: str
-    resident: Resident | None = None
+    resident: LoadedRevision | None = None
     pinned_itself: bool = False
     draining: bool = False
     placing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
-    def exact(self) -> Exact:
+    def revision_key(self) -> RevisionKey:
         """Its name."""
-        return Exact(self.entry.id, self.revision)
+        return RevisionKey(self.entry.id, self.revision)
 
     @property
     def pinned(self) -> bool:
@@ -86,7 +86,7 @@ class Version:
 
 
 @dataclass(eq=False)
-class Entry:
+class KnownAdapter:
     """What the store knows of one id. current: what the id alone answers with, as far as it was read.
 
     stamp: the content's when it was read last, to notice a change. waiting: requests that wait, by the beginning of
@@ -95,43 +95,43 @@ class Entry:
     """
 
     id: str
-    place: Place
-    current: Version | None = None
-    versions: dict[str, Version] = field(default_factory=dict[str, Version])
+    location: StoreLocation
+    current: Revision | None = None
+    revisions: dict[str, Revision] = field(default_factory=dict[str, Revision])
     failure: RequestError | None = None
     stamp: Stamp | None = None
     pinned: bool = False
     waiting: dict[str, int] = field(default_factory=dict[str, int])
-    loads: "dict[str, asyncio.Task[Version]]" = field(default_factory=dict[str, "asyncio.Task[Version]"])
-    leaving: list[Resident] = field(default_factory=list[Resident])
+    loads: "dict[str, asyncio.Task[Revision]]" = field(default_factory=dict[str, "asyncio.Task[Revision]"])
+    leaving: list[LoadedRevision] = field(default_factory=list[LoadedRevision])
 
     @property
-    def resident(self) -> Resident | None:
+    def resident(self) -> LoadedRevision | None:
         """The current revision's."""
         return None if self.current is None else self.current.resident
 
     @property
-    def residents(self) -> list[Resident]:
+    def residents(self) -> list[LoadedRevision]:
         """All that takes device memory."""
-        self.leaving = [item for item in self.leaving if not item.gone.is_set()]
-        return [version.resident for version in self.versions.values() if version.resident is not None] + self.leaving
+        self.leaving = [item for item in self.leaving if not item.released.is_set()]
+        return [version.resident for version in self.revisions.values() if version.resident is not None] + self.leaving
 
     @property
     def num_waiting(self) -> int:
         """Requests for any of its revisions that wait."""
         return sum(tuple(self.waiting.values()))  # the metrics' thread asks too
 
-    def version(self, revision: str) -> Version:
+    def add_revision(self, revision: str) -> Revision:
         """The one of this revision, made when it is new."""
-        if revision not in self.versions:
-            self.versions[revision] = Version(self, revision)
-        return self.versions[revision]
+        if revision not in self.revisions:
+            self.revisions[revision] = Revision(self, revision)
+        return self.revisions[revision]
 
-    def known(self, prefix: str) -> Version | None:
+    def find_revision(self, prefix: str) -> Revision | None:
         """The version that a prefix names, of those known; "": the current one. Raises InvalidRequestError."""
         if not prefix:
             return self.current
-        found = [version for revision, version in self.versions.items() if revision.startswith(prefix)]
+        found = [version for revision, version in self.revisions.items() if revision.startswith(prefix)]
         if len(found) > 1:
             raise InvalidRequestError(
                 f"{len(found)} revisions of adapter {self.id!r} begin with {prefix}; give more digits", "adapter_id"

@@ -7,7 +7,7 @@ from quiver_peft.adapters.weights import AdapterWeights
 _BYTES_PER_PARAMETER = 4  # AdapterWeights are fp32
 
 
-class WeightsCache:
+class HostCache:
     """Weights by revision. The least recently used go when it is full.
 
     Used by one thread, the loader's; `bytes_of` by any.

@@ -16,9 +16,9 @@ from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.errors import AdapterError, BaseMismatchError, StoreError
 from quiver_server.adapters.background_threads import background_threads
 from quiver_server.adapters.disk_cache import DiskCache
-from quiver_server.adapters.host_cache import WeightsCache
-from quiver_server.adapters.revision import Exact
-from quiver_server.adapters.sources import Place
+from quiver_server.adapters.host_cache import HostCache
+from quiver_server.adapters.revision import RevisionKey
+from quiver_server.adapters.sources import StoreLocation
 from quiver_server.errors import MalformedAdapterError, OtherBaseError, StoreUnavailableError, UnknownAdapterError
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ T = TypeVar("T")
 _STORE_THREADS = 4
 
 
-class AdapterReader:
+class AdapterLoader:
     """Lives in the event loop. parse: validates files for this server's base; raises AdapterError."""
 
     def __init__(
-        self, parse: Callable[[AdapterFiles], AdapterWeights], host: WeightsCache, disk: DiskCache, thread: Executor
+        self, parse: Callable[[AdapterFiles], AdapterWeights], host: HostCache, disk: DiskCache, thread: Executor
     ) -> None:
         self._parse = parse
         self.host = host
@@ -43,19 +43,19 @@ class AdapterReader:
         """Nothing is asked any more; what is under way ends by itself."""
         self._store_threads.shutdown(wait=False, cancel_futures=True)
 
-    async def ask(self, call: Callable[..., T], *arguments: object) -> T:
+    async def submit(self, call: Callable[..., T], *arguments: object) -> T:
         """Call what may block on a store. Raises StoreUnavailableError, and whatever else it raises."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._store_threads, call, *arguments)
         except StoreError as error:
             raise StoreUnavailableError(str(error)) from None
 
-    async def current(self, adapter_id: str, place: Place) -> tuple[Stamp, AdapterWeights]:
+    async def load_current(self, adapter_id: str, place: StoreLocation) -> tuple[Stamp, AdapterWeights]:
         """What the store holds now. Raises UnknownAdapterError, StoreUnavailableError, or what is wrong with it."""
-        stamp, files = await self._valid(adapter_id, self.ask(_fetch, adapter_id, place))
+        stamp, files = await self._valid(adapter_id, self.submit(_fetch, adapter_id, place))
         return stamp, await self._read(adapter_id, files, keep=True)
 
-    async def exact(self, exact: Exact, place: Place) -> AdapterWeights | None:
+    async def load_revision(self, exact: RevisionKey, place: StoreLocation) -> AdapterWeights | None:
         """One revision, from the nearest place that has it; None: none has."""
         loop = asyncio.get_running_loop()
         if (weights := await loop.run_in_executor(self._thread, self.host.get, exact.revision)) is not None:
@@ -63,19 +63,19 @@ class AdapterReader:
         files = await loop.run_in_executor(self._store_threads, self.disk.get, exact)
         if files is not None:
             return await self._read(exact.id, files, keep=False)
-        fetched = await self._valid(exact.id, self.ask(_fetch_exact, place, exact.revision))
+        fetched = await self._valid(exact.id, self.submit(_fetch_revision, place, exact.revision))
         return None if fetched is None else await self._read(exact.id, fetched, keep=True)
 
-    async def is_kept(self, exact: Exact, place: Place) -> bool:
+    async def is_cached(self, exact: RevisionKey, place: StoreLocation) -> bool:
         """Whether the disk has a revision now, brought there if need be."""
         if self.disk.bytes_of(exact):
             return True
-        files = await self._valid(exact.id, self.ask(_fetch_exact, place, exact.revision))
-        return files is not None and await self.ask(self.disk.put, exact.id, files)
+        files = await self._valid(exact.id, self.submit(_fetch_revision, place, exact.revision))
+        return files is not None and await self.submit(self.disk.put, exact.id, files)
 
-    async def find_revision(self, adapter_id: str, place: Place, prefix: str) -> str | None:
+    async def find_revision(self, adapter_id: str, place: StoreLocation, prefix: str) -> str | None:
         """The revision that begins so, where the store keeps it or holds it now."""
-        files = await self._valid(adapter_id, self.ask(_fetch_exact, place, prefix))
+        files = await self._valid(adapter_id, self.submit(_fetch_revision, place, prefix))
         return None if files is None else files.revision
 
     async def _read(self, adapter_id: str, files: AdapterFiles, *, keep: bool) -> AdapterWeights:
@@ -99,7 +99,7 @@ class AdapterReader:
             raise MalformedAdapterError(f"adapter {adapter_id!r}: {error}", "adapter_id") from None
 
 
-def _fetch(adapter_id: str, place: Place) -> tuple[Stamp, AdapterFiles]:
+def _fetch(adapter_id: str, place: StoreLocation) -> tuple[Stamp, AdapterFiles]:
     try:
         return place.store.fetch(place.path)
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def _fetch(adapter_id: str, place: Place) -> tuple[Stamp, AdapterFiles]:
         ) from None
 
 
-def _fetch_exact(place: Place, prefix: str) -> AdapterFiles | None:
+def _fetch_revision(place: StoreLocation, prefix: str) -> AdapterFiles | None:
     found = place.store.fetch_revision(place.path, prefix)
     if found is None:
         try:

@@ -8,15 +8,15 @@ from quiver_peft.adapters.serving.banks import AdapterBanks
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_server.adapters.admin import AdapterAdmin
 from quiver_server.adapters.background_threads import background_threads
-from quiver_server.adapters.catalog import AdapterNames
+from quiver_server.adapters.catalog import AdapterCatalog
 from quiver_server.adapters.disk_cache import DiskCache
-from quiver_server.adapters.host_cache import WeightsCache
-from quiver_server.adapters.loader import AdapterReader
-from quiver_server.adapters.manager import AdapterStore
+from quiver_server.adapters.host_cache import HostCache
+from quiver_server.adapters.loader import AdapterLoader
+from quiver_server.adapters.manager import AdapterManager
 from quiver_server.adapters.memory import AdapterMemory
 from quiver_server.adapters.registry import Registry
 from quiver_server.adapters.sources import AdapterSources
-from quiver_server.adapters.watch import Changes
+from quiver_server.adapters.watch import ChangeFeed
 from quiver_server.telemetry.metrics import Metrics
 
 
@@ -29,15 +29,15 @@ def open_adapters(
     *,
     host_bytes: int,
     disk_bytes: int,
-) -> tuple[AdapterStore, AdapterAdmin]:
+) -> tuple[AdapterManager, AdapterAdmin]:
     """The store of these roots, and what changes it. Raises QuiverError, such as when another server has the state."""
     sources = AdapterSources(roots)
     registry = Registry(state)
-    disk = DiskCache(registry.folder / "cache", disk_bytes, lambda exact: registry.decided.names(exact))
+    disk = DiskCache(registry.folder / "cache", disk_bytes, lambda exact: registry.state.names(exact))
     thread = background_threads(1, "adapter-loader")
-    changes = Changes()
-    reader = AdapterReader(parse, WeightsCache(host_bytes), disk, thread)
-    memory = AdapterMemory(banks, thread, metrics, changes.note)
-    names = AdapterNames(sources, registry, reader, changes)
-    store = AdapterStore(names, reader, memory, thread, metrics)
+    changes = ChangeFeed()
+    reader = AdapterLoader(parse, HostCache(host_bytes), disk, thread)
+    memory = AdapterMemory(banks, thread, metrics, changes.notify)
+    names = AdapterCatalog(sources, registry, reader, changes)
+    store = AdapterManager(names, reader, memory, thread, metrics)
     return store, AdapterAdmin(store, sources)

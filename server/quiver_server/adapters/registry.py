@@ -17,7 +17,7 @@ from typing import Any
 from quiver_peft.adapters.store.store import ADAPTER_ID, REVISION
 from quiver_peft.errors import QuiverError
 from quiver_peft.files.atomic_folder import sync_folder
-from quiver_server.adapters.revision import Exact
+from quiver_server.adapters.revision import RevisionKey
 from quiver_server.errors import RequestError
 
 REGISTRY_FILE = "registry.json"
@@ -25,14 +25,14 @@ _SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Decided:
+class RegistryState:
     """aliases: name to revision. pins: ids and "id@revision"s. sources: id to the place below an allowed root."""
 
-    aliases: Mapping[str, Exact] = field(default_factory=dict[str, Exact])
+    aliases: Mapping[str, RevisionKey] = field(default_factory=dict[str, RevisionKey])
     pins: frozenset[str] = frozenset()
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def names(self, exact: Exact) -> bool:
+    def names(self, exact: RevisionKey) -> bool:
         """Whether an alias or a pin names this revision."""
         return str(exact) in self.pins or exact in self.aliases.values()
 
@@ -48,7 +48,7 @@ class Registry:
         self._lock_file = _lock(self.folder)
         self._file = self.folder / REGISTRY_FILE
         self._changing = asyncio.Lock()
-        self.decided = _read(self._file)
+        self.state = _read(self._file)
 
     def close(self) -> None:
         """Another server may have the folder now."""
@@ -56,34 +56,34 @@ class Registry:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    async def set_alias(self, name: str, exact: Exact | None) -> Exact | None:
+    async def set_alias(self, name: str, exact: RevisionKey | None) -> RevisionKey | None:
         """Move an alias, or with None take it away; returns what it named. Raises RequestError."""
         async with self._changing:
-            aliases = {key: value for key, value in self.decided.aliases.items() if key != name}
+            aliases = {key: value for key, value in self.state.aliases.items() if key != name}
             if exact is not None:
                 aliases[name] = exact
-            previous = self.decided.aliases.get(name)
-            await self._change(replace(self.decided, aliases=aliases))
+            previous = self.state.aliases.get(name)
+            await self._change(replace(self.state, aliases=aliases))
             return previous
 
     async def set_pin(self, name: str, pinned: bool) -> None:
         """Pin or unpin an id or "id@revision". Raises RequestError."""
         async with self._changing:
-            pins = self.decided.pins - {name}
-            await self._change(replace(self.decided, pins=pins | {name} if pinned else pins))
+            pins = self.state.pins - {name}
+            await self._change(replace(self.state, pins=pins | {name} if pinned else pins))
 
     async def set_source(self, adapter_id: str, source: str) -> None:
         """Where an id is read from. Raises RequestError."""
         async with self._changing:
-            await self._change(replace(self.decided, sources={**self.decided.sources, adapter_id: source}))
+            await self._change(replace(self.state, sources={**self.state.sources, adapter_id: source}))
 
-    async def _change(self, decided: Decided) -> None:
-        if decided != self.decided:
+    async def _change(self, decided: RegistryState) -> None:
+        if decided != self.state:
             try:
                 await asyncio.to_thread(_write, self._file, decided)
             except OSError as error:
                 raise RequestError(f"nothing has changed, {self._file} cannot be written: {error}") from None
-            self.decided = decided
+            self.state = decided
 
 
 def _lock(folder: Path) -> int:
@@ -104,18 +104,18 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _read(path: Path) -> Decided:
+def _read(path: Path) -> RegistryState:
     try:
         content: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return Decided()
+        return RegistryState()
     except (ValueError, RecursionError) as error:
         raise QuiverError(f"{path}: not valid JSON: {error}; mend it, or move it away to begin anew") from None
     try:
         version = content["schema_version"]
-        aliases = {str(name): _exact(text) for name, text in content["aliases"].items()}
+        aliases = {str(name): _read_revision_key(text) for name, text in content["aliases"].items()}
         sources = {str(name): str(source) for name, source in content["sources"].items()}
-        decided = Decided(aliases, frozenset(str(pin) for pin in content["pins"]), sources)
+        decided = RegistryState(aliases, frozenset(str(pin) for pin in content["pins"]), sources)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise QuiverError(f"{path}: not a registry: schema_version, aliases, pins, sources") from None
     if version != _SCHEMA_VERSION:
@@ -126,14 +126,14 @@ def _read(path: Path) -> Decided:
     return decided
 
 
-def _exact(text: Any) -> Exact:
+def _read_revision_key(text: Any) -> RevisionKey:
     adapter_id, _, revision = str(text).partition("@")
     if not ADAPTER_ID.fullmatch(adapter_id) or not REVISION.fullmatch(revision):
         raise ValueError(text)
-    return Exact(adapter_id, revision)
+    return RevisionKey(adapter_id, revision)
 
 
-def _write(path: Path, decided: Decided) -> None:
+def _write(path: Path, decided: RegistryState) -> None:
     content = {
         "schema_version": _SCHEMA_VERSION,
         "aliases": {name: str(exact) for name, exact in sorted(decided.aliases.items())},

@@ -7,7 +7,7 @@ from quiver_peft.adapters.store.store import ADAPTER_ID
 from quiver_server.errors import InvalidRequestError
 
 
-class Exact(NamedTuple):
+class RevisionKey(NamedTuple):
     """One revision of one adapter."""
 
     id: str

@@ -12,7 +12,7 @@ from quiver_server.errors import InvalidRequestError
 _MAX_SOURCE_LENGTH = 1024
 
 
-class Place(NamedTuple):
+class StoreLocation(NamedTuple):
     """An adapter's place in a store."""
 
     store: AdapterStore
@@ -32,27 +32,27 @@ class AdapterSources:
         self._stores = [AdapterStore(root) for root in roots]
         self.any_is_remote = any(not isinstance(store.files, LocalFiles) for store in self._stores)
 
-    def find(self, adapter_id: str, expected: bool = False) -> Place | None:
+    def find(self, adapter_id: str, expected: bool = False) -> StoreLocation | None:
         """Where an id lies; where it is expected to, though a store does not answer or lacks it. Raises StoreError."""
         for store in self._stores:
             try:
-                if store.has(adapter_id):
-                    return Place(store, adapter_id)
+                if store.exists(adapter_id):
+                    return StoreLocation(store, adapter_id)
             except StoreError:
                 if not expected:
                     raise
-                return Place(store, adapter_id)
-        return Place(self._stores[0], adapter_id) if expected else None
+                return StoreLocation(store, adapter_id)
+        return StoreLocation(self._stores[0], adapter_id) if expected else None
 
-    def places(self) -> dict[str, Place]:
+    def locations(self) -> dict[str, StoreLocation]:
         """By id, every adapter that can be listed. Raises StoreError."""
-        found: dict[str, Place] = {}
+        found: dict[str, StoreLocation] = {}
         for store in self._stores:
             for adapter_id in store.ids():
-                found.setdefault(adapter_id, Place(store, adapter_id))
+                found.setdefault(adapter_id, StoreLocation(store, adapter_id))
         return found
 
-    def at(self, source: str) -> Place:
+    def at(self, source: str) -> StoreLocation:
         """The place that a caller names: a path below the first store, or one that begins with a store's own.
 
         Raises InvalidRequestError for whatever is not below one of them.
@@ -66,7 +66,7 @@ class AdapterSources:
             if path is not None and all(ADAPTER_ID.fullmatch(name) for name in path.split("/")):
                 if isinstance(store.files, LocalFiles) and not _is_below(store.files.root, path):
                     break
-                return Place(store, path)
+                return StoreLocation(store, path)
         raise InvalidRequestError(
             f"source {source!r} is outside of what this server loads from: "
             f"{', '.join(store.url for store in self._stores)}",

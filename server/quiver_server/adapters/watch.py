@@ -14,7 +14,7 @@ class Watcher:
         self._ids: set[str] = set()
         self._changed = asyncio.Event()
 
-    def note(self, adapter_id: str) -> None:
+    def notify(self, adapter_id: str) -> None:
         """This one has changed."""
         self._ids.add(adapter_id)
         self._changed.set()
@@ -32,16 +32,16 @@ class Watcher:
         return ids
 
 
-class Changes:
+class ChangeFeed:
     """Where changes are noted and watched. Lives in the event loop."""
 
     def __init__(self) -> None:
         self._watchers: set[Watcher] = set()
 
-    def note(self, adapter_id: str) -> None:
+    def notify(self, adapter_id: str) -> None:
         """Something about this adapter is not as it was."""
         for watcher in self._watchers:
-            watcher.note(adapter_id)
+            watcher.notify(adapter_id)
 
     @contextmanager
     def watching(self) -> Generator[Watcher]:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from quiver_peft.adapters.serving.torch_seam import RowGroup, VirtualRows
 from quiver_peft.base.paged import PagedLayout
-from quiver_peft.kernels.transfer import Transfer
-from quiver_server.engine.encoder_batch import SourceBatch, add_to_groups, prepare_sources
+from quiver_peft.kernels.transfer import PinnedUpload
+from quiver_server.engine.encoder_batch import EncoderBatch, extend_row_groups, prepare_encoder_batch
 from quiver_server.engine.scheduler import ScheduledChunk
 
 
@@ -30,7 +30,7 @@ class StepBatch:
     virtual: list[VirtualRows]
     logit_rows: Tensor
     logit_counts: list[int]
-    sources: SourceBatch | None
+    encoder: EncoderBatch | None
 
 
 def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.device) -> StepBatch:
@@ -47,14 +47,14 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
         end = start + chunk.num_new_tokens
         tokens += sequence.tokens(start, end)
         positions += range(start, end)
-        add_to_groups(groups, RowGroup(sequence.slot, first_row, len(tokens)))
+        extend_row_groups(groups, RowGroup(sequence.slot, first_row, len(tokens)))
         if start < sequence.num_virtual_tokens:
             num_virtual = min(end, sequence.num_virtual_tokens) - start
             virtual.append(VirtualRows(sequence.slot, first_row, first_row + num_virtual, start))
         wanted = _wanted_rows(chunk)
         logit_rows += range(len(tokens) - wanted, len(tokens))
         logit_counts.append(wanted)
-    transfer = Transfer(device)
+    transfer = PinnedUpload(device)
     numbers = [transfer.add(part) for part in (tokens, positions, logit_rows)]
     layout = PagedLayout(
         [chunk.num_new_tokens for chunk in chunks],
@@ -73,7 +73,7 @@ def prepare_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.de
         virtual,
         on_device[2],
         logit_counts,
-        prepare_sources(chunks, block_size, device) if chunks[0].sequence.source else None,
+        prepare_encoder_batch(chunks, block_size, device) if chunks[0].sequence.encoder_input else None,
     )
 
 

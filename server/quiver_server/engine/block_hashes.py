@@ -13,9 +13,9 @@ from quiver_server.engine.sequence import Sequence
 _DIGEST_BYTES = 32
 
 
-def block_key(sequence: Sequence, index: int, block_size: int) -> bytes:
+def hash_block(sequence: Sequence, index: int, block_size: int) -> bytes:
     """The name of the sequence's block `index`, all of whose tokens must be known."""
-    keys = sequence.block_keys
+    keys = sequence.block_hashes
     while len(keys) <= index:
         first = len(keys) * block_size
         parent = keys[-1] if keys else _seed(sequence)
@@ -23,15 +23,15 @@ def block_key(sequence: Sequence, index: int, block_size: int) -> bytes:
     return keys[index]
 
 
-def source_key(sequence: Sequence, index: int) -> bytes:
+def hash_encoder_input(sequence: Sequence, index: int) -> bytes:
     """The name of block `index` of an encoder-decoder's source, which is read as a whole: every token sees all."""
-    if not sequence.source_digest:
-        sequence.source_digest = _digest(b"source " + sequence.revision.encode(), sequence.source)
-    return sequence.source_digest + index.to_bytes(4, "little")
+    if not sequence.encoder_digest:
+        sequence.encoder_digest = _digest(b"source " + sequence.revision.encode(), sequence.encoder_input)
+    return sequence.encoder_digest + index.to_bytes(4, "little")
 
 
 def _seed(sequence: Sequence) -> bytes:
-    return source_key(sequence, 0) if sequence.source else b"tokens " + sequence.revision.encode()
+    return hash_encoder_input(sequence, 0) if sequence.encoder_input else b"tokens " + sequence.revision.encode()
 
 
 def _digest(before: bytes, tokens: list[int]) -> bytes:

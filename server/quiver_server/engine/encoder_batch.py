@@ -12,7 +12,7 @@ from quiver_server.engine.scheduler import ScheduledChunk
 
 
 @dataclass(frozen=True)
-class SourceBatch:
+class EncoderBatch:
     """layout: where the sources of all sequences of the step lie.
 
     tokens: [T] int64, the new sources one after another, `lengths` tokens each; empty when no sequence is new.
@@ -26,7 +26,7 @@ class SourceBatch:
     virtual: list[VirtualRows]
 
 
-def prepare_sources(chunks: Seq[ScheduledChunk], block_size: int, device: torch.device) -> SourceBatch:
+def prepare_encoder_batch(chunks: Seq[ScheduledChunk], block_size: int, device: torch.device) -> EncoderBatch:
     """The sources of one step; chunks are ordered by slot."""
     tokens: list[int] = []
     lengths: list[int] = []
@@ -34,27 +34,27 @@ def prepare_sources(chunks: Seq[ScheduledChunk], block_size: int, device: torch.
     virtual: list[VirtualRows] = []
     for chunk in chunks:
         sequence, row = chunk.sequence, len(tokens)
-        if not chunk.num_new_source_tokens:
+        if not chunk.num_new_encoder_tokens:
             continue
-        num_virtual = sequence.num_virtual_source_tokens
-        tokens += [0] * num_virtual + sequence.source
-        lengths.append(chunk.num_new_source_tokens)
-        add_to_groups(groups, RowGroup(sequence.slot, row, len(tokens)))
+        num_virtual = sequence.num_virtual_encoder_tokens
+        tokens += [0] * num_virtual + sequence.encoder_input
+        lengths.append(chunk.num_new_encoder_tokens)
+        extend_row_groups(groups, RowGroup(sequence.slot, row, len(tokens)))
         if num_virtual:
             # An adapter's prompt is numbered after its prefix, which stands before the target.
             virtual.append(VirtualRows(sequence.slot, row, row + num_virtual, sequence.num_virtual_tokens))
     layout = SourceLayout(
         [chunk.num_new_tokens for chunk in chunks],
-        [chunk.sequence.num_source_tokens for chunk in chunks],
-        [chunk.sequence.source_blocks for chunk in chunks],
-        [chunk.num_new_source_tokens > 0 for chunk in chunks],
+        [chunk.sequence.num_encoder_tokens for chunk in chunks],
+        [chunk.sequence.encoder_blocks for chunk in chunks],
+        [chunk.num_new_encoder_tokens > 0 for chunk in chunks],
         block_size,
         device,
     )
-    return SourceBatch(layout, torch.tensor(tokens, dtype=torch.int64, device=device), lengths, groups, virtual)
+    return EncoderBatch(layout, torch.tensor(tokens, dtype=torch.int64, device=device), lengths, groups, virtual)
 
 
-def add_to_groups(groups: list[RowGroup], new: RowGroup) -> None:
+def extend_row_groups(groups: list[RowGroup], new: RowGroup) -> None:
     """Append rows to those of the same adapter, or begin a new group."""
     if groups and groups[-1].slot == new.slot:
         groups[-1] = groups[-1]._replace(end=new.end)

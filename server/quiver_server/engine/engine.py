@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quiver_server.engine.batch import StepBatch, prepare_batch
-from quiver_server.engine.model_runner import Runner
+from quiver_server.engine.model_runner import ModelRunner
 from quiver_server.engine.sampler import NOT_FINITE, logprobs_of, sample
 from quiver_server.engine.scheduler import ScheduledChunk, Scheduler
 from quiver_server.engine.sequence import FinishReason, Sequence, TokenEvent, TokenLogprob
@@ -32,7 +32,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         scheduler: Scheduler,
         *,
         block_size: int,
@@ -70,7 +70,7 @@ class Engine:
         """A sequence enters the queue."""
         with self._wakeup:
             if self._dead:
-                self._tell_dead([sequence])
+                self._fail_all([sequence])
                 return
             self._submitted.append(sequence)
             self._wakeup.notify()
@@ -83,21 +83,21 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            while self._take_commands():
+            while self._apply_commands():
                 self.step()
         except Exception as error:
             log.critical("the engine cannot go on", exc_info=error)
             with self._wakeup:
                 self._dead = True
-                self._tell_dead([*self._scheduler.running, *self._scheduler.waiting, *self._submitted])
+                self._fail_all([*self._scheduler.running, *self._scheduler.waiting, *self._submitted])
             self._on_dead()
 
-    def _tell_dead(self, sequences: Seq[Sequence]) -> None:
+    def _fail_all(self, sequences: Seq[Sequence]) -> None:
         """Nothing will be computed any more: whoever waits for it is told."""
         fault = EngineFaultError("the engine has failed and the server is stopping; another replica may answer")
         self._deliver([(sequence, TokenEvent(None, error=fault)) for sequence in sequences])
 
-    def _take_commands(self) -> bool:
+    def _apply_commands(self) -> bool:
         """Sleep until there is work, then let the new in and the cancelled out; False when the engine is to stop."""
         scheduler = self._scheduler
         with self._wakeup:
@@ -144,7 +144,7 @@ class Engine:
             sequence = chunk.sequence
             if not sequence.started:
                 sequence.started = True
-                sequence.on_started()
+                sequence.on_first_scheduled()
             if sequence.params.prompt_logprobs:
                 _note_prompt_logprobs(chunk, logits[ends[i] - batch.logit_counts[i] : ends[i]])
             self._scheduler.note_computed(chunk)
@@ -156,7 +156,7 @@ class Engine:
         """logits: [R, V]; the token was drawn from `row`."""
         if token == NOT_FINITE:
             self._scheduler.remove(sequence)
-            who = f"adapter {sequence.tenant!r}" if sequence.tenant else "the base"
+            who = f"adapter {sequence.fairness_key!r}" if sequence.fairness_key else "the base"
             return TokenEvent(
                 None, error=EngineFaultError(f"{who} computes logits that are not finite for this prompt")
             )

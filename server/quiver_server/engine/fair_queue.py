@@ -14,10 +14,10 @@ from quiver_server.engine.sequence import Sequence
 
 
 @dataclass(eq=False)
-class _Tenant:
+class _AdapterQueues:
     """num_served: tokens, weighted, that count against it. queues: its waiting sequences by priority, in order."""
 
-    num_served: float = 0.0
+    service: float = 0.0
     queues: dict[int, deque[Sequence]] = field(default_factory=dict[int, deque[Sequence]])
 
 
@@ -32,8 +32,8 @@ class FairQueue:
         self._patience_seconds = patience_seconds
         self._now = now
         self._arrivals = count()
-        self._tenants: dict[str, _Tenant] = {}
-        self._waiting: dict[str, _Tenant] = {}  # those of them that have somebody waiting
+        self._adapters: dict[str, _AdapterQueues] = {}
+        self._waiting: dict[str, _AdapterQueues] = {}  # those of them that have somebody waiting
         self._floor = 0.0  # the least that any waiting tenant was served: never falls
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class FairQueue:
 
     def remove(self, sequence: Sequence) -> bool:
         """Take a sequence out, because it runs now or will never; False when it does not wait here."""
-        tenant = self._waiting.get(sequence.tenant)
+        tenant = self._waiting.get(sequence.fairness_key)
         queue = tenant.queues.get(sequence.priority) if tenant is not None else None
         if tenant is None or queue is None or sequence not in queue:
             return False
@@ -66,14 +66,14 @@ class FairQueue:
         if not queue:
             del tenant.queues[sequence.priority]
         if not tenant.queues:
-            del self._waiting[sequence.tenant]
+            del self._waiting[sequence.fairness_key]
         return True
 
-    def heads(self) -> list[Sequence]:
+    def peek_all(self) -> list[Sequence]:
         """Of each tenant that waits, the sequence that is next."""
         return [self._head(tenant) for tenant in self._waiting.values()]
 
-    def head(self, tenant_id: str) -> Sequence | None:
+    def peek(self, tenant_id: str) -> Sequence | None:
         """The sequence of this tenant that is next, if one waits."""
         tenant = self._waiting.get(tenant_id)
         return None if tenant is None else self._head(tenant)
@@ -82,31 +82,31 @@ class FairQueue:
         """Whether it has waited longer than anybody should."""
         return self._now() - sequence.waiting_since_seconds > self._patience_seconds
 
-    def num_served(self, tenant_id: str) -> float:
+    def service_received(self, tenant_id: str) -> float:
         """What counts against a tenant; the least is served next."""
-        tenant = self._tenants.get(tenant_id)
-        return 0.0 if tenant is None else tenant.num_served
+        tenant = self._adapters.get(tenant_id)
+        return 0.0 if tenant is None else tenant.service
 
-    def charge(self, tenant_id: str, num_tokens: float) -> None:
+    def add_service(self, tenant_id: str, num_tokens: float) -> None:
         """A tenant is served so many tokens."""
-        self._tenants[tenant_id].num_served += num_tokens
+        self._adapters[tenant_id].service += num_tokens
 
     def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
         """Where a sequence is to wait from now on; a tenant of which nobody waited takes part again."""
         sequence.waiting_since_seconds = self._now()
-        tenant = self._tenants.setdefault(sequence.tenant, _Tenant())
-        if sequence.tenant not in self._waiting:
+        tenant = self._adapters.setdefault(sequence.fairness_key, _AdapterQueues())
+        if sequence.fairness_key not in self._waiting:
             self._raise_floor()
             low, high = self._floor - self.quantum, self._floor + self.quantum
-            tenant.num_served = min(max(tenant.num_served, low), high)
-            self._waiting[sequence.tenant] = tenant
+            tenant.service = min(max(tenant.service, low), high)
+            self._waiting[sequence.fairness_key] = tenant
         return tenant.queues.setdefault(sequence.priority, deque())
 
     def _raise_floor(self) -> None:
         if self._waiting:
-            self._floor = max(self._floor, min(tenant.num_served for tenant in self._waiting.values()))
+            self._floor = max(self._floor, min(tenant.service for tenant in self._waiting.values()))
 
-    def _head(self, tenant: _Tenant) -> Sequence:
+    def _head(self, tenant: _AdapterQueues) -> Sequence:
         firsts = [queue[0] for queue in tenant.queues.values()]
         if len(firsts) == 1:
             return firsts[0]

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from quiver_peft.adapters.serving.banks import AdapterBanks
-from quiver_peft.adapters.serving.cpp_seam import NativeSeam
+from quiver_peft.adapters.serving.cpp_seam import CppSeam
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedAttention, PagedKV
 from quiver_peft.base.paged_t5 import PackedAttention, PagedSources
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.kernels.cpp.library import library
-from quiver_peft.kernels.cpp.step_graph import Programs
+from quiver_peft.kernels.cpp.step_graph import StepGraphs
 from quiver_peft.kernels.paged_layout import PagedLayout
 from quiver_server.engine.batch import StepBatch
-from quiver_server.engine.encoder_batch import SourceBatch
+from quiver_server.engine.encoder_batch import EncoderBatch
 
 
-class Runner:
+class ModelRunner:
     """Owns the device side of the engine. Used by the engine's thread only."""
 
     def __init__(self, base: GPTBase | T5Base, banks: AdapterBanks, kv: PagedKV, max_step_tokens: int) -> None:
@@ -28,12 +28,12 @@ class Runner:
         self._banks = banks
         self._kv = kv
         native = library() if kv.keys.is_cpu and kv.keys.dtype == torch.float32 else None
-        self._biases = _biases(base)
-        self._programs = None if native is None else Programs(native, self._constants(), max_step_tokens)
+        self._position_biases = _relative_position_biases(base)
+        self._step_graphs = None if native is None else StepGraphs(native, self._constants(), max_step_tokens)
 
     def _constants(self) -> Iterator[Tensor]:
-        yield from self._base.constants()
-        yield from self._biases.values()
+        yield from self._base.buffers_read()
+        yield from self._position_biases.values()
         yield from (self._kv.keys, self._kv.values)
 
     @torch.inference_mode()
@@ -41,7 +41,11 @@ class Runner:
         """Logits of the wanted rows, [R, V]; keys and values of all rows are in the cache afterwards."""
         base = self._base
         seam = self._banks.seam(batch.groups, batch.virtual)
-        hidden = self._decode_t5(base, batch, seam) if isinstance(base, T5Base) else self._decode(base, batch, seam)
+        hidden = (
+            self._run_encoder_decoder(base, batch, seam)
+            if isinstance(base, T5Base)
+            else self._decode(base, batch, seam)
+        )
         assert hidden is not None
         return base.logits(hidden[batch.logit_rows])
 
@@ -53,27 +57,29 @@ class Runner:
 
         return self._step("decode", make, seam, [batch.tokens, batch.positions, batch.layout.new_rows], [batch.layout])
 
-    def _decode_t5(self, base: T5Base, batch: StepBatch, seam: Seam) -> Tensor | None:
+    def _run_encoder_decoder(self, base: T5Base, batch: StepBatch, seam: Seam) -> Tensor | None:
         """The decoder's hidden states, [T, D]; new sources are encoded first."""
-        new = batch.sources
+        new = batch.encoder
         assert new is not None
         sources = PagedSources(self._kv, new.layout)
         if new.lengths:
             self._encode(base, new, sources)
 
         def make() -> Tensor:
-            return base(batch.tokens, PagedAttention(self._kv, batch.layout, self._biases["decoder"]), sources, seam)
+            return base(
+                batch.tokens, PagedAttention(self._kv, batch.layout, self._position_biases["decoder"]), sources, seam
+            )
 
         layouts = [batch.layout, new.layout.attended]
         return self._step("decode", make, seam, [batch.tokens, batch.layout.new_rows], layouts)
 
-    def _encode(self, base: T5Base, new: SourceBatch, sources: PagedSources) -> None:
+    def _encode(self, base: T5Base, new: EncoderBatch, sources: PagedSources) -> None:
         """Keep what the decoder will attend to."""
         seam = self._banks.seam(new.groups, new.virtual)
-        attend = PackedAttention(new.lengths, self._biases["encoder"], new.tokens.device)
+        attend = PackedAttention(new.lengths, self._position_biases["encoder"], new.tokens.device)
 
         def make() -> None:
-            base.read(base.encode(new.tokens, attend, seam), sources, seam)
+            base.precompute_cross_kv(base.encode(new.tokens, attend, seam), sources, seam)
 
         assert new.layout.new_rows is not None
         self._step("encode", make, seam, [new.tokens, new.layout.new_rows], [attend.layout])
@@ -90,20 +96,20 @@ class Runner:
 
         rows: its inputs that have a number for each row. layouts: its other ones, beside the seam.
         """
-        is_native = isinstance(seam, NativeSeam) and not seam.has_virtual
-        if self._programs is None or not (seam is NO_ADAPTERS or is_native):
+        is_native = isinstance(seam, CppSeam) and not seam.has_virtual
+        if self._step_graphs is None or not (seam is NO_ADAPTERS or is_native):
             return make()
         inputs = [numbers.data_ptr() for numbers in rows] + [layout.address for layout in layouts]
-        if isinstance(seam, NativeSeam):
-            return self._programs.run((name, seam.acts), make, len(rows[0]), [*inputs, seam.address])
-        return self._programs.run((name, None), make, len(rows[0]), inputs)
+        if isinstance(seam, CppSeam):
+            return self._step_graphs.run((name, seam.acts), make, len(rows[0]), [*inputs, seam.address])
+        return self._step_graphs.run((name, None), make, len(rows[0]), inputs)
 
 
-def _biases(base: GPTBase | T5Base) -> dict[str, Tensor]:
+def _relative_position_biases(base: GPTBase | T5Base) -> dict[str, Tensor]:
     """By stack."""
     if isinstance(base, GPTBase):
         return {}
     return {
-        name: stack.bias.by_distance().detach()
+        name: stack.bias.bias_for_offsets().detach()
         for name, stack in (("encoder", base.encoder), ("decoder", base.decoder))
     }

@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.elementwise import best_ids
+from quiver_peft.kernels.elementwise import argmax_finite
 from quiver_server.engine.sequence import Sequence, TokenLogprob
 
-NOT_FINITE = -1  # as `best_ids` has it: instead of a token, where a row's logits overflowed
+NOT_FINITE = -1  # as `argmax_finite` has it: instead of a token, where a row's logits overflowed
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     """The next token of each sequence, NOT_FINITE for one whose logits tell none. logits: [B, V]."""
     logits = logits.float()
-    tokens: list[int] = best_ids(logits).tolist()
+    tokens: list[int] = argmax_finite(logits).tolist()
     others = [row for row, sequence in enumerate(sequences) if tokens[row] != NOT_FINITE and not _is_plain(sequence)]
     if others:
         # On the host, whatever the device: one copy, where each row's draw would wait several times.
@@ -28,7 +28,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
 def _is_plain(sequence: Sequence) -> bool:
     """Greedy with nothing to change: the argmax of the whole batch is the answer."""
     params = sequence.params
-    return params.greedy and not params.penalised and len(sequence.generated) >= params.min_new_tokens
+    return params.greedy and not params.has_penalties and len(sequence.generated) >= params.min_new_tokens
 
 
 def _sample_row(logits: Tensor, sequence: Sequence) -> int:
@@ -38,8 +38,8 @@ def _sample_row(logits: Tensor, sequence: Sequence) -> int:
     """
     params = sequence.params
     logits = logits.double()
-    if params.penalised:
-        _penalise(logits, sequence)
+    if params.has_penalties:
+        _apply_penalties(logits, sequence)
     if len(sequence.generated) < params.min_new_tokens:
         logits[list(params.stop_ids | params.eos_ids)] = -torch.inf
     if params.greedy:
@@ -57,7 +57,7 @@ def _sample_row(logits: Tensor, sequence: Sequence) -> int:
     return int(ids[min(int(torch.searchsorted(cumulative, point, right=True)), len(kept) - 1)])
 
 
-def _penalise(logits: Tensor, sequence: Sequence) -> None:
+def _apply_penalties(logits: Tensor, sequence: Sequence) -> None:
     """Repetition: Keskar et al. 2019, on prompt and answer. Presence and frequency: OpenAI's, on the answer."""
     params = sequence.params
     seen = torch.tensor(sorted({*sequence.prompt, *sequence.generated}), device=logits.device)

@@ -46,7 +46,7 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def penalised(self) -> bool:
+    def has_penalties(self) -> bool:
         """Whether earlier tokens change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
@@ -116,27 +116,27 @@ class Sequence:
     emit: Callable[[TokenEvent], None]
     slot: int = BASE_SLOT
     num_virtual_tokens: int = 0
-    on_started: Callable[[], None] = lambda: None
-    source: list[int] = field(default_factory=list[int])
-    num_virtual_source_tokens: int = 0
+    on_first_scheduled: Callable[[], None] = lambda: None
+    encoder_input: list[int] = field(default_factory=list[int])
+    num_virtual_encoder_tokens: int = 0
     revision: str = ""
-    tenant: str = ""
+    fairness_key: str = ""
     priority: int = 0
     first_logprob: int = 1
 
     arrival: int = -1  # its number in the queue
     waiting_since_seconds: float = 0.0  # of the monotonic clock
-    num_charged_tokens: int = 0  # its first positions, up to its prompt's end, that count against its tenant already
+    num_accounted_tokens: int = 0  # its first positions, up to its prompt's end, that count against its tenant already
     generated: list[int] = field(default_factory=list[int])
     num_cached_tokens: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list[int])
-    source_blocks: list[int] = field(default_factory=list[int])
-    source_is_cached: bool = False
+    encoder_blocks: list[int] = field(default_factory=list[int])
+    encoder_is_cached: bool = False
     num_reused_tokens: int = 0  # tokens of the client's prompt that were in the cache when the sequence first ran
-    block_keys: list[bytes] = field(default_factory=list[bytes])  # names of its first blocks, as far as made
-    num_named_blocks: int = 0
-    source_digest: bytes = b""
-    source_is_named: bool = False
+    block_hashes: list[bytes] = field(default_factory=list[bytes])  # names of its first blocks, as far as made
+    num_hashed_blocks: int = 0
+    encoder_digest: bytes = b""
+    encoder_is_hashed: bool = False
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     started: bool = False
 
@@ -146,16 +146,16 @@ class Sequence:
         return self.num_virtual_tokens + len(self.prompt) + len(self.generated)
 
     @property
-    def num_unasked_tokens(self) -> int:
+    def first_logits_position(self) -> int:
         """Positions before the first whose logits are wanted."""
         if self.params.prompt_logprobs and not self.generated:
             return self.num_virtual_tokens + self.first_logprob - 1
         return self.num_tokens - 1
 
     @property
-    def num_source_tokens(self) -> int:
+    def num_encoder_tokens(self) -> int:
         """Positions of the source, virtual tokens included; 0 without one."""
-        return self.num_virtual_source_tokens + len(self.source)
+        return self.num_virtual_encoder_tokens + len(self.encoder_input)
 
     @property
     def num_prompt_positions(self) -> int:

@@ -1,9 +1,9 @@
 """An adapter as the wire describes it."""
 
 from quiver.v1 import adapters_pb2
-from quiver_server.adapters.entry import Entry, State, Version
-from quiver_server.adapters.manager import AdapterStore, state_of, version_state
-from quiver_server.adapters.revision import Exact
+from quiver_server.adapters.entry import KnownAdapter, Revision, State
+from quiver_server.adapters.manager import AdapterManager, revision_state, state_of
+from quiver_server.adapters.revision import RevisionKey
 
 _STATES = {
     State.REGISTERED: adapters_pb2.Adapter.STATE_REGISTERED,
@@ -14,20 +14,20 @@ _STATES = {
 }
 
 
-def alias_message(name: str, exact: Exact) -> adapters_pb2.Alias:
+def alias_message(name: str, exact: RevisionKey) -> adapters_pb2.Alias:
     """An alias and what it names."""
     return adapters_pb2.Alias(name=name, adapter_id=exact.id, revision=exact.revision)
 
 
-def adapter_message(entry: Entry, store: AdapterStore) -> adapters_pb2.Adapter:
+def adapter_message(entry: KnownAdapter, store: AdapterManager) -> adapters_pb2.Adapter:
     """An adapter as it is now, in every tier."""
-    aliases = store.registry.decided.aliases
-    held = sorted(entry.versions.values(), key=lambda version: (version is not entry.current, version.revision))
+    aliases = store.registry.state.aliases
+    held = sorted(entry.revisions.values(), key=lambda version: (version is not entry.current, version.revision))
     revisions = [message for version in held if _is_held(message := _revision_message(version, store))]
     residents = entry.residents
     message = adapters_pb2.Adapter(
         id=entry.id,
-        source=entry.place.url,
+        source=entry.location.url,
         state=_STATES[state_of(entry, store)],
         device_bytes=sum(resident.num_bytes for resident in residents),
         host_bytes=sum(revision.host_bytes for revision in revisions),
@@ -52,15 +52,15 @@ def adapter_message(entry: Entry, store: AdapterStore) -> adapters_pb2.Adapter:
     return message
 
 
-def _revision_message(version: Version, store: AdapterStore) -> adapters_pb2.Revision:
+def _revision_message(version: Revision, store: AdapterManager) -> adapters_pb2.Revision:
     residents = [item for item in version.entry.residents if item.revision == version.revision]
     return adapters_pb2.Revision(
         revision=version.revision,
-        state=_STATES[version_state(version, store)],
+        state=_STATES[revision_state(version, store)],
         running=sum(resident.num_leases for resident in residents),
         device_bytes=sum(resident.num_bytes for resident in residents),
         host_bytes=store.reader.host.bytes_of(version.revision),
-        disk_bytes=store.reader.disk.bytes_of(version.exact),
+        disk_bytes=store.reader.disk.bytes_of(version.revision_key),
         pinned=version.pinned,
     )
 

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 import grpc
 
 from quiver.v1 import adapters_pb2, adapters_pb2_grpc, model_pb2, model_pb2_grpc
-from quiver_server.adapters.admin import AdapterAdmin, Running
-from quiver_server.adapters.entry import Entry
-from quiver_server.adapters.manager import AdapterStore
-from quiver_server.adapters.revision import Exact
+from quiver_server.adapters.admin import AdapterAdmin, UnloadPolicy
+from quiver_server.adapters.entry import KnownAdapter
+from quiver_server.adapters.manager import AdapterManager
+from quiver_server.adapters.revision import RevisionKey
 from quiver_server.auth import current_caller
 from quiver_server.errors import InvalidRequestError, RequestError
 from quiver_server.grpc_api.adapter_messages import adapter_message, alias_message
@@ -18,11 +18,11 @@ from quiver_server.grpc_api.status import refuse
 T = TypeVar("T")
 
 _RESCAN_SECONDS = 5.0  # how often a watcher's server looks for adapters that have come or gone in its stores
-_RUNNING = {
-    adapters_pb2.UnloadAdapterRequest.RUNNING_UNSPECIFIED: Running.WAIT,
-    adapters_pb2.UnloadAdapterRequest.RUNNING_WAIT: Running.WAIT,
-    adapters_pb2.UnloadAdapterRequest.RUNNING_REFUSE: Running.REFUSE,
-    adapters_pb2.UnloadAdapterRequest.RUNNING_CANCEL: Running.CANCEL,
+_UNLOAD_POLICIES = {
+    adapters_pb2.UnloadAdapterRequest.RUNNING_UNSPECIFIED: UnloadPolicy.WAIT,
+    adapters_pb2.UnloadAdapterRequest.RUNNING_WAIT: UnloadPolicy.WAIT,
+    adapters_pb2.UnloadAdapterRequest.RUNNING_REFUSE: UnloadPolicy.REFUSE,
+    adapters_pb2.UnloadAdapterRequest.RUNNING_CANCEL: UnloadPolicy.CANCEL,
 }
 _TIERS = adapters_pb2.LoadAdapterRequest.Tier
 
@@ -47,7 +47,7 @@ def _check(adapter_id: str, *, change: bool = False) -> None:
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """`quiver.v1.AdapterService`."""
 
-    def __init__(self, store: AdapterStore, admin: AdapterAdmin) -> None:
+    def __init__(self, store: AdapterManager, admin: AdapterAdmin) -> None:
         self._store = store
         self._admin = admin
 
@@ -58,7 +58,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.LoadAdapterResponse:
         """Bring an adapter into memory."""
 
-        async def load() -> Entry:
+        async def load() -> KnownAdapter:
             _check(request.adapter_id, change=True)
             pin = request.pin if request.HasField("pin") else None
             if request.tier not in _TIERS.values():
@@ -81,9 +81,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def unload() -> int:
             _check(request.adapter_id, change=True)
-            if request.running not in _RUNNING:
+            if request.running not in _UNLOAD_POLICIES:
                 raise InvalidRequestError(f"running {request.running} is not known", "running")
-            return await self._admin.unload(request.adapter_id, _RUNNING[request.running])
+            return await self._admin.unload(request.adapter_id, _UNLOAD_POLICIES[request.running])
 
         freed = await _or_refuse(unload(), context)
         return adapters_pb2.UnloadAdapterResponse(freed_bytes=freed)
@@ -95,9 +95,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.GetAdapterResponse:
         """Describe one adapter."""
 
-        async def find() -> Entry:
+        async def find() -> KnownAdapter:
             _check(request.adapter_id)
-            return await self._store.names.get(request.adapter_id)
+            return await self._store.names.require(request.adapter_id)
 
         entry = await _or_refuse(find(), context)
         return adapters_pb2.GetAdapterResponse(adapter=self._describe(entry))
@@ -119,7 +119,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.SetAliasResponse:
         """Move an alias."""
 
-        async def move() -> tuple[Exact, Exact | None]:
+        async def move() -> tuple[RevisionKey, RevisionKey | None]:
             _check(request.alias, change=True)
             _check(request.target)
             return await self._admin.set_alias(request.alias, request.target)
@@ -135,7 +135,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.DeleteAliasResponse:
         """Take an alias away."""
 
-        async def delete() -> Exact:
+        async def delete() -> RevisionKey:
             _check(request.alias, change=True)
             return await self._admin.delete_alias(request.alias)
 
@@ -169,7 +169,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         """How these are now, where that is not what was told before."""
         news = adapters_pb2.WatchAdaptersResponse(snapshot=snapshot)
         for adapter_id in sorted(ids):
-            entry = self._store.names.peek(adapter_id)
+            entry = self._store.names.cached(adapter_id)
             if entry is None:
                 if told.pop(adapter_id, None) is not None:
                     news.removed_ids.append(adapter_id)
@@ -180,7 +180,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 news.adapters.append(message)
         return news
 
-    def _describe(self, entry: Entry) -> adapters_pb2.Adapter:
+    def _describe(self, entry: KnownAdapter) -> adapters_pb2.Adapter:
         return adapter_message(entry, self._store)
 
 

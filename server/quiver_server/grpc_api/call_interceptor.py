@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from quiver_server.auth import Access, current_caller
+from quiver_server.auth import Authenticator, current_caller
 from quiver_server.errors import RequestError
 from quiver_server.grpc_api.status import refuse
-from quiver_server.telemetry.call import REQUEST_ID_KEY, Call, enter_call, name_by_header
+from quiver_server.telemetry.call import REQUEST_ID_KEY, CallContext, enter_call, set_request_id_from_headers
 from quiver_server.telemetry.call_recorder import CallRecorder
 
 _OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Makes the bearer of a call's token its current caller, or refuses the call. Each ends in the record."""
 
-    def __init__(self, access: Access, recorder: CallRecorder) -> None:
+    def __init__(self, access: Authenticator, recorder: CallRecorder) -> None:
         self._access = access
         self._recorder = recorder
 
@@ -42,14 +42,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         headers = {key: str(value) for key, value in handler_call_details.invocation_metadata or ()}
         call = enter_call(method.rpartition("/")[2], headers)
         try:
-            name_by_header(headers)
-            self._access.enter(headers.get("authorization", ""))
+            set_request_id_from_headers(headers)
+            self._access.authenticate(headers.get("authorization", ""))
             call.caller = current_caller().grant.name
         except RequestError as error:
             handler = _refusing(handler, error)
         return self._recorded(handler, call)
 
-    def _recorded(self, handler: "_Handler", call: Call) -> "_Handler":
+    def _recorded(self, handler: "_Handler", call: CallContext) -> "_Handler":
         """The same handler; the trailing metadata repeat the call's name, and its end is recorded."""
         inner: Any = handler
 

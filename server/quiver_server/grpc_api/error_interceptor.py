@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class FaultInterceptor(grpc.aio.ServerInterceptor):
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Gives each of our methods a deserializer and a handler that turn what goes wrong into a RequestError."""
 
     async def intercept_service(
@@ -72,7 +72,7 @@ def _watched_stream(answer: Any) -> Any:
                     async with asyncio.timeout(READER_SECONDS):
                         await context.write(message)
         except TimeoutError:
-            await _give_up(context)
+            await _abort_slow_reader(context)
         except Exception as error:
             await _refuse(context, error)
 
@@ -85,7 +85,7 @@ def _checked(request: Any) -> Any:
     return request
 
 
-async def _give_up(context: "_Context") -> None:
+async def _abort_slow_reader(context: "_Context") -> None:
     """Everything is given back by now; what waits here until the client reads is the status alone."""
     try:
         await refuse(context, SlowReaderError(f"nothing was read for {READER_SECONDS:g} s: the answer was given up"))

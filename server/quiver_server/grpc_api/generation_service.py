@@ -8,7 +8,7 @@ import grpc
 from quiver.v1 import generation_pb2, generation_pb2_grpc
 from quiver_server.errors import RequestError
 from quiver_server.grpc_api.status import refuse
-from quiver_server.requests.handler import Answering
+from quiver_server.requests.handler import RequestHandler
 from quiver_server.requests.session import Piece, Session
 from quiver_server.requests.validation import FINISH_REASONS, fill_score, logprob_message
 from quiver_server.telemetry.call import current_call
@@ -21,8 +21,8 @@ _Answer = generation_pb2.GenerateResponse | generation_pb2.GenerateStreamRespons
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """`quiver.v1.GenerationService`."""
 
-    def __init__(self, answering: Answering) -> None:
-        self._answering = answering
+    def __init__(self, handler: RequestHandler) -> None:
+        self._handler = handler
 
     async def Generate(  # noqa: N802 - the name is the wire's
         self,
@@ -32,12 +32,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Answer once, with all candidates complete."""
         response = generation_pb2.GenerateResponse()
         try:
-            session = await self._answering.open(request)
+            session = await self._handler.submit(request)
             candidates = [response.candidates.add(index=i) for i in range(session.num_candidates)]
-            async for piece in self._answering.pieces(session):
+            async for piece in self._handler.pieces(session):
                 _extend(candidates[piece.index], piece)
             _describe(response, session)
-            _summarise(response, session)
+            _summarize(response, session)
         except RequestError as error:
             await refuse(context, error)
         return response
@@ -49,17 +49,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
         """Answer with pieces as they are generated."""
         try:
-            session = await self._answering.open(request)
+            session = await self._handler.submit(request)
             num_ended = 0
             first = True
-            async for piece in self._answering.pieces(session):
+            async for piece in self._handler.pieces(session):
                 message = _piece_message(piece)
                 if first:
                     _describe(message, session)
                     first = False
                 num_ended += piece.finish_reason is not None
                 if num_ended == session.num_candidates:
-                    _summarise(message, session)
+                    _summarize(message, session)
                 yield message
         except RequestError as error:
             await refuse(context, error)
@@ -72,12 +72,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """How likely given continuations are."""
         response = generation_pb2.ScoreResponse()
         try:
-            session = await self._answering.open_score(request)
+            session = await self._handler.submit_score(request)
             scores = [response.scores.add() for _ in range(session.num_candidates)]
-            async for piece in self._answering.pieces(session):
+            async for piece in self._handler.pieces(session):
                 fill_score(scores[piece.index], piece.prompt_logprobs, request.top_logprobs)
             _describe(response, session)
-            _summarise(response, session)
+            _summarize(response, session)
         except RequestError as error:
             await refuse(context, error)
         return response
@@ -90,10 +90,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """The ids that Generate would use for a text."""
         ids: list[int] = []
         try:
-            ids = await self._answering.tokenize(request.text)
+            ids = await self._handler.tokenize(request.text)
         except RequestError as error:
             await refuse(context, error)
-        pieces = self._answering.tokenizer.pieces(ids) if request.pieces else []
+        pieces = self._handler.tokenizer.pieces(ids) if request.pieces else []
         return generation_pb2.TokenizeResponse(token_ids=ids, pieces=pieces)
 
 
@@ -129,7 +129,7 @@ def _describe(message: _Answer, session: Session) -> None:
         message.adapter.methods.extend(session.adapter.methods)
 
 
-def _summarise(message: _Answer, session: Session) -> None:
+def _summarize(message: _Answer, session: Session) -> None:
     """What it took."""
     message.usage.prompt_tokens = session.num_prompt_tokens
     message.usage.virtual_tokens = session.num_virtual_tokens

@@ -16,13 +16,13 @@ from quiver.v1 import (
     model_pb2,
     model_pb2_grpc,
 )
-from quiver_server.auth import Access
+from quiver_server.auth import Authenticator
 from quiver_server.config import ServerConfig
 from quiver_server.grpc_api.adapter_service import AdapterService, ModelService
 from quiver_server.grpc_api.call_interceptor import CallInterceptor
-from quiver_server.grpc_api.error_interceptor import FaultInterceptor
+from quiver_server.grpc_api.error_interceptor import ErrorInterceptor
 from quiver_server.grpc_api.generation_service import GenerationService
-from quiver_server.requests.handler import Answering
+from quiver_server.requests.handler import RequestHandler
 from quiver_server.telemetry.call_recorder import CallRecorder
 from quiver_server.tls import grpc_credentials, tls_files
 
@@ -47,7 +47,7 @@ _OPTIONS = (
 )
 
 
-class GrpcFront:
+class GrpcServer:
     """Takes its port at once, and answers from `start` to `drain`. Made in the event loop that will serve.
 
     Raises RuntimeError for a port that cannot be had.
@@ -56,10 +56,10 @@ class GrpcFront:
     def __init__(
         self,
         config: ServerConfig,
-        answering: Answering,
+        handler: RequestHandler,
         adapters: AdapterService,
         description: model_pb2.GetModelResponse,
-        access: Access,
+        access: Authenticator,
         recorder: CallRecorder,
     ) -> None:
         message_bytes = config.max_message_mib * _MIB
@@ -67,9 +67,9 @@ class GrpcFront:
             ("grpc.max_receive_message_length", message_bytes),
             ("grpc.max_send_message_length", 4 * message_bytes),
         )
-        interceptors = [FaultInterceptor(), CallInterceptor(access, recorder)]
+        interceptors = [ErrorInterceptor(), CallInterceptor(access, recorder)]
         self._server = grpc.aio.server(options=(*_OPTIONS, *sizes), interceptors=interceptors)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(answering), self._server)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(handler), self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(description), self._server)
         self._healths = HealthServicer()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.engine.sequence import FinishReason, TokenLogprob
-from quiver_server.requests.detokenizer import Spelling
+from quiver_server.requests.detokenizer import IncrementalDetokenizer
 from quiver_server.requests.session import Piece, Session
 
 
@@ -45,7 +45,7 @@ class Choices:
         self._session = session
         self._echoed = echoed
         self.parts = [Part(index) for index in range(session.num_candidates)]
-        self._spelling = [Spelling(tokenizer) for _ in self.parts]
+        self._spelling = [IncrementalDetokenizer(tokenizer) for _ in self.parts]
         self._to_echo = {part.index for part in self.parts} if echoed else set[int]()
 
     def add(self, piece: Piece) -> None:
@@ -56,7 +56,7 @@ class Choices:
             part.echo = self._echo(piece)
             spelling.num_characters = len(part.echo.text)
         part.finish_reason = piece.finish_reason
-        if not self._session.draws:
+        if not self._session.is_generation:
             return
         part.text += piece.text
         part.token_ids.append(piece.token_id)

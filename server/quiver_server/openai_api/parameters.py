@@ -22,7 +22,7 @@ class UnsupportedError(InvalidRequestError):
 
 
 @dataclass(frozen=True)
-class Question:
+class ParsedRequest:
     """A request, read.
 
     message: without its prompt and its adapter_id, which is made of `model` by who knows the models. names: of the
@@ -37,7 +37,7 @@ class Question:
     include_usage: bool
     return_token_ids: bool
     echo: bool
-    draws: bool
+    is_generation: bool
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ CHAT_PARAMETERS = {
     "top_logprobs": Parameter("output.top_logprobs", _whole),
 }
 # About the answer's form, or about nothing that an answer depends on.
-_OTHERS = {"model", "stream", "stream_options", "return_token_ids", "user", "safety_identifier"}
+_UNSUPPORTED = {"model", "stream", "stream_options", "return_token_ids", "user", "safety_identifier"}
 # Not supported, but clients send them with values that ask for nothing.
-_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -132,7 +132,7 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_question(body: Mapping[str, Any], prompt: str, parameters: Mapping[str, Parameter]) -> Question:
+def read_parameters(body: Mapping[str, Any], prompt: str, parameters: Mapping[str, Parameter]) -> ParsedRequest:
     """All but the prompt, whose parameter is called `prompt`. Raises InvalidRequestError."""
     given = {name: value for name, value in body.items() if value is not None}
     is_chat = parameters is CHAT_PARAMETERS
@@ -143,11 +143,11 @@ def read_question(body: Mapping[str, Any], prompt: str, parameters: Mapping[str,
     message = generation_pb2.GenerateRequest()
     message.sampling.temperature = _OPENAI_TEMPERATURE
     names = {"adapter_id": "model", "prompt": prompt, "text": prompt, "tokens.ids": prompt}
-    for name in [name for name in given if name not in _OTHERS and name != prompt]:
+    for name in [name for name in given if name not in _UNSUPPORTED and name != prompt]:
         if name in parameters:
             _set(message, parameters[name].field, _read(name, given[name], parameters[name].read))
             names[parameters[name].field] = name
-        elif given[name] not in _ASKS_NOTHING.get(name, ()):
+        elif given[name] not in _NEUTRAL_VALUES.get(name, ()):
             raise UnsupportedError(f"{name} is not supported by this server; leave it out", name)
     if "logprobs" in given and not is_chat:
         message.output.logprobs = True  # a number there, which may be 0: no alternatives
@@ -160,7 +160,7 @@ def read_question(body: Mapping[str, Any], prompt: str, parameters: Mapping[str,
     if "max_tokens" in given and "max_completion_tokens" in given:
         raise InvalidRequestError("give one of max_tokens and max_completion_tokens", "max_completion_tokens")
     stream = _read("stream", given.get("stream", False), _flag)
-    return Question(
+    return ParsedRequest(
         message,
         names,
         model,

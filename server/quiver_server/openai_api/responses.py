@@ -8,7 +8,7 @@ from typing import Any
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.engine.sequence import FinishReason, TokenLogprob
 from quiver_server.openai_api.choices import Part
-from quiver_server.requests.detokenizer import offsets_of
+from quiver_server.requests.detokenizer import token_offsets
 from quiver_server.requests.session import Session
 
 _LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Head:
+class ResponseHead:
     """What every message of one answer repeats.
 
     model: which one answers, an alias resolved. revision: of the adapter, or the base's fingerprint.
@@ -39,7 +39,7 @@ class Head:
         }
 
 
-class Writer:
+class ResponseWriter:
     """Both of OpenAI's forms. is_chat: the one of chats; with_token_ids: beyond OpenAI's, each choice tells them."""
 
     def __init__(self, tokenizer: Tokenizer, *, is_chat: bool, with_token_ids: bool) -> None:
@@ -47,30 +47,30 @@ class Writer:
         self.is_chat = is_chat
         self._with_token_ids = with_token_ids
 
-    def whole(self, head: Head, parts: Iterable[Part], session: Session) -> Json:
+    def completion(self, head: ResponseHead, parts: Iterable[Part], session: Session) -> Json:
         """The answer at once."""
         choices = [self._choice(part, self._message(part)) for part in parts]
         kind = "chat.completion" if self.is_chat else "text_completion"
         return {**head.fields(kind), "choices": choices, "usage": usage(session)}
 
-    def chunk(self, head: Head, part: Part) -> Json:
+    def chunk(self, head: ResponseHead, part: Part) -> Json:
         """A part of a stream."""
         text = _text(part)
         content: Json = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
         return {**head.fields(self._chunk_kind), "choices": [self._choice(part, content)]}
 
-    def opening(self, head: Head, num_candidates: int) -> list[Json]:
+    def first_chunks(self, head: ResponseHead, num_candidates: int) -> list[Json]:
         """What a stream begins with: in a chat, whose turn it is."""
         delta = {"role": "assistant", "content": ""}
         choice = {"delta": delta, "logprobs": None, "finish_reason": None}
         fields = head.fields(self._chunk_kind)
         return [{**fields, "choices": [{"index": i, **choice}]} for i in range(num_candidates if self.is_chat else 0)]
 
-    def closing(self, head: Head, session: Session) -> Json:
+    def usage_chunk(self, head: ResponseHead, session: Session) -> Json:
         """The last chunk of a stream that asked for its usage."""
         return {**head.fields(self._chunk_kind), "choices": [], "usage": usage(session)}
 
-    def says_something(self, part: Part) -> bool:
+    def has_content(self, part: Part) -> bool:
         """Whether a part is worth a chunk: a token may end within a character."""
         return bool(part.text or part.logprobs or part.finish_reason or part.echo or self._with_token_ids)
 
@@ -118,7 +118,7 @@ class Writer:
         items, offsets, first = part.logprobs, part.offsets, list[int]()
         if part.echo is not None and part.echo.logprobs is not None:
             items, first = [*part.echo.logprobs, *items], [part.echo.token_ids[0]]
-            offsets = offsets_of(self._tokenizer, part.echo.token_ids) + offsets
+            offsets = token_offsets(self._tokenizer, part.echo.token_ids) + offsets
         if not offsets:
             return None
         unknown = [None] * len(first)

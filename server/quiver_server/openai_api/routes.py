@@ -20,12 +20,12 @@ from quiver_server.openai_api.models import Models
 from quiver_server.openai_api.parameters import (
     CHAT_PARAMETERS,
     COMPLETION_PARAMETERS,
-    Question,
-    read_question,
+    ParsedRequest,
+    read_parameters,
 )
 from quiver_server.openai_api.prompts import read_prompts
-from quiver_server.openai_api.responses import Head, Json, Writer
-from quiver_server.requests.handler import Answering
+from quiver_server.openai_api.responses import Json, ResponseHead, ResponseWriter
+from quiver_server.requests.handler import RequestHandler
 from quiver_server.requests.session import Piece, Session
 from quiver_server.telemetry.call import current_call
 
@@ -42,38 +42,38 @@ class NoChatTemplateError(InvalidRequestError):
 class _Answer:
     """One answer in the making."""
 
-    question: Question
-    writer: Writer
+    question: ParsedRequest
+    writer: ResponseWriter
     session: Session
     choices: Choices
 
 
-class Handlers:
+class Routes:
     """`/v1/*`. chat_template: the base's, if it has one."""
 
-    def __init__(self, answering: Answering, models: Models, chat_template: ChatTemplate | None) -> None:
-        self._answering = answering
+    def __init__(self, handler: RequestHandler, models: Models, chat_template: ChatTemplate | None) -> None:
+        self._handler = handler
         self._models = models
         self._chat_template = chat_template
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/models`."""
-        return web.json_response({"object": "list", "data": await self._models.listed()}, dumps=dumps)
+        return web.json_response({"object": "list", "data": await self._models.list()}, dumps=dumps)
 
     async def get_model(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/models/ID`."""
-        return web.json_response(await self._models.described(request.match_info["model"]), dumps=dumps)
+        return web.json_response(await self._models.describe(request.match_info["model"]), dumps=dumps)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""
         body = await _read_body(request)
-        question = read_question(body, "prompt", COMPLETION_PARAMETERS)
+        question = read_parameters(body, "prompt", COMPLETION_PARAMETERS)
         return await self._answer(request, question, read_prompts(body.get("prompt")), is_chat=False)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
         body = await _read_body(request)
-        question = read_question(body, "messages", CHAT_PARAMETERS)
+        question = read_parameters(body, "messages", CHAT_PARAMETERS)
         messages = read_messages(body.get("messages"))
         if self._chat_template is None:
             raise NoChatTemplateError(
@@ -87,21 +87,21 @@ class Handlers:
             raise InvalidRequestError(str(error), "messages") from None
         try:
             # The template writes the special tokens itself.
-            ids = await self._answering.tokenize(text, add_special_tokens=False)
+            ids = await self._handler.tokenize(text, add_special_tokens=False)
         except RequestError as error:
             return _refused(error, question)
         return await self._answer(request, question, [ids], is_chat=True)
 
     async def _answer(
-        self, request: web.Request, question: Question, prompts: Sequence[str | list[int]], *, is_chat: bool
+        self, request: web.Request, question: ParsedRequest, prompts: Sequence[str | list[int]], *, is_chat: bool
     ) -> web.StreamResponse:
-        writer = Writer(self._answering.tokenizer, is_chat=is_chat, with_token_ids=question.return_token_ids)
+        writer = ResponseWriter(self._handler.tokenizer, is_chat=is_chat, with_token_ids=question.return_token_ids)
         question.message.adapter_id = await self._models.adapter_id(question.model)
         try:
-            session = await self._answering.open_several(question.message, prompts, draws=question.draws)
-            choices = Choices(self._answering.tokenizer, session, prompts if question.echo else ())
+            session = await self._handler.submit_batch(question.message, prompts, draws=question.is_generation)
+            choices = Choices(self._handler.tokenizer, session, prompts if question.echo else ())
             answer = _Answer(question, writer, session, choices)
-            async with aclosing(cast("Any", self._answering.pieces(session))) as pieces:
+            async with aclosing(cast("Any", self._handler.pieces(session))) as pieces:
                 if question.stream:
                     return await self._stream(request, answer, pieces)
                 async for piece in pieces:
@@ -110,9 +110,9 @@ class Handlers:
         except RequestError as error:
             return _refused(error, question)
 
-    def _head(self, session: Session, is_chat: bool) -> Head:
+    def _head(self, session: Session, is_chat: bool) -> ResponseHead:
         prefix = "chatcmpl" if is_chat else "cmpl"
-        return Head(f"{prefix}-{current_call().request_id}", *self._models.answered(session))
+        return ResponseHead(f"{prefix}-{current_call().request_id}", *self._models.response_name(session))
 
     async def _stream(self, request: web.Request, answer: _Answer, pieces: AsyncIterator[Piece]) -> web.StreamResponse:
         """Server-sent events. What fails before the first token has a status of its own, later only an event."""
@@ -131,30 +131,30 @@ class Handlers:
 
     async def _whole(self, answer: _Answer) -> str:
         head, parts = self._head(answer.session, answer.writer.is_chat), answer.choices.parts
-        work = partial(answer.writer.whole, head, parts, answer.session)
+        work = partial(answer.writer.completion, head, parts, answer.session)
         return dumps(await asyncio.to_thread(work) if answer.question.echo else work())
 
     async def _chunks(self, answer: _Answer, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[Json]:
         question, writer, session, choices = answer.question, answer.writer, answer.session, answer.choices
         head = self._head(session, writer.is_chat)
         without_usage = {"usage": None} if question.include_usage else {}
-        for chunk in writer.opening(head, session.num_candidates):
+        for chunk in writer.first_chunks(head, session.num_candidates):
             yield {**chunk, **without_usage}
         piece: Piece | None = first
         while piece is not None:
             choices.add(piece)
             part = choices.take(piece.index)
-            if writer.says_something(part):
+            if writer.has_content(part):
                 work = partial(writer.chunk, head, part)
                 # A prompt may be long: the loop answers others meanwhile.
                 chunk = await asyncio.to_thread(work) if part.echo else work()
                 yield {**chunk, **without_usage}
             piece = await anext(pieces, None)
         if question.include_usage:
-            yield writer.closing(head, session)
+            yield writer.usage_chunk(head, session)
 
 
-def _refused(error: RequestError, question: Question) -> web.Response:
+def _refused(error: RequestError, question: ParsedRequest) -> web.Response:
     current_call().refuse(error)
     return error_response(error, question.names)
 

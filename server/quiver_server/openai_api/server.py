@@ -10,11 +10,17 @@ from aiohttp import web
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from quiver_server.auth import Access, current_caller
+from quiver_server.auth import Authenticator, current_caller
 from quiver_server.errors import RequestError
 from quiver_server.openai_api.errors import error_response, plain_error
-from quiver_server.openai_api.routes import Handlers
-from quiver_server.telemetry.call import REQUEST_ID_KEY, Call, current_call, enter_call, name_by_header
+from quiver_server.openai_api.routes import Routes
+from quiver_server.telemetry.call import (
+    REQUEST_ID_KEY,
+    CallContext,
+    current_call,
+    enter_call,
+    set_request_id_from_headers,
+)
 from quiver_server.telemetry.call_recorder import CallRecorder
 from quiver_server.telemetry.metrics import Metrics
 
@@ -28,11 +34,11 @@ _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large
 _CANCEL_SECONDS = 1.0  # how long requests that did not end within the grace period have to be cancelled
 
 
-class HttpFront:
+class HttpServer:
     """Serves until `drain`. Lives in the event loop."""
 
     def __init__(
-        self, handlers: Handlers, access: Access, recorder: CallRecorder, metrics: Metrics, max_body_bytes: int
+        self, handlers: Routes, access: Authenticator, recorder: CallRecorder, metrics: Metrics, max_body_bytes: int
     ) -> None:
         self._access = access
         self._recorder = recorder
@@ -92,10 +98,10 @@ class HttpFront:
         finally:
             self._running.discard(task)
 
-    async def _answer(self, request: web.Request, handler: _Handler, call: Call) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, handler: _Handler, call: CallContext) -> web.StreamResponse:
         try:
-            name_by_header(request.headers)
-            self._access.enter(request.headers.get("Authorization", ""))
+            set_request_id_from_headers(request.headers)
+            self._access.authenticate(request.headers.get("Authorization", ""))
             call.caller = current_caller().grant.name
             return await handler(request)
         except RequestError as error:

@@ -37,11 +37,11 @@ class Admission:
                 f"share of this server is {self._max_open_of_one} (--max-adapter-share)"
             )
 
-    def enter(self, tenant: str, num_sequences: int) -> None:
+    def acquire(self, tenant: str, num_sequences: int) -> None:
         """A request takes its places."""
         self._num_open_of[tenant] += num_sequences
 
-    def leave(self, tenant: str, num_sequences: int) -> None:
+    def release(self, tenant: str, num_sequences: int) -> None:
         """It gives them back; ids that nobody has leave nothing behind."""
         self._num_open_of[tenant] -= num_sequences
         if not self._num_open_of[tenant]:

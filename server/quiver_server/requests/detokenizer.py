@@ -9,7 +9,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass
-class Spelling:
+class IncrementalDetokenizer:
     """What each token adds to the text of those before it. num_characters: of the text so far."""
 
     tokenizer: Tokenizer
@@ -43,9 +43,9 @@ class Spelling:
         return rest
 
 
-def offsets_of(tokenizer: Tokenizer, ids: Seq[int]) -> list[int]:
+def token_offsets(tokenizer: Tokenizer, ids: Seq[int]) -> list[int]:
     """Where in the text of all each token begins; within a character, where that does."""
-    spelling, offsets = Spelling(tokenizer), list[int]()
+    spelling, offsets = IncrementalDetokenizer(tokenizer), list[int]()
     for token_id in ids:
         offsets.append(spelling.num_characters)
         spelling.push(token_id)
@@ -68,19 +68,19 @@ class TextStream:
     _decoded: str = ""
 
     def __post_init__(self) -> None:
-        self._spelling = Spelling(self.tokenizer)
+        self._spelling = IncrementalDetokenizer(self.tokenizer)
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that may now be shown: not half a character, not the start of a stop."""
         self._decoded += self._spelling.push(token_id)
-        return self._show(final=False)
+        return self._emit(final=False)
 
     def finish(self) -> str:
         """No token follows; returns the text that was held back."""
         self._decoded += self._spelling.finish()
-        return self._show(final=True)
+        return self._emit(final=True)
 
-    def _show(self, *, final: bool) -> str:
+    def _emit(self, *, final: bool) -> str:
         """Move what is safe from `_decoded` to `text`."""
         if self.stopped:
             return ""
@@ -89,7 +89,7 @@ class TextStream:
         if looking and (found := self._find_stop()) is not None:
             end, self.stopped = found, True
         elif not final:
-            end -= self._held_back()
+            end -= self._held_suffix()
         shown = self._decoded[len(self.text) : end]
         self.text += shown
         return shown
@@ -103,7 +103,7 @@ class TextStream:
         ]
         return min(found)[1] if found else None
 
-    def _held_back(self) -> int:
+    def _held_suffix(self) -> int:
         """The length of the longest end of the text that a stop string could begin with."""
         longest = max((len(stop) for stop in self.stop_strings), default=1) - 1
         for length in range(min(longest, len(self._decoded) - len(self.text)), 0, -1):

@@ -8,22 +8,22 @@ from functools import partial
 
 from quiver_peft.adapters.serving.banks import BASE_SLOT
 from quiver_peft.tokenizer import Tokenizer
-from quiver_server.adapters.entry import Resident
-from quiver_server.adapters.manager import AdapterStore
+from quiver_server.adapters.entry import LoadedRevision
+from quiver_server.adapters.manager import AdapterManager
 from quiver_server.engine.engine import Delivery, Engine
 from quiver_server.engine.sequence import SamplingParams, Sequence, TokenEvent
 from quiver_server.errors import BusyError, DrainingError, InvalidRequestError, RequestError
 from quiver_server.requests.admission import Admission
 from quiver_server.requests.detokenizer import TextStream
 from quiver_server.requests.limits import Limits
-from quiver_server.requests.prompt_request import Asked, naming_prompt
+from quiver_server.requests.prompt_request import PromptRequest, prompt_error_context
 from quiver_server.requests.session import Candidate, Piece, Session
 from quiver_server.telemetry.metrics import Metrics
 
 _Queue = asyncio.Queue[tuple[Candidate, TokenEvent]]
 
 
-class Generator:
+class RequestRunner:
     """Admits requests and runs them on the engine. Lives in the event loop.
 
     start_token_id: what an encoder-decoder's answers begin with, inside; None with a decoder-only base.
@@ -32,7 +32,7 @@ class Generator:
     def __init__(
         self,
         engine: Engine,
-        store: AdapterStore,
+        store: AdapterManager,
         tokenizer: Tokenizer,
         metrics: Metrics,
         *,
@@ -52,21 +52,21 @@ class Generator:
         self._closing: set[asyncio.Task[None]] = set()
         self.draining = False
 
-    def open(self, asked: tuple[Asked, ...]) -> Session:
+    def admit(self, asked: tuple[PromptRequest, ...]) -> Session:
         """Admit a request of one prompt or several, or raise BusyError, InvalidRequestError or DrainingError."""
         if self.draining:
             raise DrainingError("the server is stopping; another replica may answer")
         session = Session(asked, time.monotonic())
-        self.check_places(session.tenant, session.num_candidates)
+        self.check_capacity(session.fairness_key, session.num_candidates)
         return session
 
-    def check_places(self, tenant: str, num_candidates: int) -> None:
+    def check_capacity(self, tenant: str, num_candidates: int) -> None:
         """Raises BusyError or InvalidRequestError where there is no place for so many sequences of one adapter."""
         self._admission.check(tenant, num_candidates)
 
     async def run(self, session: Session) -> AsyncIterator[Piece]:
         """The pieces of all candidates as they come. Leaving early cancels the rest; the adapter is then given back."""
-        self._admission.enter(session.tenant, session.num_candidates)
+        self._admission.acquire(session.fairness_key, session.num_candidates)
         candidates: list[Candidate] = []
         try:
             if session.adapter_id:
@@ -75,7 +75,7 @@ class Generator:
             for prompt, asked in enumerate(session.asked):
                 for index in range(asked.num_candidates):
                     candidates.append(self._submit(session, prompt, index, len(candidates), queue))
-            session.ended_by(partial(_end_one, candidates, queue))
+            session.set_cancel_callback(partial(_fail_request, candidates, queue))
             while not all(candidate.ended for candidate in candidates):
                 candidate, event = await self._next(queue, session)
                 if candidate.ended:
@@ -83,8 +83,8 @@ class Generator:
                 if event.error is not None:
                     raise event.error
                 session.note_token(candidate, self._metrics)
-                yield candidate.push(event)
-                if candidate.ended and not candidate.gone.is_set():
+                yield candidate.on_event(event)
+                if candidate.ended and not candidate.released.is_set():
                     self._engine.cancel(candidate.sequence)
         finally:
             # A task of its own: this coroutine may be under cancellation, and the engine must let go first.
@@ -111,16 +111,16 @@ class Generator:
         session.leased_seconds = time.monotonic()
         session.note_remaining(sum(asked.params.max_new_tokens * asked.num_candidates for asked in session.asked))
         for i, asked in enumerate(session.asked):
-            with naming_prompt(i, len(session.asked)):
-                self._check_room(asked, session.adapter)
+            with prompt_error_context(i, len(session.asked)):
+                self._check_context_length(asked, session.adapter)
 
-    def _check_room(self, asked: Asked, adapter: Resident) -> None:
+    def _check_context_length(self, asked: PromptRequest, adapter: LoadedRevision) -> None:
         """Virtual tokens take positions too, which is known only now that the adapter is."""
         num_prompt, num_virtual, length = len(asked.prompt), adapter.num_virtual_tokens, self._limits.context_length
-        if num_virtual + num_prompt + asked.num_following > length:
+        if num_virtual + num_prompt + asked.max_output_tokens > length:
             raise InvalidRequestError(
                 f"the prompt has {num_prompt} tokens; with the {num_virtual} virtual tokens of adapter "
-                f"{asked.adapter_id!r} and {asked.following} it must fit into the context of {length}",
+                f"{asked.adapter_id!r} and {asked.describe_output} it must fit into the context of {length}",
                 "prompt",
             )
         self._limits.check_source_length(num_prompt, adapter.num_prompt_tokens, "prompt")
@@ -131,14 +131,14 @@ class Generator:
 
         def emit(event: TokenEvent) -> None:
             if event.is_last:
-                candidate.gone.set()
+                candidate.released.set()
             if event.token_id is not None or event.error is not None:
                 queue.put_nowait((candidate, event))
 
         room = self._limits.context_length - session.num_virtual_tokens - len(asked.prompt)
         params = replace(asked.params, max_new_tokens=min(asked.params.max_new_tokens, room))
         sequence = self._sequence(session, asked, params, index, emit)
-        sequence.on_started = lambda: session.note_started(prompt, sequence.num_reused_tokens)
+        sequence.on_first_scheduled = lambda: session.note_started(prompt, sequence.num_reused_tokens)
         text = TextStream(self._tokenizer, asked.stop_strings, asked.include_stop_string, asked.params.min_new_tokens)
         candidate = Candidate(number, sequence, text, asyncio.Event())
         self._engine.submit(sequence)
@@ -147,7 +147,7 @@ class Generator:
     def _sequence(
         self,
         session: Session,
-        asked: Asked,
+        asked: PromptRequest,
         params: SamplingParams,
         index: int,
         emit: Callable[[TokenEvent], None],
@@ -162,20 +162,20 @@ class Generator:
         else:
             num_prefix = 0 if adapter is None else adapter.num_prefix_tokens
             start = [self._start_token_id, *scored]
-            sequence = Sequence(start, params, index, emit, slot, num_prefix, source=prompt)
-            sequence.num_virtual_source_tokens = 0 if adapter is None else adapter.num_prompt_tokens
+            sequence = Sequence(start, params, index, emit, slot, num_prefix, encoder_input=prompt)
+            sequence.num_virtual_encoder_tokens = 0 if adapter is None else adapter.num_prompt_tokens
         sequence.revision = revision
-        sequence.tenant = "" if adapter is None else adapter.id
+        sequence.fairness_key = "" if adapter is None else adapter.id
         sequence.priority = asked.priority
         return sequence
 
     async def _close(self, session: Session, candidates: Iterable[Candidate]) -> None:
-        session.ended_by(None)
+        session.set_cancel_callback(None)
         for candidate in candidates:
-            if not candidate.gone.is_set():
+            if not candidate.released.is_set():
                 self._engine.cancel(candidate.sequence)
-                await candidate.gone.wait()
-        self._admission.leave(session.tenant, session.num_candidates)
+                await candidate.released.wait()
+        self._admission.release(session.fairness_key, session.num_candidates)
         if session.adapter is not None:
             session.note_remaining(0)
             await self._store.release(session.adapter)
@@ -186,7 +186,7 @@ class Generator:
             await asyncio.wait(set(self._closing))
 
 
-def _end_one(candidates: Iterable[Candidate], queue: _Queue, error: RequestError) -> None:
+def _fail_request(candidates: Iterable[Candidate], queue: _Queue, error: RequestError) -> None:
     """Fail a request through one of its candidates that have not ended, if any."""
     for candidate in candidates:
         if not candidate.ended:

@@ -8,12 +8,12 @@ from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.auth import current_caller
 from quiver_server.errors import DrainingError, RequestError, require
-from quiver_server.requests.generation import Generator
+from quiver_server.requests.generation import RequestRunner
 from quiver_server.requests.limits import Limits
-from quiver_server.requests.prompt_request import Asked, naming_prompt, tenant_of
+from quiver_server.requests.prompt_request import PromptRequest, fairness_key_of, prompt_error_context
 from quiver_server.requests.session import Piece, Session
-from quiver_server.requests.validation import read_request, read_score_request
-from quiver_server.telemetry.call import Call, current_call, name_call
+from quiver_server.requests.validation import parse_generate_request, parse_score_request
+from quiver_server.telemetry.call import CallContext, current_call, set_request_id
 from quiver_server.telemetry.metrics import Metrics
 
 _LONG_BYTES = 16 * 1024  # what takes milliseconds to tokenize
@@ -21,27 +21,27 @@ _LONG_BYTES = 16 * 1024  # what takes milliseconds to tokenize
 T = TypeVar("T")
 
 
-async def _beside(num_bytes: int, work: Callable[[], T]) -> T:
+async def _in_thread_if_long(num_bytes: int, work: Callable[[], T]) -> T:
     """Long texts are read in a thread: the loop answers others meanwhile."""
     return await asyncio.to_thread(work) if num_bytes > _LONG_BYTES else work()
 
 
-class Answering:
+class RequestHandler:
     """Opens sessions for the current caller and runs them. Lives in the event loop."""
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer, limits: Limits, metrics: Metrics) -> None:
-        self.generator = generator
+    def __init__(self, request_runner: RequestRunner, tokenizer: Tokenizer, limits: Limits, metrics: Metrics) -> None:
+        self.generator = request_runner
         self.tokenizer = tokenizer
         self.limits = limits
         self._metrics = metrics
 
-    async def open(self, message: generation_pb2.GenerateRequest) -> Session:
+    async def submit(self, message: generation_pb2.GenerateRequest) -> Session:
         """Admit a request to generate. Raises RequestError."""
-        return await self._open(
-            message, lambda: (read_request(message, self.tokenizer, self.limits),), 1, message.ByteSize()
+        return await self._submit(
+            message, lambda: (parse_generate_request(message, self.tokenizer, self.limits),), 1, message.ByteSize()
         )
 
-    async def open_several(
+    async def submit_batch(
         self, message: generation_pb2.GenerateRequest, prompts: Sequence[str | list[int]], *, draws: bool
     ) -> Session:
         """Admit one request of several prompts, texts or token ids: all of them or none.
@@ -50,21 +50,21 @@ class Answering:
         prompts are scored. Raises RequestError.
         """
 
-        def read() -> tuple[Asked, ...]:
-            several: list[Asked] = []
+        def read() -> tuple[PromptRequest, ...]:
+            several: list[PromptRequest] = []
             for i, prompt in enumerate(prompts):
                 _set_prompt(message, prompt)
-                with naming_prompt(i, len(prompts)):
-                    asked = read_request(message, self.tokenizer, self.limits)
-                several.append(asked if draws else asked.without_drawing())
+                with prompt_error_context(i, len(prompts)):
+                    asked = parse_generate_request(message, self.tokenizer, self.limits)
+                several.append(asked if draws else asked.as_scoring_request())
             return tuple(several)
 
-        return await self._open(message, read, len(prompts), sum(map(len, prompts)))
+        return await self._submit(message, read, len(prompts), sum(map(len, prompts)))
 
-    async def open_score(self, message: generation_pb2.ScoreRequest) -> Session:
+    async def submit_score(self, message: generation_pb2.ScoreRequest) -> Session:
         """Admit a request to score. Raises RequestError."""
-        return await self._open(
-            message, lambda: (read_score_request(message, self.tokenizer, self.limits),), 1, message.ByteSize()
+        return await self._submit(
+            message, lambda: (parse_score_request(message, self.tokenizer, self.limits),), 1, message.ByteSize()
         )
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -73,22 +73,24 @@ class Answering:
             raise DrainingError("the server is stopping")
         require(bool(text), "text", "empty", "at least one character")
         self.limits.check_text(text, "text")
-        return await _beside(len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return await _in_thread_if_long(
+            len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
 
-    async def _open(
+    async def _submit(
         self,
         message: generation_pb2.GenerateRequest | generation_pb2.ScoreRequest,
-        read: Callable[[], tuple[Asked, ...]],
+        read: Callable[[], tuple[PromptRequest, ...]],
         num_prompts: int,
         num_bytes: int,
     ) -> Session:
         try:
             if message.request_id:
-                name_call(message.request_id)
+                set_request_id(message.request_id)
             current_caller().check_adapter(message.adapter_id)
             if num_prompts > 1:  # before anything is spent on them
-                self.generator.check_places(tenant_of(message.adapter_id), num_prompts)
-            return self.generator.open(await _beside(num_bytes, read))
+                self.generator.check_capacity(fairness_key_of(message.adapter_id), num_prompts)
+            return self.generator.admit(await _in_thread_if_long(num_bytes, read))
         except RequestError as error:
             self._metrics.requests.labels("", error.code.name).inc()
             raise
@@ -98,7 +100,7 @@ class Answering:
         code = "CANCELLED"
         pieces = self.generator.run(session)
         try:
-            with current_caller().using(session.num_candidates):
+            with current_caller().reserve(session.num_candidates):
                 async for piece in pieces:
                     yield piece
             code = "OK"
@@ -107,7 +109,7 @@ class Answering:
             raise
         finally:
             await pieces.aclose()  # type: ignore[attr-defined] - an async generator
-            _tell(current_call(), session)
+            _log_request(current_call(), session)
             metrics = self._metrics
             adapter = metrics.adapter_label("" if session.adapter is None else session.adapter.id)
             metrics.requests.labels(adapter, code).inc()
@@ -123,7 +125,7 @@ def _set_prompt(message: generation_pb2.GenerateRequest, prompt: str | list[int]
         message.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
 
 
-def _tell(call: Call, session: Session) -> None:
+def _log_request(call: CallContext, session: Session) -> None:
     """What a request came to, in the record of its call: counts and names, nothing that was said."""
     if session.adapter is not None:
         call.details |= {"adapter": session.adapter.id, "revision": session.adapter.revision}
@@ -134,14 +136,14 @@ def _tell(call: Call, session: Session) -> None:
         "generated_tokens": session.num_generated_tokens,
     }
     arrival = session.arrival_seconds
-    call.moments["queued"] = arrival
+    call.events["queued"] = arrival
     for name, began in (
         ("adapter_ready", session.leased_seconds),
         ("prefill", session.started_seconds),
         ("decode", session.first_token_seconds),
     ):
         if began is not None:
-            call.moments[name] = began
+            call.events[name] = began
     if session.started_seconds is not None:
         call.details["queue_seconds"] = round(session.started_seconds - arrival, 6)
     if session.first_token_seconds is not None:

@@ -10,11 +10,11 @@ from quiver_server.errors import InvalidRequestError
 _PROMPT_FIELDS = {"prompt", "text", "tokens.ids"}
 
 # How Score runs: the continuation is part of the prompt, and the one token that ends the sequence is thrown away.
-NOTHING_DRAWN = replace(GREEDY, num_top_logprobs=1, prompt_logprobs=True)
+SCORING_PARAMS = replace(GREEDY, num_top_logprobs=1, prompt_logprobs=True)
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRequest:
     """One prompt of a valid request.
 
     draws: whether tokens are generated; otherwise the one that ends each sequence is thrown away. continuations: what
@@ -29,37 +29,37 @@ class Asked:
     include_stop_string: bool
     priority: int = 0
     continuations: tuple[list[int], ...] = ()
-    draws: bool = True
+    is_generation: bool = True
 
     @property
-    def tenant(self) -> str:
+    def fairness_key(self) -> str:
         """The adapter's id without a revision; "": the base."""
-        return tenant_of(self.adapter_id)
+        return fairness_key_of(self.adapter_id)
 
     @property
-    def num_following(self) -> int:
+    def max_output_tokens(self) -> int:
         """Tokens that must fit into the context after the prompt."""
         return max(map(len, self.continuations), default=1)
 
     @property
-    def following(self) -> str:
+    def describe_output(self) -> str:
         """The same in words."""
-        return f"a continuation of {self.num_following}" if self.continuations else "at least one generated token"
+        return f"a continuation of {self.max_output_tokens}" if self.continuations else "at least one generated token"
 
-    def without_drawing(self) -> "Asked":
+    def as_scoring_request(self) -> "PromptRequest":
         """The same prompt, of which is told how likely it is; nothing is generated."""
         asked = self.params
-        params = replace(NOTHING_DRAWN, num_top_logprobs=asked.num_top_logprobs, prompt_logprobs=asked.prompt_logprobs)
+        params = replace(SCORING_PARAMS, num_top_logprobs=asked.num_top_logprobs, prompt_logprobs=asked.prompt_logprobs)
         return replace(self, params=params, stop_strings=(), draws=False)
 
 
-def tenant_of(adapter_id: str) -> str:
+def fairness_key_of(adapter_id: str) -> str:
     """Whose places a request takes: all revisions of an adapter share theirs."""
     return adapter_id.partition("@")[0]
 
 
 @contextmanager
-def naming_prompt(number: int, num_prompts: int) -> Generator[None]:
+def prompt_error_context(number: int, num_prompts: int) -> Generator[None]:
     """What is wrong with a prompt is said of this one, where there are several."""
     try:
         yield

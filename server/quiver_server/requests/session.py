@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quiver_server.adapters.entry import Resident
+from quiver_server.adapters.entry import LoadedRevision
 from quiver_server.engine.sequence import FinishReason, Sequence, TokenEvent, TokenLogprob
 from quiver_server.errors import RequestError
 from quiver_server.requests.detokenizer import TextStream
-from quiver_server.requests.prompt_request import Asked
+from quiver_server.requests.prompt_request import PromptRequest
 from quiver_server.telemetry.metrics import Metrics
 
 
@@ -32,11 +32,11 @@ class Candidate:
     number: int
     sequence: Sequence
     text: TextStream
-    gone: asyncio.Event  # set once the engine has let go of the sequence
+    released: asyncio.Event  # set once the engine has let go of the sequence
     ended: bool = False
     last_token_seconds: float | None = None
 
-    def push(self, event: TokenEvent) -> Piece:
+    def on_event(self, event: TokenEvent) -> Piece:
         """The piece that an event makes; `ended` afterwards tells whether it was the last."""
         token = event.token_id
         assert token is not None
@@ -56,9 +56,9 @@ class Session:
     asked: one for each prompt, all of one adapter. Candidate c of prompt p is number p * n + c.
     """
 
-    def __init__(self, asked: tuple[Asked, ...], arrival_seconds: float) -> None:
-        self.asked = asked
-        self.adapter: Resident | None = None
+    def __init__(self, prompts: tuple[PromptRequest, ...], arrival_seconds: float) -> None:
+        self.asked = prompts
+        self.adapter: LoadedRevision | None = None
         self.arrival_seconds = arrival_seconds
         self.leased_seconds: float | None = None  # when the adapter was in memory
         self.started_seconds: float | None = None
@@ -76,14 +76,14 @@ class Session:
         return self.asked[0].adapter_id
 
     @property
-    def tenant(self) -> str:
+    def fairness_key(self) -> str:
         """Whose places it takes."""
-        return self.asked[0].tenant
+        return self.asked[0].fairness_key
 
     @property
-    def draws(self) -> bool:
+    def is_generation(self) -> bool:
         """Whether it generates; otherwise it scores."""
-        return self.asked[0].draws
+        return self.asked[0].is_generation
 
     @property
     def num_candidates(self) -> int:
@@ -105,13 +105,13 @@ class Session:
         """Rows that the adapter puts before the prompt."""
         return 0 if self.adapter is None else self.adapter.num_virtual_tokens
 
-    def ended_by(self, end: Callable[[RequestError], None] | None) -> None:
+    def set_cancel_callback(self, end: Callable[[RequestError], None] | None) -> None:
         """How the adapter may end this request from outside; None: no more."""
         if self.adapter is not None:
             if self._end is not None:
-                self.adapter.enders.discard(self._end)
+                self.adapter.cancel_callbacks.discard(self._end)
             if end is not None:
-                self.adapter.enders.add(end)
+                self.adapter.cancel_callbacks.add(end)
         self._end = end
 
     def note_started(self, prompt: int, num_reused_tokens: int) -> None:
@@ -128,10 +128,10 @@ class Session:
         if self.first_token_seconds is None:
             self.first_token_seconds = now
             metrics.queue.observe((self.started_seconds or now) - self.arrival_seconds)
-            if self.draws:
+            if self.is_generation:
                 metrics.time_to_first_token.observe(now - self.arrival_seconds)
         self.last_token_seconds = now
-        if not self.draws:
+        if not self.is_generation:
             return
         if candidate.last_token_seconds is not None:
             metrics.inter_token.observe(now - candidate.last_token_seconds)

@@ -19,7 +19,7 @@ from quiver_server.requests.limits import (
     MAX_TOP_LOGPROBS,
     Limits,
 )
-from quiver_server.requests.prompt_request import NOTHING_DRAWN, Asked
+from quiver_server.requests.prompt_request import SCORING_PARAMS, PromptRequest
 
 FINISH_REASONS = {
     FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
@@ -29,7 +29,9 @@ FINISH_REASONS = {
 }
 
 
-def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> Asked:
+def parse_generate_request(
+    message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
+) -> PromptRequest:
     """Check a request and fill in its defaults. Raises InvalidRequestError, which names the field."""
     prompt = _read_prompt(message, tokenizer, limits)
     if message.output.prompt_logprobs and limits.max_source_length is not None:
@@ -47,7 +49,7 @@ def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
     in_range = -MAX_PRIORITY <= message.priority <= MAX_PRIORITY
     require(in_range, "priority", message.priority, f"from -{MAX_PRIORITY} to {MAX_PRIORITY}")
     strings = _read_stop_strings(message.stopping)
-    return Asked(
+    return PromptRequest(
         message.adapter_id,
         prompt,
         params,
@@ -58,7 +60,7 @@ def read_request(message: generation_pb2.GenerateRequest, tokenizer: Tokenizer, 
     )
 
 
-def read_score_request(message: generation_pb2.ScoreRequest, tokenizer: Tokenizer, limits: Limits) -> Asked:
+def parse_score_request(message: generation_pb2.ScoreRequest, tokenizer: Tokenizer, limits: Limits) -> PromptRequest:
     """Check a request to score. Raises InvalidRequestError, which names the field."""
     prompt = _read_prompt(message, tokenizer, limits)
     number = len(message.continuations)
@@ -68,19 +70,19 @@ def read_score_request(message: generation_pb2.ScoreRequest, tokenizer: Tokenize
         for i, item in enumerate(message.continuations)
     )
     _check_top_logprobs(message.top_logprobs, "top_logprobs")
-    asked = Asked(
+    asked = PromptRequest(
         message.adapter_id,
         prompt,
-        replace(NOTHING_DRAWN, num_top_logprobs=max(message.top_logprobs, 1)),
+        replace(SCORING_PARAMS, num_top_logprobs=max(message.top_logprobs, 1)),
         number,
         (),
         False,
         continuations=continuations,
-        draws=False,
+        is_generation=False,
     )
-    if len(prompt) + asked.num_following > limits.context_length:
+    if len(prompt) + asked.max_output_tokens > limits.context_length:
         raise InvalidRequestError(
-            f"the prompt has {len(prompt)} tokens; with {asked.following} it must fit into the context of "
+            f"the prompt has {len(prompt)} tokens; with {asked.describe_output} it must fit into the context of "
             f"{limits.context_length}",
             "continuations",
         )

@@ -13,7 +13,7 @@ REQUEST_ID_KEY = "x-request-id"  # of gRPC's metadata and HTTP's headers, in bot
 
 
 @dataclass(eq=False)
-class Call:
+class CallContext:
     """What is known of a call. Nothing in it is secret, nor said by a prompt or an answer.
 
     method: what was called. traceparent, tracestate: as W3C's Trace Context writes them; "" where the client sent none.
@@ -29,7 +29,7 @@ class Call:
     code: str = "OK"
     reason: str = ""
     details: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
-    moments: dict[str, float] = field(default_factory=dict[str, float])
+    events: dict[str, float] = field(default_factory=dict[str, float])
     started_seconds: float = field(default_factory=time.monotonic)
 
     def refuse(self, error: RequestError) -> None:
@@ -37,28 +37,28 @@ class Call:
         self.code, self.reason = error.code.name, error.reason
 
 
-_call: ContextVar[Call | None] = ContextVar("call", default=None)
+_call: ContextVar[CallContext | None] = ContextVar("call", default=None)
 
 
-def current_call() -> Call:
+def current_call() -> CallContext:
     """The running call; outside of one, a call without a name."""
-    return _call.get() or Call("", "")
+    return _call.get() or CallContext("", "")
 
 
-def enter_call(method: str, headers: Mapping[str, str]) -> Call:
-    """A call begins. headers: by lower-case name. `name_by_header` follows, which may refuse it."""
-    call = Call(secrets.token_hex(8), method, headers.get("traceparent", ""), headers.get("tracestate", ""))
+def enter_call(method: str, headers: Mapping[str, str]) -> CallContext:
+    """A call begins. headers: by lower-case name. `set_request_id_from_headers` follows, which may refuse it."""
+    call = CallContext(secrets.token_hex(8), method, headers.get("traceparent", ""), headers.get("tracestate", ""))
     _call.set(call)
     return call
 
 
-def name_by_header(headers: Mapping[str, str]) -> None:
+def set_request_id_from_headers(headers: Mapping[str, str]) -> None:
     """The running call has the name that its headers give, if they do. Raises InvalidRequestError."""
     if wanted := headers.get(REQUEST_ID_KEY, ""):
-        name_call(wanted, REQUEST_ID_KEY)
+        set_request_id(wanted, REQUEST_ID_KEY)
 
 
-def name_call(request_id: str, field: str = "request_id") -> None:
+def set_request_id(request_id: str, field: str = "request_id") -> None:
     """The running call has this name from now on. Raises InvalidRequestError."""
     most = MAX_REQUEST_ID_CHARACTERS
     ok = len(request_id) <= most and request_id.isascii() and request_id.isprintable()

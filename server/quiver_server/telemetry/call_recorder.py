@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from quiver_server.telemetry.call import Call
+from quiver_server.telemetry.call import CallContext
 from quiver_server.telemetry.metrics import Metrics
 from quiver_server.telemetry.tracing import Tracing
 
@@ -21,7 +21,7 @@ class CallRecorder:
         self._tracing = tracing
 
     @contextmanager
-    def recording(self, call: Call) -> Generator[None]:
+    def recording(self, call: CallContext) -> Generator[None]:
         """The call ends with this block, as its `code` says; cancelled, or by a fault of the server's."""
         try:
             yield
@@ -34,7 +34,7 @@ class CallRecorder:
         finally:
             self._record(call)
 
-    def _record(self, call: Call) -> None:
+    def _record(self, call: CallContext) -> None:
         self._metrics.calls.labels(call.method, call.code).inc()
         fields: dict[str, str | int | float] = {"call": call.method, "code": call.code, "request_id": call.request_id}
         told = {"reason": call.reason, "caller": call.caller, **call.details}

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from quiver_peft.errors import QuiverError
-from quiver_server.telemetry.call import Call
+from quiver_server.telemetry.call import CallContext
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -57,7 +57,7 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
         self._trace = trace
 
-    def record(self, call: Call) -> str:
+    def record(self, call: CallContext) -> str:
         """The span of a call that ends now, within the trace that its client named. Returns the trace's id."""
         offset = time.time_ns() - time.monotonic_ns()
 
@@ -73,7 +73,7 @@ class Tracing:
             attributes={"quiver.request_id": call.request_id, "quiver.code": call.code, **details},
             start_time=at(call.started_seconds),
         )
-        for name, seconds in call.moments.items():
+        for name, seconds in call.events.items():
             span.add_event(name, timestamp=at(seconds))
         if call.code != "OK":
             span.set_status(trace.Status(trace.StatusCode.ERROR, call.reason or call.code))

@@ -109,7 +109,7 @@ def test_a_written_checkpoint_loads_in_transformers(family: str, tied: bool, tmp
     base = GPTBase.from_pretrained(tmp_path / "base")
     (tmp_path / "written").mkdir()
     shutil.copy(tmp_path / "base" / "config.json", tmp_path / "written")
-    save_checkpoint(base, tmp_path / "written", FAMILIES[family].renames(base.config), torch.float32)
+    save_checkpoint(base, tmp_path / "written", FAMILIES[family].tensor_mappings(base.config), torch.float32)
     assert torch.equal(hf_logits(hf_model(tmp_path / "written"), TOKENS), hf_logits(model, TOKENS))
     assert torch.equal(logits(tmp_path / "written"), logits(tmp_path / "base"))
 

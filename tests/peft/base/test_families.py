@@ -117,7 +117,7 @@ def test_a_lora_of_hugging_face(folder: Path, tmp_path: Path) -> None:
 
 def test_what_is_written_is_what_was_read(folder: Path, tmp_path: Path) -> None:
     base = GPTBase.from_pretrained(folder)
-    save_checkpoint(base, tmp_path, FAMILIES[base.config.family].renames(base.config), torch.float32)
+    save_checkpoint(base, tmp_path, FAMILIES[base.config.family].tensor_mappings(base.config), torch.float32)
     theirs, ours = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

@@ -99,11 +99,11 @@ def step(base: T5Base, kv: PagedKV, rows: list[tuple[Tensor, Tensor, int, int]])
         kv, SourceLayout(counts, lengths, [table[:half] for table in tables], news, kv.block_size, device)
     )
     if fresh := [source for (source, *_), new in zip(rows, news, strict=True) if new]:
-        attend = PackedAttention([len(source) for source in fresh], base.encoder.bias.by_distance(), device)
-        base.read(base.encode(torch.cat(fresh), attend), sources)
+        attend = PackedAttention([len(source) for source in fresh], base.encoder.bias.bias_for_offsets(), device)
+        base.precompute_cross_kv(base.encode(torch.cat(fresh), attend), sources)
     layout = PagedLayout(counts, [last for *_, last in rows], [t[half:] for t in tables], kv.block_size, device)
     tokens = torch.cat([target[first:last] for _, target, first, last in rows])
-    hidden = base(tokens, PagedAttention(kv, layout, base.decoder.bias.by_distance()), sources)
+    hidden = base(tokens, PagedAttention(kv, layout, base.decoder.bias.bias_for_offsets()), sources)
     return list(base.logits(hidden).split(counts))
 
 
@@ -173,7 +173,7 @@ def test_a_saved_base_is_the_same_checkpoint(family: str, tmp_path: Path) -> Non
     MAKERS[family](tmp_path)
     base = T5Base.from_pretrained(tmp_path)
     (tmp_path / "again").mkdir()
-    save_checkpoint(base, tmp_path / "again", base.renames(), torch.float32)
+    save_checkpoint(base, tmp_path / "again", base.tensor_mappings(), torch.float32)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", tmp_path))
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -9,17 +9,17 @@ from quiver_peft.kernels.elementwise import (
     activate,
     activate_torch,
     add,
-    best_ids,
-    best_ids_torch,
+    apply_rope,
+    apply_rope_torch,
+    argmax_finite,
+    argmax_finite_torch,
+    embedding,
     layer_norm,
     layer_norm_torch,
-    look_up,
     rms_norm,
     rms_norm_torch,
-    rotary,
-    rotary_torch,
-    rotate,
-    rotate_torch,
+    rope_cos_sin,
+    rope_cos_sin_torch,
 )
 
 SIZES = [(1, 1), (3, 7), (8, 640), (5, 65), (300, 100)]
@@ -50,9 +50,9 @@ def test_layer_norm(size: tuple[int, int], offset: float, native: Library) -> No
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_look_up_and_sum(size: tuple[int, int], native: Library) -> None:
     table, ids = torch.randn(11, size[1]), torch.randint(11, (size[0],))
-    rows = look_up(table, ids)
+    rows = embedding(table, ids)
     assert torch.equal(rows, table[ids])
-    assert look_up(table, torch.tensor([11, -1])).isnan().all(), "no memory but the table's is read"
+    assert embedding(table, torch.tensor([11, -1])).isnan().all(), "no memory but the table's is read"
     x = torch.randn(size)
     assert torch.equal(add(x, rows), x + rows)
     assert torch.equal(add(x.T, rows.T), (x + rows).T)
@@ -61,7 +61,7 @@ def test_look_up_and_sum(size: tuple[int, int], native: Library) -> None:
 def test_angles(native: Library) -> None:
     positions, frequencies = torch.tensor([0, 1, 77, 4095, 131071]), 10000.0 ** -(torch.arange(16) / 16)
     for found, expected in zip(
-        rotary(positions, frequencies, 1.25), rotary_torch(positions, frequencies, 1.25), strict=True
+        rope_cos_sin(positions, frequencies, 1.25), rope_cos_sin_torch(positions, frequencies, 1.25), strict=True
     ):
         assert found.shape == (5, 1, 32)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -90,7 +90,9 @@ def test_rotation_of_a_whole_head_and_of_a_part(dim: int, native: Library) -> No
     fused = torch.randn(9, 5 * 64)
     x = fused[:, 64:256].unflatten(1, (3, 64))
     before = fused.clone()
-    torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), rotate_torch(x, angles.cos(), angles.sin()))
+    torch.testing.assert_close(
+        apply_rope(x, angles.cos(), angles.sin()), apply_rope_torch(x, angles.cos(), angles.sin())
+    )
     assert torch.equal(fused, before), "the input stays as it is"
 
 
@@ -98,9 +100,9 @@ def test_rotation_of_a_whole_head_and_of_a_part(dim: int, native: Library) -> No
 def test_the_best_of_each_row(size: tuple[int, int], native: Library) -> None:
     x = torch.randint(-4, 4, size).float() if size[1] < 1000 else torch.randn(size)
     expected = [row.index(max(row)) for row in x.tolist()]  # the first of equal ones
-    assert best_ids(x).tolist() == expected
+    assert argmax_finite(x).tolist() == expected
     for value in (torch.nan, torch.inf):
         x[-1, size[1] // 2] = value
-        assert best_ids(x).tolist() == best_ids_torch(x).tolist() == [*expected[:-1], -1]
+        assert argmax_finite(x).tolist() == argmax_finite_torch(x).tolist() == [*expected[:-1], -1]
     x[0] = -torch.inf
-    assert best_ids(x)[0] == best_ids_torch(x)[0] == -1
+    assert argmax_finite(x)[0] == argmax_finite_torch(x)[0] == -1

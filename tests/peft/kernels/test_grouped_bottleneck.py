@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.cpp.groups import Groups, RowsOf, SiteRecords
+from quiver_peft.kernels.cpp.groups import AdapterGroups, RowRange, SiteDescriptors
 from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.grouped_bottleneck import (
     BottleneckAtSite,
@@ -123,15 +123,15 @@ def test_the_compiled_kernel_and_the_plain_form(
     records = [bottleneck_descriptor(item) for item in pair]
     assert records[0] is not None and records[1] is not None
     rows = [(1, 2, 0), (3, 40, 1), (40, 44, 0)]
-    groups = [RowsOf(start, end, SiteRecords.of({1: records[i] or records[0]})) for start, end, i in rows]
+    groups = [RowRange(start, end, SiteDescriptors.of({1: records[i] or records[0]})) for start, end, i in rows]
     out, residual = torch.randn(45, HIDDEN), torch.randn(45, HIDDEN)
     expected, found = out.clone(), out.clone()
     add_grouped_bottleneck_(expected, residual, [BottleneckSegment(start, end, pair[i]) for start, end, i in rows])
-    add_bottleneck_of_groups_(found, residual, Groups(groups), 1)
+    add_bottleneck_of_groups_(found, residual, AdapterGroups(groups), 1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(found[[0, 2, 44]], out[[0, 2, 44]]), "the base's rows"
     alone = out.clone()
-    add_bottleneck_of_groups_(alone, residual, Groups([groups[1]._replace(start=39)]), 1)
+    add_bottleneck_of_groups_(alone, residual, AdapterGroups([groups[1]._replace(start=39)]), 1)
     assert torch.equal(alone[39], found[39])
 
 

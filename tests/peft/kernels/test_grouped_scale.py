@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quiver_peft.kernels.cpp.groups import Groups, RowsOf, SiteRecords
+from quiver_peft.kernels.cpp.groups import AdapterGroups, RowRange, SiteDescriptors
 from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.grouped_scale import (
     OutputScale,
@@ -67,19 +67,19 @@ def test_the_compiled_kernels_and_the_plain_forms(width: int, native: Library) -
     both, only_outs = ScaleAtSite(torch.randn(width), outs), ScaleAtSite(None, outs[:1])
     only_ins = ScaleAtSite(torch.randn(width), ())
     segments = [ScaleSegment(1, 3, both), ScaleSegment(4, 5, only_outs), ScaleSegment(5, 70, only_ins)]
-    groups: list[RowsOf] = []
+    groups: list[RowRange] = []
     for start, end, scale in segments:
         record = scale_descriptor(scale)
         assert record is not None
-        groups.append(RowsOf(start, end, SiteRecords.of({3: record})))
-    groups.append(RowsOf(70, 71, SiteRecords.of({})))
+        groups.append(RowRange(start, end, SiteDescriptors.of({3: record})))
+    groups.append(RowRange(70, 71, SiteDescriptors.of({})))
     fused = torch.randn(72, 2 * width)
     x, y = fused[:, :width], fused[:, width:].clone()
-    assert torch.equal(scale_inputs_of_groups(x, Groups(groups), 3), scale_inputs(x, segments))
-    assert torch.equal(scale_inputs_of_groups(x, Groups(groups), 4), x), "nobody acts there"
+    assert torch.equal(scale_inputs_of_groups(x, AdapterGroups(groups), 3), scale_inputs(x, segments))
+    assert torch.equal(scale_inputs_of_groups(x, AdapterGroups(groups), 4), x), "nobody acts there"
     expected = y.clone()
     scale_outputs_(expected, segments)
-    scale_outputs_of_groups_(y, Groups(groups), 3)
+    scale_outputs_of_groups_(y, AdapterGroups(groups), 3)
     torch.testing.assert_close(y, expected)  # the compiler fuses the product and the sum
     assert torch.equal(y[[0, 3, 70, 71]], expected[[0, 3, 70, 71]])
 

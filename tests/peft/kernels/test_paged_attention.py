@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quiver_peft.kernels.cpp.library import Library
-from quiver_peft.kernels.paged_attention import paged_attention, paged_attention_torch, store_rows
+from quiver_peft.kernels.paged_attention import paged_attention, paged_attention_torch, write_kv
 from quiver_peft.kernels.paged_layout import PagedLayout
 
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ def test_rows_are_stored_where_the_layout_says(native: Library) -> None:
     fused = torch.randn(7, 4 * 16)
     k, v = (part.unflatten(1, (2, 16)) for part in fused.split(32, 1))
     keys, values = case.keys.clone(), case.values.clone()
-    store_rows(keys, values, k, v, case.layout.new_rows)
+    write_kv(keys, values, k, v, case.layout.new_rows)
     case.keys[case.layout.new_rows], case.values[case.layout.new_rows] = k, v
     assert torch.equal(keys, case.keys)
     assert torch.equal(values, case.values)

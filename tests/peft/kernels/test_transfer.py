@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from quiver_peft.kernels.paged_layout import PagedLayout
-from quiver_peft.kernels.transfer import Transfer
+from quiver_peft.kernels.transfer import PinnedUpload
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -14,7 +14,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def test_parts_of_any_length(device: torch.device) -> None:
-    transfer = Transfer(device)
+    transfer = PinnedUpload(device)
     parts = [transfer.add(numbers) for numbers in ([3, -1], [], np.array([2**31 - 1]), range(4))]
     transfer.send()
     assert [part().tolist() for part in parts] == [[3, -1], [], [2**31 - 1], [0, 1, 2, 3]]
@@ -24,7 +24,7 @@ def test_parts_of_any_length(device: torch.device) -> None:
 
 
 def test_nothing_can_be_read_before_it_is_sent(device: torch.device) -> None:
-    transfer = Transfer(device)
+    transfer = PinnedUpload(device)
     part = transfer.add([1])
     with pytest.raises(IndexError):
         part()
@@ -32,12 +32,12 @@ def test_nothing_can_be_read_before_it_is_sent(device: torch.device) -> None:
 
 def test_a_number_too_large_is_refused(device: torch.device) -> None:
     with pytest.raises(OverflowError):
-        Transfer(device).add([2**31])
+        PinnedUpload(device).add([2**31])
 
 
 def test_a_layout_in_a_transfer_equals_one_by_itself(device: torch.device) -> None:
     lengths = ([3, 1], [5, 2], [[7, 2], [4, 9]], 4)
-    transfer = Transfer(device)
+    transfer = PinnedUpload(device)
     shared, alone = PagedLayout(*lengths, transfer), PagedLayout(*lengths, device)
     transfer.send()
     for name in ("query_starts", "context_lengths", "tables", "new_rows"):

@@ -7,7 +7,7 @@ import grpc
 import pytest
 import torch
 from support.error_assertions import refusal
-from support.server_fixture import Bench, make_base
+from support.server_fixture import ServerFixture, make_base
 from support.tiny import edit_json, edit_tensors, hf_lora, tiny_llama
 from torch import Tensor
 
@@ -20,7 +20,7 @@ CONFIG = "adapter_config.json"
 pytestmark = pytest.mark.usefixtures("still_serving")
 
 
-def test_sources_outside_of_the_folder(llama: Bench, client: Client, tmp_path: Path) -> None:
+def test_sources_outside_of_the_folder(llama: ServerFixture, client: Client, tmp_path: Path) -> None:
     (llama.adapters / "way-out").symlink_to(tmp_path)
     for source in ("../llama", "/etc", str(tmp_path), "file:///etc", "s3://bucket/x", "way-out"):
         refusal(
@@ -52,7 +52,7 @@ def refused_adapter(
     assert adapter.device_bytes == 0
 
 
-def test_adapter_for_a_base_of_other_shapes(llama: Bench, client: Client, tmp_path: Path) -> None:
+def test_adapter_for_a_base_of_other_shapes(llama: ServerFixture, client: Client, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "other", hidden_size=32)
     hf_lora(tmp_path / "other", llama.adapters / "other-shape")
     refused_adapter(client, "other-shape", "the adapter is for a linear of 32 inputs", BaseMismatch)
@@ -61,13 +61,13 @@ def test_adapter_for_a_base_of_other_shapes(llama: Bench, client: Client, tmp_pa
     assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_adapter_for_another_family(llama: Bench, client: Client, gpt2_base: Path) -> None:
+def test_adapter_for_another_family(llama: ServerFixture, client: Client, gpt2_base: Path) -> None:
     hf_lora(gpt2_base, llama.adapters / "other-family", targets=["c_attn"])
     fragment = "target_modules ['c_attn'] match no linear of this base"
     refused_adapter(client, "other-family", fragment, BaseMismatch)
 
 
-def test_adapter_whose_record_names_another_base(llama: Bench, client: Client, tmp_path: Path) -> None:
+def test_adapter_whose_record_names_another_base(llama: ServerFixture, client: Client, tmp_path: Path) -> None:
     """Same shapes, other weights: only the fingerprint tells."""
     other = GPT.from_pretrained(make_base(tmp_path / "other", seed=7))
     other.add_adapter(LoraPEFTConfig(adapter_dim=2))
@@ -148,7 +148,7 @@ def _dora(folder: Path) -> None:
         (_dora, "is missing; use_dora is set"),
     ],
 )
-def test_damaged_adapter(llama: Bench, client: Client, damage: Callable[[Path], None], fragment: str) -> None:
+def test_damaged_adapter(llama: ServerFixture, client: Client, damage: Callable[[Path], None], fragment: str) -> None:
     adapter_id = f"damaged{damage.__name__}"
     hf_lora(llama.base, llama.adapters / adapter_id)
     damage(llama.adapters / adapter_id)

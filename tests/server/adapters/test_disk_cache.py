@@ -9,7 +9,7 @@ from support.crash_tests import full, run_alone
 
 from quiver_peft.adapters.formats.adapter_files import AdapterFiles
 from quiver_server.adapters.disk_cache import DiskCache
-from quiver_server.adapters.revision import Exact
+from quiver_server.adapters.revision import RevisionKey
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -18,11 +18,11 @@ def files(content: str, num_bytes: int = 1000) -> AdapterFiles:
     return AdapterFiles("somewhere", content.encode(), WEIGHTS, b"x" * (num_bytes - len(content)), None)
 
 
-def exact(adapter_id: str, content: str) -> Exact:
-    return Exact(adapter_id, files(content).revision)
+def exact(adapter_id: str, content: str) -> RevisionKey:
+    return RevisionKey(adapter_id, files(content).revision)
 
 
-def cache_in(folder: Path, capacity: int = 2**20, *staying: Exact) -> DiskCache:
+def cache_in(folder: Path, capacity: int = 2**20, *staying: RevisionKey) -> DiskCache:
     return DiskCache(folder / "cache", capacity, staying.__contains__)
 
 

@@ -9,7 +9,7 @@ from support.tiny import hf_lora
 from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
-from quiver_server.adapters.host_cache import WeightsCache, size_of
+from quiver_server.adapters.host_cache import HostCache, size_of
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def adapters(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 def test_what_is_kept_is_found_by_its_revision(adapters: list[AdapterWeights]) -> None:
-    cache = WeightsCache(2**24)
+    cache = HostCache(2**24)
     assert cache.get(adapters[0].revision) is None
     cache.put(adapters[0])
     cache.put(adapters[0])
@@ -35,7 +35,7 @@ def test_what_is_kept_is_found_by_its_revision(adapters: list[AdapterWeights]) -
 
 
 def test_what_is_dropped_gives_its_bytes_back(adapters: list[AdapterWeights]) -> None:
-    cache = WeightsCache(2**24)
+    cache = HostCache(2**24)
     cache.put(adapters[0])
     assert cache.drop(adapters[0].revision) == size_of(adapters[0])
     assert cache.drop(adapters[0].revision) == 0
@@ -45,13 +45,13 @@ def test_what_is_dropped_gives_its_bytes_back(adapters: list[AdapterWeights]) ->
 
 def test_the_least_recently_used_goes(adapters: list[AdapterWeights]) -> None:
     one = size_of(adapters[0])
-    cache = WeightsCache(2 * one)
+    cache = HostCache(2 * one)
     for index in (0, 1):
         cache.put(adapters[index])
     cache.get(adapters[0].revision)
     cache.put(adapters[2])
     assert [cache.bytes_of(item.revision) for item in adapters] == [one, 0, one]
     assert cache.num_bytes == 2 * one
-    nothing = WeightsCache(one - 1)
+    nothing = HostCache(one - 1)
     nothing.put(adapters[0])
     assert nothing.num_bytes == 0

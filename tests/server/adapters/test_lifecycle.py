@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.error_assertions import has_room_again
 from support.live_server import answer_tokens, eventually
-from support.server_fixture import ENDURING, Bench, running_bench
+from support.server_fixture import ENDURING, ServerFixture, running_server
 from support.tiny import hf_lora
 
 from quiver import Client, Generation, InvalidRequest, ServerBusy
@@ -27,7 +27,7 @@ def replace_files(source: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def test_a_new_folder_is_served(llama: Bench, client: Client) -> None:
+def test_a_new_folder_is_served(llama: ServerFixture, client: Client) -> None:
     assert "appeared" not in [adapter.id for adapter in client.list_adapters()]
     llama.add("appeared", rank=3, seed=21)
     assert client.get_adapter("appeared").state == "registered"
@@ -39,7 +39,7 @@ def test_a_new_folder_is_served(llama: Bench, client: Client) -> None:
     assert "appeared" not in [adapter.id for adapter in client.list_adapters()]
 
 
-def test_load_adapter_from_a_source(llama: Bench, client: Client) -> None:
+def test_load_adapter_from_a_source(llama: ServerFixture, client: Client) -> None:
     """A source inside of the adapters folder may lie deeper and have another name than the id."""
     llama.oracles["renamed"] = hf_lora(llama.base, llama.adapters / "team" / "v2", rank=2, seed=31)
     loaded = client.load_adapter("renamed", source="team/v2", pin=True)
@@ -47,14 +47,14 @@ def test_load_adapter_from_a_source(llama: Bench, client: Client) -> None:
     llama.check(client, "renamed")
 
 
-def test_loading_what_has_not_changed_does_nothing(llama: Bench, client: Client) -> None:
+def test_loading_what_has_not_changed_does_nothing(llama: ServerFixture, client: Client) -> None:
     first = client.load_adapter("mlp-r8")
     loads = llama.server.metric("quiver_adapter_loads_total", result="ok")
     assert client.load_adapter("mlp-r8") == first
     assert llama.server.metric("quiver_adapter_loads_total", result="ok") == loads
 
 
-def test_many_first_requests_load_once(llama: Bench, client: Client) -> None:
+def test_many_first_requests_load_once(llama: ServerFixture, client: Client) -> None:
     llama.add("popular", rank=8, seed=24, targets="all-linear")
     client.load_adapter("all-r2")  # the count is there once anything was loaded
     loads = llama.server.metric("quiver_adapter_loads_total", result="ok")
@@ -68,7 +68,7 @@ def test_many_first_requests_load_once(llama: Bench, client: Client) -> None:
     assert llama.server.metric("quiver_adapter_loads_total", result="ok") == loads + 1
 
 
-def test_a_failed_adapter_is_tried_again_once_it_is_mended(llama: Bench, client: Client) -> None:
+def test_a_failed_adapter_is_tried_again_once_it_is_mended(llama: ServerFixture, client: Client) -> None:
     llama.add("mended", rank=4, seed=26)
     path = llama.adapters / "mended" / WEIGHTS
     whole = path.read_bytes()
@@ -84,7 +84,7 @@ def test_a_failed_adapter_is_tried_again_once_it_is_mended(llama: Bench, client:
     assert client.get_adapter("mended").failure_reason == ""
 
 
-def test_a_resident_adapter_survives_a_broken_replacement(llama: Bench, client: Client) -> None:
+def test_a_resident_adapter_survives_a_broken_replacement(llama: ServerFixture, client: Client) -> None:
     llama.add("guarded", rank=4, seed=27)
     llama.check(client, "guarded")
     path = llama.adapters / "guarded" / WEIGHTS
@@ -94,7 +94,7 @@ def test_a_resident_adapter_survives_a_broken_replacement(llama: Bench, client: 
     llama.check(client, "guarded")
 
 
-def test_a_running_stream_finishes_on_the_old_revision(enduring: Bench, tmp_path: Path) -> None:
+def test_a_running_stream_finishes_on_the_old_revision(enduring: ServerFixture, tmp_path: Path) -> None:
     with enduring.server.client() as client:
         enduring.add("changing", rank=4, seed=22)
         oracle = hf_lora(enduring.base, tmp_path / "new", rank=6, seed=23)
@@ -114,7 +114,7 @@ def test_a_running_stream_finishes_on_the_old_revision(enduring: Bench, tmp_path
         assert client.generate(PROMPT, adapter=f"changing@{new.revision[:12]}", max_new_tokens=1).token_ids
 
 
-def test_unload_waits_for_the_running_request(enduring: Bench) -> None:
+def test_unload_waits_for_the_running_request(enduring: ServerFixture) -> None:
     with enduring.server.client() as client:
         enduring.add("leaving", rank=4, seed=25)
         loaded = client.load_adapter("leaving")
@@ -139,15 +139,15 @@ def test_unload_waits_for_the_running_request(enduring: Bench) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def small(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """A server whose adapter memory holds two of its five adapters, and that runs four sequences at a time."""
     settings = {f"large-{i}": {"rank": 32, "targets": "all-linear"} for i in range(5)}
     options = ("--adapter-memory-mib", "1", "--max-running", "4", "--max-waiting", "12", "--max-adapter-share", "1")
-    with running_bench(tmp_path_factory.mktemp("small"), enduring_base, settings, *options) as bench:
+    with running_server(tmp_path_factory.mktemp("small"), enduring_base, settings, *options) as bench:
         yield bench
 
 
-def test_eviction_changes_no_answer(small: Bench) -> None:
+def test_eviction_changes_no_answer(small: ServerFixture) -> None:
     names = ["", *(f"large-{i}" for i in range(5))] * 2
     expected = [small.expected(name, PROMPT, 12) for name in names]
     with small.server.client() as client, ThreadPoolExecutor(len(names)) as threads:
@@ -161,7 +161,7 @@ def test_eviction_changes_no_answer(small: Bench) -> None:
     assert small.server.metric("quiver_resident_adapters") <= 2
 
 
-def test_one_that_waits_for_memory_holds_up_nobody(small: Bench) -> None:
+def test_one_that_waits_for_memory_holds_up_nobody(small: ServerFixture) -> None:
     """Two adapters run on all the memory there is; a third waits for it. Base and first answer meanwhile."""
     with small.server.client() as client, ThreadPoolExecutor(1) as thread:
         streams = [client.stream(PROMPT, **{**ENDURING, "adapter": name}) for name in ("large-0", "large-1")]
@@ -178,7 +178,7 @@ def test_one_that_waits_for_memory_holds_up_nobody(small: Bench) -> None:
         assert answer_tokens(waiting.result(20)) == small.expected("large-2", PROMPT, 6)
 
 
-def test_pinned_adapters_are_not_evicted(small: Bench) -> None:
+def test_pinned_adapters_are_not_evicted(small: ServerFixture) -> None:
     with small.server.client() as client:
         for name in ("large-0", "large-1"):
             assert client.load_adapter(name, pin=True).pinned
@@ -191,7 +191,7 @@ def test_pinned_adapters_are_not_evicted(small: Bench) -> None:
         client.unload_adapter("large-1")
 
 
-def test_an_adapter_larger_than_the_memory_is_refused_and_nobody_evicted(small: Bench) -> None:
+def test_an_adapter_larger_than_the_memory_is_refused_and_nobody_evicted(small: ServerFixture) -> None:
     small.add("huge", rank=128, targets="all-linear")
     with small.server.client() as client:
         small.check(client, "large-1")
@@ -203,7 +203,7 @@ def test_an_adapter_larger_than_the_memory_is_refused_and_nobody_evicted(small: 
         assert small.server.metric("quiver_adapter_evictions_total") == evictions
 
 
-def test_a_full_queue_refuses_at_once(small: Bench) -> None:
+def test_a_full_queue_refuses_at_once(small: ServerFixture) -> None:
     eventually(lambda: small.server.metric("quiver_running_sequences") == 0)  # what others have closed is gone
     with small.server.client() as client:
         stream = client.stream(PROMPT, **{**ENDURING, "n": 16, "temperature": 1.0, "seed": 1})

@@ -15,14 +15,14 @@ from quiver_peft.adapters.serving.banks import AdapterBanks
 from quiver_peft.base.gpt import GPTBase
 from quiver_server.adapters import memory as memory_module
 from quiver_server.adapters.admin import AdapterAdmin
-from quiver_server.adapters.entry import Resident
-from quiver_server.adapters.manager import AdapterStore
+from quiver_server.adapters.entry import LoadedRevision
+from quiver_server.adapters.manager import AdapterManager
 from quiver_server.adapters.open import open_adapters
 from quiver_server.errors import BusyError, UnknownAdapterError
 from quiver_server.telemetry.metrics import Metrics
 
 RANKS = {**{f"r4-{i}": 4 for i in range(5)}, "r8": 8, "r12": 12}
-Opened = tuple[AdapterStore, AdapterAdmin]
+Opened = tuple[AdapterManager, AdapterAdmin]
 Store = Callable[..., Opened]
 
 
@@ -54,18 +54,18 @@ async def make_store(folder: Path, llama_base: Path) -> AsyncIterator[Store]:
         store.close()
 
 
-def resident(store: AdapterStore) -> set[str]:
+def resident(store: AdapterManager) -> set[str]:
     return {entry.id for entry in store.names.known if entry.resident is not None}
 
 
-def reload_alike(store: AdapterStore) -> None:
+def reload_alike(store: AdapterManager) -> None:
     """As measured, one takes many times as long as another where the machine is busy, and is worth as much more."""
     for entry in store.names.known:
         if entry.resident is not None:
             entry.resident.reload_seconds = 0.01
 
 
-async def use(store: AdapterStore, *names: str) -> None:
+async def use(store: AdapterManager, *names: str) -> None:
     """Requests that end at once."""
     for name in names:
         await store.release(await store.acquire(name))
@@ -193,12 +193,12 @@ async def test_storms_lose_nothing(make_store: Store) -> None:
     names = list(RANKS)
     held: set[int] = set()
 
-    async def ask(i: int) -> Resident:
+    async def ask(i: int) -> LoadedRevision:
         found = await store.acquire(names[i * i % 7])
-        assert not found.gone.is_set()
+        assert not found.released.is_set()
         held.add(found.slot)
         await asyncio.sleep(0.001 * (i % 5))
-        assert not found.gone.is_set(), "taken from under a request"
+        assert not found.released.is_set(), "taken from under a request"
         await store.release(found)
         return found
 
@@ -213,6 +213,6 @@ async def test_a_disk_without_room_serves_but_keeps_no_alias(make_store: Store) 
     assert store.reader.disk.num_bytes == 0
     with pytest.raises(BusyError, match=r"has no room to keep r4-0@\w+ for an alias \(--cache-mib\)"):
         await admin.set_alias("live", "r4-0")
-    assert store.registry.decided.aliases == {}
+    assert store.registry.state.aliases == {}
     with pytest.raises(UnknownAdapterError):
         await store.acquire("live")

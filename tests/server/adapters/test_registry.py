@@ -11,10 +11,10 @@ from support.crash_tests import full, run_alone
 
 from quiver_peft.errors import QuiverError
 from quiver_server.adapters.registry import Registry
-from quiver_server.adapters.revision import Exact
+from quiver_server.adapters.revision import RevisionKey
 from quiver_server.errors import RequestError
 
-ONE, TWO = Exact("support", "1" * 64), Exact("support", "2" * 64)
+ONE, TWO = RevisionKey("support", "1" * 64), RevisionKey("support", "2" * 64)
 
 
 async def test_what_was_decided_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -27,14 +27,14 @@ async def test_what_was_decided_is_there_after_a_restart(tmp_path: Path) -> None
     await registry.set_pin(str(ONE), True)
     await registry.set_pin("support", False)
     await registry.set_source("support", "s3://bucket/team/v2")
-    decided = registry.decided
+    decided = registry.state
     registry.close()
     again = Registry(tmp_path / "state")
-    assert again.decided == decided
-    assert (again.decided.aliases, again.decided.pins) == ({"live": TWO}, {str(ONE)})
-    assert again.decided.sources == {"support": "s3://bucket/team/v2"}
-    assert (again.decided.names(ONE), again.decided.names(TWO)) == (True, True)
-    assert not again.decided.names(Exact("support", "3" * 64))
+    assert again.state == decided
+    assert (again.state.aliases, again.state.pins) == ({"live": TWO}, {str(ONE)})
+    assert again.state.sources == {"support": "s3://bucket/team/v2"}
+    assert (again.state.names(ONE), again.state.names(TWO)) == (True, True)
+    assert not again.state.names(RevisionKey("support", "3" * 64))
     again.close()
 
 
@@ -42,7 +42,7 @@ async def test_changes_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     await asyncio.gather(*(registry.set_alias(f"a{i}", ONE) for i in range(20)))
     registry.close()
-    assert len(Registry(tmp_path).decided.aliases) == 20
+    assert len(Registry(tmp_path).state.aliases) == 20
 
 
 async def test_a_change_that_is_not_written_has_not_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,9 +52,9 @@ async def test_a_change_that_is_not_written_has_not_happened(tmp_path: Path, mon
     with pytest.raises(RequestError, match=r"nothing has changed, .*registry.json cannot be written"):
         await registry.set_alias("live", TWO)
     monkeypatch.undo()
-    assert registry.decided.aliases == {"live": ONE}
+    assert registry.state.aliases == {"live": ONE}
     registry.close()
-    assert Registry(tmp_path).decided.aliases == {"live": ONE}
+    assert Registry(tmp_path).state.aliases == {"live": ONE}
 
 
 def test_one_folder_is_one_servers(tmp_path: Path) -> None:

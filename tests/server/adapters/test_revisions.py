@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from support.error_assertions import refusal
 from support.live_server import answer_tokens, eventually
-from support.server_fixture import Bench, running_bench
+from support.server_fixture import ServerFixture, running_server
 from support.tiny import hf_greedy, hf_lora
 
-from quiver import AdapterNotFound, CallCancelled, Client, InvalidRequest, Running, ServerBusy, Tier
+from quiver import AdapterNotFound, CallCancelled, Client, InvalidRequest, ServerBusy, Tier, UnloadPolicy
 from quiver.request_messages import GenerateOptions
 from quiver_peft.adapters.store.store import AdapterStore, publish
 
@@ -26,7 +26,7 @@ LONG: GenerateOptions = {"max_new_tokens": 1500, "ignore_eos": True}
 class Revisions:
     """One adapter's revisions: how to publish each, and what Hugging Face answers with it, by its digest."""
 
-    def __init__(self, bench: Bench, folder: Path, num: int, adapter_id: str = "support") -> None:
+    def __init__(self, bench: ServerFixture, folder: Path, num: int, adapter_id: str = "support") -> None:
         self.adapter_id = adapter_id
         self._store = AdapterStore(str(bench.adapters))
         self._folders = [folder / f"{adapter_id}-{seed}" for seed in range(num)]
@@ -53,25 +53,25 @@ class Revisions:
 
 
 @pytest.fixture(scope="module")
-def bench(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     folder = tmp_path_factory.mktemp("revisions")
-    with running_bench(folder, enduring_base, {}, "--state", str(folder / "state")) as bench:
+    with running_server(folder, enduring_base, {}, "--state", str(folder / "state")) as bench:
         yield bench
 
 
 @pytest.fixture
-def client(bench: Bench) -> Iterator[Client]:
+def client(bench: ServerFixture) -> Iterator[Client]:
     with bench.server.client() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def support(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Revisions:
+def support(bench: ServerFixture, tmp_path_factory: pytest.TempPathFactory) -> Revisions:
     return Revisions(bench, tmp_path_factory.mktemp("support"), 3)
 
 
 @contextmanager
-def traffic(bench: Bench, revisions: Revisions, *names: str) -> Generator[dict[str, list[str]]]:
+def traffic(bench: ServerFixture, revisions: Revisions, *names: str) -> Generator[dict[str, list[str]]]:
     """Asks for each name again and again, from a thread each; gives the revisions that answered, by name."""
     seen: dict[str, list[str]] = {name: [] for name in names}
     done = threading.Event()
@@ -92,7 +92,9 @@ def traffic(bench: Bench, revisions: Revisions, *names: str) -> Generator[dict[s
             task.result()
 
 
-def test_old_revisions_are_servable_beside_the_new_one(bench: Bench, client: Client, support: Revisions) -> None:
+def test_old_revisions_are_servable_beside_the_new_one(
+    bench: ServerFixture, client: Client, support: Revisions
+) -> None:
     """The folder was replaced twice; each revision is asked for in one batch with the others."""
     for index in range(3):
         support.publish(index)
@@ -115,7 +117,7 @@ def test_old_revisions_are_servable_beside_the_new_one(bench: Bench, client: Cli
     refusal(lambda: client.generate(PROMPT, adapter="support@xyz"), InvalidRequest, "6 to 64 hexadecimal digits")
 
 
-def test_a_revision_of_one_adapter_is_none_of_another(bench: Bench, client: Client, support: Revisions) -> None:
+def test_a_revision_of_one_adapter_is_none_of_another(bench: ServerFixture, client: Client, support: Revisions) -> None:
     bench.add("stranger", rank=3, seed=77)
     bench.check(client, "stranger")
     refusal(
@@ -123,7 +125,7 @@ def test_a_revision_of_one_adapter_is_none_of_another(bench: Bench, client: Clie
     )
 
 
-def test_an_alias_moves_in_one_step_under_traffic(bench: Bench, client: Client, support: Revisions) -> None:
+def test_an_alias_moves_in_one_step_under_traffic(bench: ServerFixture, client: Client, support: Revisions) -> None:
     """Before it is answered, the old revision or the new one; after it, the new one. And back again."""
     client.set_alias("live", f"support@{support.revisions[0]}")
     with traffic(bench, support, "live", f"support@{support.revisions[1]}") as seen:
@@ -141,7 +143,9 @@ def test_an_alias_moves_in_one_step_under_traffic(bench: Bench, client: Client, 
     refusal(lambda: client.delete_alias("live"), AdapterNotFound, "there is no alias 'live'")
 
 
-def test_a_running_stream_finishes_on_the_aliass_old_revision(bench: Bench, client: Client, support: Revisions) -> None:
+def test_a_running_stream_finishes_on_the_aliass_old_revision(
+    bench: ServerFixture, client: Client, support: Revisions
+) -> None:
     """Tried again where the stream was faster than the move."""
     names = [f"support@{revision}" for revision in support.revisions[:2]]
     alone = client.generate(PROMPT, **{**LONG, "adapter": names[0]}).token_ids
@@ -162,7 +166,7 @@ def test_a_running_stream_finishes_on_the_aliass_old_revision(bench: Bench, clie
     assert was_running, "too late each time to show anything"
 
 
-def test_an_alias_hides_no_adapter(bench: Bench, client: Client, support: Revisions) -> None:
+def test_an_alias_hides_no_adapter(bench: ServerFixture, client: Client, support: Revisions) -> None:
     refusal(
         lambda: client.set_alias("support", "support"), InvalidRequest, "is the id of an adapter, which it would hide"
     )
@@ -182,7 +186,7 @@ def test_an_alias_hides_no_adapter(bench: Bench, client: Client, support: Revisi
 
 
 def test_an_alias_stays_where_it_was_when_the_new_revision_is_malformed(
-    bench: Bench, client: Client, support: Revisions
+    bench: ServerFixture, client: Client, support: Revisions
 ) -> None:
     client.set_alias("live", f"support@{support.revisions[0]}")
     broken = bench.adapters / "broken"
@@ -192,7 +196,7 @@ def test_an_alias_stays_where_it_was_when_the_new_revision_is_malformed(
     assert support.ask(client, "live") == support.revisions[0]
 
 
-def test_loads_and_unloads_race_under_traffic(bench: Bench, client: Client, support: Revisions) -> None:
+def test_loads_and_unloads_race_under_traffic(bench: ServerFixture, client: Client, support: Revisions) -> None:
     """New content, loads and unloads from four sides, while requests run: no error, no answer of another revision."""
     deadline = time.monotonic() + 3
     exact = [f"support@{revision}" for revision in support.revisions[1:]]
@@ -225,7 +229,7 @@ def test_loads_and_unloads_race_under_traffic(bench: Bench, client: Client, supp
     assert (adapter.running, adapter.device_bytes) == (0, 0)
 
 
-def test_unload_refuses_or_cancels_as_asked(bench: Bench, client: Client, support: Revisions) -> None:
+def test_unload_refuses_or_cancels_as_asked(bench: ServerFixture, client: Client, support: Revisions) -> None:
     client.unload_adapter("support")
     free = bench.server.metric("quiver_adapter_free_bytes")
     loaded = client.load_adapter("support")
@@ -235,11 +239,13 @@ def test_unload_refuses_or_cancels_as_asked(bench: Bench, client: Client, suppor
     tokens: dict[int, list[int]] = {index: [] for index in range(12)}
     firsts = [next(stream) for stream in streams]
     error = refusal(
-        lambda: client.unload_adapter("support", running=Running.REFUSE), ServerBusy, "has 1 requests running and 0"
+        lambda: client.unload_adapter("support", running=UnloadPolicy.REFUSE),
+        ServerBusy,
+        "has 1 requests running and 0",
     )
     assert error.reason == "ADAPTER_IN_USE"
     assert client.get_adapter("support").device_bytes == loaded.device_bytes
-    freed = client.unload_adapter("support", running=Running.CANCEL)
+    freed = client.unload_adapter("support", running=UnloadPolicy.CANCEL)
     assert freed == loaded.device_bytes + loaded.host_bytes
     assert bench.server.metric("quiver_adapter_free_bytes") == free
     with pytest.raises(CallCancelled, match="adapter 'support' was unloaded by an administrator") as caught:
@@ -248,11 +254,11 @@ def test_unload_refuses_or_cancels_as_asked(bench: Bench, client: Client, suppor
     for piece in (firsts[1], *streams[1]):
         tokens[piece.index] += piece.token_ids
     assert [tuple(tokens[index]) for index in range(12)] == [item.token_ids for item in other.candidates]
-    assert client.unload_adapter("support", running=Running.REFUSE) == 0
+    assert client.unload_adapter("support", running=UnloadPolicy.REFUSE) == 0
     support.ask(client, "support")
 
 
-def test_prefetch_brings_it_to_main_memory_and_disk(bench: Bench, client: Client) -> None:
+def test_prefetch_brings_it_to_main_memory_and_disk(bench: ServerFixture, client: Client) -> None:
     bench.add("ahead", rank=4, seed=41)
     adapter = client.load_adapter("ahead", tier=Tier.HOST)
     assert (adapter.state, adapter.device_bytes) == ("host", 0)
@@ -267,7 +273,7 @@ def test_prefetch_brings_it_to_main_memory_and_disk(bench: Bench, client: Client
     assert client.get_adapter("cut").state == "failed"
 
 
-def test_pins_are_put_on_and_taken_off(bench: Bench, client: Client, support: Revisions) -> None:
+def test_pins_are_put_on_and_taken_off(bench: ServerFixture, client: Client, support: Revisions) -> None:
     assert client.load_adapter("support", pin=True).pinned
     assert client.load_adapter("support").pinned, "what is not said stays"
     assert not client.load_adapter("support", pin=False).pinned
@@ -278,7 +284,7 @@ def test_pins_are_put_on_and_taken_off(bench: Bench, client: Client, support: Re
     assert not any(item.pinned for item in client.get_adapter("support").revisions)
 
 
-def test_a_watch_begins_with_all_and_tells_every_last_state(bench: Bench, client: Client) -> None:
+def test_a_watch_begins_with_all_and_tells_every_last_state(bench: ServerFixture, client: Client) -> None:
     bench.add("watched", rank=4, seed=51)
     changes = client.watch_adapters()
     first = next(changes)
@@ -309,7 +315,7 @@ def test_a_watch_begins_with_all_and_tells_every_last_state(bench: Bench, client
     assert states[0] in ("loading", "resident")
 
 
-def test_a_slow_watcher_gets_the_last_state_and_holds_up_nobody(bench: Bench, client: Client) -> None:
+def test_a_slow_watcher_gets_the_last_state_and_holds_up_nobody(bench: ServerFixture, client: Client) -> None:
     """It reads nothing while an adapter comes and goes a hundred times."""
     bench.add("restless", rank=4, seed=52)
     with bench.server.client() as slow:

@@ -2,20 +2,20 @@
 
 import asyncio
 
-from quiver_server.adapters.watch import Changes
+from quiver_server.adapters.watch import ChangeFeed
 
 
 def test_what_was_missed_is_merged() -> None:
     async def watch() -> None:
-        changes = Changes()
-        changes.note("before anybody watched")
+        changes = ChangeFeed()
+        changes.notify("before anybody watched")
         with changes.watching() as slow, changes.watching() as other:
             for _ in range(100):
-                changes.note("restless")
-                changes.note("other")
+                changes.notify("restless")
+                changes.notify("other")
             assert await slow.wait(5) == {"restless", "other"}
             assert await slow.wait(0.01) == set(), "nothing is told twice"
-            changes.note("restless")
+            changes.notify("restless")
             assert await slow.wait(5) == {"restless"}
             assert await other.wait(5) == {"restless", "other"}, "each watcher has what it missed"
 
@@ -24,11 +24,11 @@ def test_what_was_missed_is_merged() -> None:
 
 def test_what_changes_together_is_told_together() -> None:
     async def watch() -> None:
-        changes = Changes()
+        changes = ChangeFeed()
         with changes.watching() as watcher:
             told = asyncio.create_task(watcher.wait(5))
             for name in ("first", "second", "third"):
-                changes.note(name)
+                changes.notify(name)
                 await asyncio.sleep(0)  # the watcher would go on here
             assert await told == {"first", "second", "third"}
 
@@ -37,10 +37,10 @@ def test_what_changes_together_is_told_together() -> None:
 
 def test_who_watches_no_more_is_told_nothing() -> None:
     async def watch() -> None:
-        changes = Changes()
+        changes = ChangeFeed()
         with changes.watching() as watcher:
             pass
-        changes.note("later")
+        changes.notify("later")
         assert await watcher.wait(0.01) == set()
 
     asyncio.run(watch())

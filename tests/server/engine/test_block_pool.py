@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.sequences import sequence
 
-from quiver_server.engine.block_hashes import block_key
+from quiver_server.engine.block_hashes import hash_block
 from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.sequence import Sequence
 
@@ -36,26 +36,26 @@ def test_release_gives_all_back_and_forgets_the_cache() -> None:
     pool, owner = BlockPool(3, 4), sequence(12)
     pool.extend(owner, 12)
     owner.num_cached_tokens = 12
-    pool.release(owner)
+    pool.free(owner)
     assert (owner.blocks, owner.num_cached_tokens, pool.num_free_blocks) == ([], 0, 3)
-    pool.release(owner)
+    pool.free(owner)
     assert pool.num_free_blocks == 3
 
 
 def compute(pool: BlockPool, owner: Sequence) -> None:
     """What scheduler and engine do for all of a sequence's tokens."""
-    pool.reuse(owner)
+    pool.match_prefix(owner)
     assert pool.can_extend(owner, owner.num_tokens)
     pool.extend(owner, owner.num_tokens)
-    owner.num_cached_tokens, owner.source_is_cached = owner.num_tokens, True
-    pool.name_full_blocks(owner)
+    owner.num_cached_tokens, owner.encoder_is_cached = owner.num_tokens, True
+    pool.cache_full_blocks(owner)
 
 
 def reused(pool: BlockPool, owner: Sequence) -> int:
     """How many tokens a sequence would find; it keeps nothing."""
-    pool.reuse(owner)
+    pool.match_prefix(owner)
     found = owner.num_cached_tokens
-    pool.release(owner)
+    pool.free(owner)
     return found
 
 
@@ -70,7 +70,7 @@ def test_full_blocks_are_found_by_who_begins_alike() -> None:
     assert reused(pool, sequence([*tokens[:5], 7, 7, 7, 7])) == 4
     assert reused(pool, sequence([7, *tokens])) == 0
     assert reused(pool, sequence(tokens[4:])) == 0, "the same tokens at another place"
-    pool.release(first)
+    pool.free(first)
     assert reused(pool, sequence([*tokens, 7])) == 8, "found without an owner too"
     assert pool.num_free_blocks == 16
 
@@ -80,7 +80,7 @@ def test_generated_tokens_are_found_by_the_next_turn() -> None:
     first = sequence(3)
     first.generated += [1, 2, 3, 4, 5, 6]
     compute(pool, first)
-    pool.release(first)
+    pool.free(first)
     assert reused(pool, sequence([*first.prompt, 1, 2, 3, 4, 5, 9, 9])) == 8
 
 
@@ -124,24 +124,24 @@ def test_a_source_is_shared_as_a_whole() -> None:
 
     def asking(source: list[int], slot: int = 0) -> Sequence:
         item = sequence([0], slot)
-        item.source = source
+        item.encoder_input = source
         return item
 
     first = asking(SOURCE)
     compute(pool, first)
     same, shorter, other = asking(SOURCE), asking(SOURCE[:28]), asking(SOURCE, slot=3)
     for item in (same, shorter, other):
-        pool.reuse(item)
-    assert (same.source_is_cached, same.source_blocks, same.num_reused_tokens) == (True, first.source_blocks, 30)
-    assert (shorter.source_is_cached, shorter.source_blocks) == (False, [])
-    assert (other.source_is_cached, other.source_blocks) == (False, [])
+        pool.match_prefix(item)
+    assert (same.encoder_is_cached, same.encoder_blocks, same.num_reused_tokens) == (True, first.encoder_blocks, 30)
+    assert (shorter.encoder_is_cached, shorter.encoder_blocks) == (False, [])
+    assert (other.encoder_is_cached, other.encoder_blocks) == (False, [])
 
 
 def test_what_an_answer_says_depends_on_its_source() -> None:
     pool = BlockPool(64, 4)
     items = [sequence([0]) for _ in range(3)]
     for item, source in zip(items, (SOURCE, SOURCE, SOURCE[1:]), strict=True):
-        item.source = source
+        item.encoder_input = source
         item.generated = list(range(40, 49))
     compute(pool, items[0])
     assert (reused(pool, items[1]), reused(pool, items[2])) == (8, 0)
@@ -156,7 +156,7 @@ def test_names_tell_contents_apart() -> None:
                 item = sequence(length)
                 item.revision = revision
                 item.prompt[changed] += 1000
-                name = block_key(item, length // 4 - 1, 4)
+                name = hash_block(item, length // 4 - 1, 4)
                 content = (revision, item.prompt)
                 assert names.setdefault(name, content) == content
     assert len(names) == 3 * sum(range(4, 60, 4))
@@ -167,7 +167,7 @@ def test_the_least_recently_used_goes_first_and_ends_before_beginnings() -> None
     early, late = sequence(16), sequence(16, 1)
     for item in (early, late):
         compute(pool, item)
-        pool.release(item)
+        pool.free(item)
     taker = sequence(9, 2)
     compute(pool, taker)
     assert (reused(pool, sequence(16)), reused(pool, sequence(17, 1))) == (4, 16)
@@ -177,7 +177,7 @@ def test_nothing_is_shared_when_told_so() -> None:
     pool = BlockPool(16, 4, share=False)
     compute(pool, sequence(12))
     assert reused(pool, sequence(13)) == 0
-    assert pool.next_key(sequence(13)) is None
+    assert pool.next_block_hash(sequence(13)) is None
 
 
 PROMPTS = [[1] * 14, [1] * 9 + [2] * 5, [1] * 4 + [3] * 12, [4] * 3, [5] * 16]
@@ -192,10 +192,10 @@ def test_a_block_is_shared_by_equal_beginnings_alone(share: bool, moves: list[tu
     for which, num_tokens in moves:
         owner = owners[which]
         if not num_tokens:
-            pool.release(owner)
+            pool.free(owner)
         else:
             if not owner.blocks:
-                pool.reuse(owner)
+                pool.match_prefix(owner)
                 for index, block in enumerate(owner.blocks):
                     assert content[block] == tuple(owner.prompt[: (index + 1) * 4])
             end = max(min(num_tokens, len(owner.prompt)), owner.num_cached_tokens)
@@ -205,7 +205,7 @@ def test_a_block_is_shared_by_equal_beginnings_alone(share: bool, moves: list[tu
             for index in range(owner.num_cached_tokens // 4, len(owner.blocks)):
                 content[owner.blocks[index]] = tuple(owner.prompt[: min(end, (index + 1) * 4)])
             owner.num_cached_tokens = end
-            pool.name_full_blocks(owner)
+            pool.cache_full_blocks(owner)
         held = Counter(block for owner in owners for block in owner.blocks)
         assert len(held) + pool.num_free_blocks == 10
         for block, num_owners in held.items():
@@ -217,5 +217,5 @@ def test_a_block_is_shared_by_equal_beginnings_alone(share: bool, moves: list[tu
             for index in range(owner.num_cached_tokens // 4):
                 assert content[owner.blocks[index]] == tuple(owner.prompt[: (index + 1) * 4])
     for owner in owners:
-        pool.release(owner)
+        pool.free(owner)
     assert pool.num_free_blocks == 10

@@ -112,7 +112,7 @@ def test_logits_that_overflow_end_their_own_row_only(base: GPTBase) -> None:
     driver.runner.run = run  # type: ignore[method-assign]
     items = [sequence([20 + i] * 4, max_new_tokens=3, temperature=float(i)) for i in range(3)]
     for item in items:
-        item.tenant = "wild"
+        item.fairness_key = "wild"
     assert sorted(map(len, driver.run(items))) == [0, 1, 3]
     errors = [driver.events[item][-1].error for item in items]
     assert errors.count(None) == 1

@@ -35,7 +35,7 @@ class Simulation:
     def step(self) -> list[ScheduledChunk]:
         chunks = run_step(self.scheduler)
         self.num_steps += 1
-        self.num_drawn.update(chunk.sequence.tenant for chunk in chunks if chunk.sequence.generated)
+        self.num_drawn.update(chunk.sequence.fairness_key for chunk in chunks if chunk.sequence.generated)
         return chunks
 
     def steps_to_first_token(self, item: Sequence) -> int:
@@ -93,7 +93,7 @@ def test_two_floods_share_alike() -> None:
     flood, quiet = simulation.num_drawn["adapter-1"], simulation.num_drawn["adapter-2"]
     # Counters are of prompts as well, of which the shorter answers have more.
     assert 0.6 < quiet / flood < 1.1
-    served = simulation.scheduler.waiting.num_served
+    served = simulation.scheduler.waiting.service_received
     assert abs(served("adapter-1") - served("adapter-2")) < 3000, "a few rows' worth of long answers"
 
 
@@ -151,7 +151,7 @@ def test_small_ones_pass_a_large_one_until_it_is_overdue() -> None:
     simulation.ask(1, 32, 8)
     simulation.step()
     simulation.scheduler.waiting.push(small := sequence(4, 2))
-    simulation.scheduler.waiting.charge("adapter-2", 50)
+    simulation.scheduler.waiting.add_service("adapter-2", 50)
     large = simulation.ask(1, 60, 1)
     simulation.step()
     assert small.generated

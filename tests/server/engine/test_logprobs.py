@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.server_fixture import Bench
+from support.server_fixture import ServerFixture
 from support.tiny import assert_close, hf_logits, random_tokens
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from quiver import Client
 from quiver.results import TokenLogprob
 
 
-def hf_logprobs(llama: Bench, adapter_id: str, tokens: list[int]) -> Tensor:
+def hf_logprobs(llama: ServerFixture, adapter_id: str, tokens: list[int]) -> Tensor:
     """Row i: of the token after tokens[i]. [S, V]"""
     logits = hf_logits(llama.oracles[adapter_id], torch.tensor([tokens]))[0]
     return torch.log_softmax(logits.float(), -1)
@@ -31,7 +31,7 @@ def assert_logprobs(items: tuple[TokenLogprob, ...], token_ids: list[int], rows:
 
 @pytest.mark.parametrize("adapter_id", ["", "pattern-r3"])
 @pytest.mark.parametrize("num_top", [0, 5])
-def test_logprobs_of_prompt_and_answer(llama: Bench, client: Client, adapter_id: str, num_top: int) -> None:
+def test_logprobs_of_prompt_and_answer(llama: ServerFixture, client: Client, adapter_id: str, num_top: int) -> None:
     """The prompt is longer than a step, so that its log-probabilities come from several chunks."""
     prompt = random_tokens(110, seed=8).tolist()
     answer = client.generate(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from support.live_server import LiveServer, answer_tokens
-from support.server_fixture import GPT2_ADAPTERS, LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import GPT2_ADAPTERS, LLAMA_ADAPTERS, ServerFixture, running_server
 from support.tiny import hf_lora, random_tokens
 
 from quiver import Client
@@ -74,7 +74,7 @@ def repeating(work: Callable[[Client], None], server: LiveServer) -> Generator[l
 
 
 @pytest.fixture
-def churn(llama: Bench) -> Callable[[Client], None]:
+def churn(llama: ServerFixture) -> Callable[[Client], None]:
     """Loads and unloads two adapters that nobody asks for, and one that is asked for."""
     for name, rank in (("churn-a", 5), ("churn-b", 9)):
         hf_lora(llama.base, llama.adapters / name, rank=rank, targets="all-linear", seed=rank)
@@ -88,7 +88,7 @@ def churn(llama: Bench) -> Callable[[Client], None]:
     return work
 
 
-def test_mixed_batch_equals_one_at_a_time(llama: Bench, churn: Callable[[Client], None]) -> None:
+def test_mixed_batch_equals_one_at_a_time(llama: ServerFixture, churn: Callable[[Client], None]) -> None:
     questions = mixed_questions(list(LLAMA_ADAPTERS), seed=1)
     expected = [llama.expected(*question) for question in questions]
     steps_before = llama.server.metric("quiver_step_seconds_count")
@@ -101,14 +101,14 @@ def test_mixed_batch_equals_one_at_a_time(llama: Bench, churn: Callable[[Client]
     assert steps < num_tokens / 2, "the requests did not share their steps"
 
 
-def test_every_adapter_changes_the_answer(llama: Bench) -> None:
+def test_every_adapter_changes_the_answer(llama: ServerFixture) -> None:
     """Without this the test above could pass with adapters that do nothing."""
     prompt = random_tokens(20, seed=3).tolist()
     answers = [tuple(llama.expected(name, prompt, 20)) for name in ("", *LLAMA_ADAPTERS)]
     assert len(set(answers)) == len(answers)
 
 
-def test_mixed_batch_on_gpt2(gpt2: Bench) -> None:
+def test_mixed_batch_on_gpt2(gpt2: ServerFixture) -> None:
     questions = mixed_questions(list(GPT2_ADAPTERS), seed=2)
     expected = [gpt2.expected(*question) for question in questions]
     assert ask_all_at_once(gpt2.server, questions) == expected
@@ -122,14 +122,14 @@ def test_mixed_batch_without_the_compiled_kernels(
     """Where there is no compiler, torch's operators give the same answers."""
     monkeypatch.setenv("QUIVER_KERNELS", "torch")
     adapters = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2", "pattern-r3")}
-    with running_bench(tmp_path, llama_base, adapters, "--max-step-tokens", "48") as bench:
+    with running_server(tmp_path, llama_base, adapters, "--max-step-tokens", "48") as bench:
         assert "QUIVER_KERNELS=torch" in bench.server.log.read_text()
         questions = mixed_questions(list(adapters), seed=4)
         expected = [bench.expected(*question) for question in questions]
         assert ask_all_at_once(bench.server, questions) == expected
 
 
-def test_bursts_over_the_running_limit_wait_their_turn(llama: Bench) -> None:
+def test_bursts_over_the_running_limit_wait_their_turn(llama: ServerFixture) -> None:
     """96 requests where 64 may run: the rest waits in the queue and is answered exactly."""
     prompt = random_tokens(10, seed=5).tolist()
     names = ["", *LLAMA_ADAPTERS] * 14

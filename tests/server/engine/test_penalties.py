@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from support.server_fixture import LLAMA_ADAPTERS, Bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture
 from support.tiny import PAD, random_tokens
 
 from quiver import Client
@@ -12,7 +12,7 @@ from quiver.request_messages import GenerateOptions
 PENALTY = 1.8
 
 
-def hf_penalised(llama: Bench, adapter_id: str, prompt: list[int], num_tokens: int) -> tuple[int, ...]:
+def hf_penalised(llama: ServerFixture, adapter_id: str, prompt: list[int], num_tokens: int) -> tuple[int, ...]:
     tokens = torch.tensor([prompt])
     out = llama.oracles[adapter_id].generate(  # pyright: ignore[reportCallIssue]
         input_ids=tokens,
@@ -26,7 +26,7 @@ def hf_penalised(llama: Bench, adapter_id: str, prompt: list[int], num_tokens: i
     return tuple(out[0, len(prompt) :].tolist())
 
 
-def test_repetition_penalty_is_that_of_transformers(llama: Bench, client: Client) -> None:
+def test_repetition_penalty_is_that_of_transformers(llama: ServerFixture, client: Client) -> None:
     prompt = random_tokens(20, seed=3).tolist()
     for adapter_id in ("", "mlp-r8"):
         options: GenerateOptions = {"adapter": adapter_id, "max_new_tokens": 24, "ignore_eos": True}

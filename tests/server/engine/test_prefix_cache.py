@@ -10,7 +10,7 @@ from server.adapters.test_lifecycle import replace_files
 from support.engine_driver import Driver
 from support.live_server import answer_tokens
 from support.sequences import sequence
-from support.server_fixture import Bench, make_base, running_bench
+from support.server_fixture import ServerFixture, make_base, running_server
 from support.tiny import hf_lora, random_tokens
 
 from quiver_peft import PrefixPEFTConfig, PromptTuningPEFTConfig, load_model
@@ -91,7 +91,7 @@ def test_a_t5_source_is_read_once(tmp_path: Path) -> None:
         driver = Driver(base, 200, share=share)
         items = [sequence([start], max_new_tokens=9) for _ in sources]
         for item, source in zip(items, sources, strict=True):
-            item.source = list(source)
+            item.encoder_input = list(source)
         answers[share] = driver.run(items[:1]) + driver.run(items[1:])
         assert [item.num_reused_tokens for item in items] == ([0, 11, 0, 11] if share else [0, 0, 0, 0])
     assert answers[True] == answers[False]
@@ -120,13 +120,13 @@ def test_a_failing_step_leaves_nothing_to_share(base: GPTBase) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def served(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     settings = {"lora": {"rank": 4, "targets": "all-linear"}}
-    with running_bench(tmp_path_factory.mktemp("prefix"), llama_base, settings) as bench:
+    with running_server(tmp_path_factory.mktemp("prefix"), llama_base, settings) as bench:
         yield bench
 
 
-def test_the_answer_says_what_was_cached(served: Bench) -> None:
+def test_the_answer_says_what_was_cached(served: ServerFixture) -> None:
     prompt = random_tokens(40, seed=77).tolist()
     with served.server.client() as client:
         for name in ("", "lora"):
@@ -142,7 +142,7 @@ def test_the_answer_says_what_was_cached(served: Bench) -> None:
     assert served.server.metric("quiver_cached_prompt_tokens_total", adapter="lora") == 64
 
 
-def test_a_replaced_adapter_never_sees_what_the_old_one_cached(served: Bench, tmp_path: Path) -> None:
+def test_a_replaced_adapter_never_sees_what_the_old_one_cached(served: ServerFixture, tmp_path: Path) -> None:
     prompt = random_tokens(50, seed=78).tolist()
     served.add("replaced", rank=4, targets="all-linear", seed=41)
     oracle = hf_lora(served.base, tmp_path / "new", rank=4, targets="all-linear", seed=42)
@@ -164,6 +164,6 @@ def test_a_replaced_adapter_never_sees_what_the_old_one_cached(served: Bench, tm
 
 
 def test_without_the_cache_nothing_is_found(llama_base: Path, tmp_path: Path) -> None:
-    with running_bench(tmp_path, llama_base, {}, "--no-prefix-cache") as bench, bench.server.client() as client:
+    with running_server(tmp_path, llama_base, {}, "--no-prefix-cache") as bench, bench.server.client() as client:
         for _ in range(2):
             assert client.generate([5] * 40, max_new_tokens=3).usage.cached_tokens == 0

@@ -12,7 +12,7 @@ from support.tiny import hf_lora, random_tokens, tiny_gpt2, tiny_llama, tiny_t5
 from quiver_peft import CanonicalAdaptersPEFTConfig, IA3PEFTConfig, PtuningPEFTConfig
 from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.methods.configs import PEFTConfig
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
@@ -37,7 +37,7 @@ class Answers:
         pack(base)
         self.driver = Driver(base, num_blocks=200, max_step_tokens=24)
         if not with_programs:
-            self.driver.runner._programs = None  # pyright: ignore[reportPrivateUsage]
+            self.driver.runner._step_graphs = None  # pyright: ignore[reportPrivateUsage]
         self.slots = [0, *(self.driver.banks.insert(weights) or 0 for weights in adapters)]
         self.num_virtual = [0, *(weights.num_virtual_tokens for weights in adapters)]
         self.logits: list[torch.Tensor] = []
@@ -58,7 +58,7 @@ class Answers:
             item = sequence([0] if self.is_t5 else ids, self.slots[slot], params={"max_new_tokens": 3 + 2 * i})
             item.num_virtual_tokens = self.num_virtual[slot]
             if self.is_t5:
-                item.source = ids
+                item.encoder_input = ids
             items.append(item)
         return self.driver.run(items)
 
@@ -74,7 +74,7 @@ def all_methods(folder: Path) -> list[AdapterWeights]:
     configs: list[PEFTConfig] = [IA3PEFTConfig(), CanonicalAdaptersPEFTConfig(adapter_dim=6, norm_position="post")]
     if not isinstance(base, T5Base):
         configs.append(PtuningPEFTConfig(virtual_tokens=3))
-    made = [Adapter.create(base, [config]) for config in configs]
+    made = [TrainableAdapter.create(base, [config]) for config in configs]
     for adapter in made:
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -98,9 +98,9 @@ def test_the_same_bits(make_model: Callable[[Path], object], tmp_path: Path) -> 
     assert len(fast.logits) == len(plain.logits)
     for ours, theirs in zip(fast.logits, plain.logits, strict=True):
         assert torch.equal(ours, theirs)
-    programs = fast.driver.runner._programs  # pyright: ignore[reportPrivateUsage]
+    programs = fast.driver.runner._step_graphs  # pyright: ignore[reportPrivateUsage]
     assert programs is not None
-    made = programs._programs  # pyright: ignore[reportPrivateUsage]
+    made = programs._graphs  # pyright: ignore[reportPrivateUsage]
     assert made and all(program is not None for program in made.values())
 
 
@@ -119,7 +119,7 @@ def test_adapters_on_different_layers_share_a_program(tmp_path: Path) -> None:
         assert fast.ask(slots, seed=3) == plain.ask(slots, seed=3)
     for ours, theirs in zip(fast.logits, plain.logits, strict=True):
         assert torch.equal(ours, theirs)
-    programs = fast.driver.runner._programs  # pyright: ignore[reportPrivateUsage]
+    programs = fast.driver.runner._step_graphs  # pyright: ignore[reportPrivateUsage]
     assert programs is not None
     # Of the base alone, when only its row was left, and of LoRA.
-    assert len(programs._programs) <= 2  # pyright: ignore[reportPrivateUsage]
+    assert len(programs._graphs) <= 2  # pyright: ignore[reportPrivateUsage]

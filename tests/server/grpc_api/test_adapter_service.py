@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from support.server_fixture import LLAMA_ADAPTERS, Bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture
 from support.tiny import MAX_POSITIONS, VOCAB_SIZE
 
 from quiver import Client
@@ -29,7 +29,7 @@ def buf_curl(target: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_tokenize(llama: Bench, client: Client) -> None:
+def test_tokenize(llama: ServerFixture, client: Client) -> None:
     text = "Where is my parcel? \N{SNOWMAN}"
     tokens = client.tokenize(text, pieces=True)
     ids = Tokenizer(llama.base).encode(text)
@@ -41,7 +41,7 @@ def test_tokenize(llama: Bench, client: Client) -> None:
     assert client.generate(ids, max_new_tokens=5).token_ids == by_text.token_ids
 
 
-def test_get_model(llama: Bench, client: Client) -> None:
+def test_get_model(llama: ServerFixture, client: Client) -> None:
     model = client.get_model()
     assert (model.name, model.architecture) == (llama.base.name, "llama")
     assert (model.vocab_size, model.context_length) == (VOCAB_SIZE, MAX_POSITIONS)
@@ -52,7 +52,7 @@ def test_get_model(llama: Bench, client: Client) -> None:
     assert model.server_version
 
 
-def test_list_and_get_adapters(llama: Bench, client: Client) -> None:
+def test_list_and_get_adapters(llama: ServerFixture, client: Client) -> None:
     loaded = client.load_adapter("pattern-r3")
     assert (loaded.state, loaded.rank, loaded.methods, loaded.running) == ("resident", 7, ("lora",), 0)
     assert loaded.device_bytes == 4 * loaded.parameters > 0
@@ -65,7 +65,7 @@ def test_list_and_get_adapters(llama: Bench, client: Client) -> None:
     assert client.get_adapter("pattern-r3") == loaded
 
 
-def test_health(llama: Bench, client: Client) -> None:
+def test_health(llama: ServerFixture, client: Client) -> None:
     assert client.is_healthy()
     with grpc.insecure_channel(llama.server.target) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # its methods have no types
@@ -74,7 +74,7 @@ def test_health(llama: Bench, client: Client) -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_reflection(llama: Bench, client: Client) -> None:
+def test_reflection(llama: ServerFixture, client: Client) -> None:
     request = {"text": "hello", "adapterId": "all-r2", "stopping": {"maxNewTokens": 3}}
     printed = buf_curl(llama.server.target, "-d", json.dumps(request), "quiver.v1.GenerationService/Generate")
     answer = json.loads(printed)
@@ -85,7 +85,7 @@ def test_reflection(llama: Bench, client: Client) -> None:
     assert set(SERVICES) <= set(services)
 
 
-def test_metrics(llama: Bench, client: Client) -> None:
+def test_metrics(llama: ServerFixture, client: Client) -> None:
     client.generate("hello", adapter="all-r2", max_new_tokens=3, ignore_eos=True)
     before = llama.server.metric("quiver_generated_tokens_total", adapter="all-r2")
     answer = client.generate("hello", adapter="all-r2", max_new_tokens=3, ignore_eos=True)
@@ -99,7 +99,7 @@ def test_metrics(llama: Bench, client: Client) -> None:
     assert llama.server.metric("quiver_adapter_free_bytes") > 0
 
 
-def test_refused_names_do_not_become_labels(llama: Bench, client: Client) -> None:
+def test_refused_names_do_not_become_labels(llama: ServerFixture, client: Client) -> None:
     """Else anybody could fill the server's memory with labels."""
     for name in ("made-up-name", "../made-up-name"):
         try:

@@ -7,7 +7,7 @@ import openai
 import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
-from support.server_fixture import Bench
+from support.server_fixture import ServerFixture
 from transformers import AutoTokenizer
 
 from quiver import Client
@@ -22,12 +22,12 @@ AS_TEXT = [*MESSAGES[:-1], {"role": "user", "content": "And the box?"}]
 
 
 @pytest.fixture
-def http(llama: Bench) -> Iterator[OpenAI]:
+def http(llama: ServerFixture) -> Iterator[OpenAI]:
     with llama.server.openai() as client:
         yield client
 
 
-def rendered(llama: Bench) -> list[int]:
+def rendered(llama: ServerFixture) -> list[int]:
     """What transformers makes of the messages."""
     tokenizer: Any = AutoTokenizer.from_pretrained(llama.base)  # type: ignore[no-untyped-call]
     return tokenizer.apply_chat_template(AS_TEXT, add_generation_prompt=True, return_dict=False)
@@ -38,7 +38,9 @@ def chat(http: OpenAI, model: str, **parameters: Any) -> ChatCompletion:
     return http.chat.completions.create(model=model, messages=MESSAGES, extra_body={"return_token_ids": True}, **asked)
 
 
-def test_the_prompt_is_what_transformers_makes_of_the_messages(llama: Bench, http: OpenAI, client: Client) -> None:
+def test_the_prompt_is_what_transformers_makes_of_the_messages(
+    llama: ServerFixture, http: OpenAI, client: Client
+) -> None:
     prompt = rendered(llama)
     for adapter in ("", "all-r2"):
         answer = chat(http, adapter or llama.base.name, max_completion_tokens=16, logprobs=True, top_logprobs=2)
@@ -107,7 +109,7 @@ def test_messages_that_break_a_rule(http: OpenAI, messages: Any, param: str, wor
     assert words in str(caught.value)
 
 
-def test_a_base_without_a_template_says_so(gpt2: Bench) -> None:
+def test_a_base_without_a_template_says_so(gpt2: ServerFixture) -> None:
     with gpt2.server.openai() as http:
         with pytest.raises(openai.BadRequestError, match=r"no chat template.*chat_template\.jinja") as caught:
             http.chat.completions.create(model="fused-r4", messages=MESSAGES)

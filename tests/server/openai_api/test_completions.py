@@ -8,13 +8,13 @@ import pytest
 from openai import OpenAI
 from openai.types import Completion
 from support.http_completions import PROMPT, SAMPLED, assert_adds_up, complete, ids, stream
-from support.server_fixture import LLAMA_ADAPTERS, Bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture
 
 from quiver import Client, FinishReason, Generation
 
 
 @pytest.fixture
-def http(llama: Bench) -> Iterator[OpenAI]:
+def http(llama: ServerFixture) -> Iterator[OpenAI]:
     with llama.server.openai() as client:
         yield client
 
@@ -32,7 +32,7 @@ def same(answer: Completion, expected: Generation) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["", *LLAMA_ADAPTERS])
-def test_each_model_answers_as_hugging_face_does(llama: Bench, http: OpenAI, adapter: str) -> None:
+def test_each_model_answers_as_hugging_face_does(llama: ServerFixture, http: OpenAI, adapter: str) -> None:
     answer = complete(http, adapter or llama.base.name, max_tokens=10, ignore_eos=True)
     expected = llama.expected(adapter, PROMPT, 10)
     assert list(ids(answer.choices[0]))[: len(expected)] == expected
@@ -131,7 +131,7 @@ def test_a_stream_adds_up_to_the_whole(http: OpenAI, usage: bool) -> None:
     assert_adds_up(chunks, whole)
 
 
-def test_both_faces_at_once_share_one_batch(llama: Bench, http: OpenAI, client: Client) -> None:
+def test_both_faces_at_once_share_one_batch(llama: ServerFixture, http: OpenAI, client: Client) -> None:
     """24 requests, every model, half over HTTP and half over gRPC."""
     names = ["", *LLAMA_ADAPTERS]
 

@@ -11,7 +11,7 @@ from openai import OpenAI
 from openai.types import CompletionChoice
 from server.engine.test_logprobs import hf_logprobs
 from support.http_completions import PROMPT, SAMPLED, assert_adds_up, complete, ids, stream
-from support.server_fixture import Bench
+from support.server_fixture import ServerFixture
 from support.tiny import assert_close, random_prompts, random_tokens
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -23,13 +23,13 @@ SENTENCE = "The box \N{SNOWMAN} was broken."
 
 
 @pytest.fixture
-def http(llama: Bench) -> Iterator[OpenAI]:
+def http(llama: ServerFixture) -> Iterator[OpenAI]:
     with llama.server.openai() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def tokenizer(llama: Bench) -> Any:
+def tokenizer(llama: ServerFixture) -> Any:
     return AutoTokenizer.from_pretrained(llama.base)  # type: ignore[no-untyped-call]
 
 
@@ -54,7 +54,7 @@ def assert_told(choice: CompletionChoice, prompt: list[int], rows: Tensor, num_t
 @pytest.mark.parametrize("adapter", ["", "pattern-r3"])
 @pytest.mark.parametrize("max_tokens", [0, 1, 8])
 def test_prompts_are_scored_as_transformers_does(
-    llama: Bench, http: OpenAI, tokenizer: Any, adapter: str, max_tokens: int
+    llama: ServerFixture, http: OpenAI, tokenizer: Any, adapter: str, max_tokens: int
 ) -> None:
     """Several of different lengths at once."""
     prompts = random_prompts(LENGTHS, seed=21)
@@ -71,7 +71,7 @@ def test_prompts_are_scored_as_transformers_does(
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (sum(LENGTHS), max_tokens * len(LENGTHS))
 
 
-def test_what_an_evaluation_harness_reads(llama: Bench, http: OpenAI) -> None:
+def test_what_an_evaluation_harness_reads(llama: ServerFixture, http: OpenAI) -> None:
     """As lm-eval's local-completions asks, and as it reads: the sum over a continuation, and whether it is greedy."""
     contexts = random_prompts((5, 20, 9), seed=50)
     greedy = [llama.expected("all-r2", context, 6) for context in contexts]
@@ -129,7 +129,7 @@ def test_without_log_probabilities_it_is_the_text(http: OpenAI) -> None:
     assert (choice.text, choice.logprobs, choice.finish_reason, ids(choice)) == (SENTENCE, None, "length", ())
 
 
-def test_scoring_counts_no_generated_token(llama: Bench, http: OpenAI) -> None:
+def test_scoring_counts_no_generated_token(llama: ServerFixture, http: OpenAI) -> None:
     complete(http, "one-r1", PROMPT, max_tokens=1)
     before = [llama.server.metric(f"quiver_{kind}_tokens_total", adapter="one-r1") for kind in ("prompt", "generated")]
     prompts = [random_tokens(12, seed=1).tolist(), PROMPT]

@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import OpenAI
 from support.live_server import eventually
-from support.server_fixture import LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture, running_server
 from support.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -43,13 +43,13 @@ requests_per_second = 0.5
 
 
 @pytest.fixture
-def http(llama: Bench) -> Iterator[OpenAI]:
+def http(llama: ServerFixture) -> Iterator[OpenAI]:
     with llama.server.openai() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def guarded(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def guarded(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     folder = tmp_path_factory.mktemp("guarded")
     base = folder / "base"
     shutil.copytree(llama_base, base)
@@ -57,12 +57,14 @@ def guarded(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     tokens = folder / "tokens.toml"
     tokens.write_text(TOKENS)
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2")}
-    with running_bench(folder, base, settings, "--http-port", "0", "--token-file", str(tokens)) as bench:
+    with running_server(folder, base, settings, "--http-port", "0", "--token-file", str(tokens)) as bench:
         yield bench
         assert not [token for token in (ADMIN, SUPPORT, SLOW) if token in bench.server.log.read_text()]
 
 
-def post(bench: Bench, body: bytes | dict[str, Any], path: str = "completions", **headers: str) -> httpx2.Response:
+def post(
+    bench: ServerFixture, body: bytes | dict[str, Any], path: str = "completions", **headers: str
+) -> httpx2.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"content-type": "application/json", **{name.replace("_", "-"): text for name, text in headers.items()}}
     return httpx2.post(f"{bench.server.http_url}/v1/{path}", content=content, headers=headers, timeout=60)
@@ -122,7 +124,7 @@ def error_of(answer: httpx2.Response) -> dict[str, Any]:
     ],
 )
 def test_what_breaks_a_rule_is_refused_by_its_own_name(
-    llama: Bench, still_serving: None, changes: dict[str, Any], param: str, words: str
+    llama: ServerFixture, still_serving: None, changes: dict[str, Any], param: str, words: str
 ) -> None:
     answer = post(llama, {"model": "all-r2", "prompt": "hello", **changes})
     error = error_of(answer)
@@ -133,7 +135,7 @@ def test_what_breaks_a_rule_is_refused_by_its_own_name(
 @pytest.mark.parametrize(
     "name", ["best_of", "suffix", "logit_bias", "tools", "response_format", "priority", "made_up", "messages"]
 )
-def test_what_is_not_supported_is_refused_by_name(llama: Bench, name: str) -> None:
+def test_what_is_not_supported_is_refused_by_name(llama: ServerFixture, name: str) -> None:
     """The values are truthy; with those that ask for nothing, and with null, they are let pass."""
     body = {"model": "all-r2", "prompt": "hello", "max_tokens": 1}
     answer = post(llama, {**body, name: [{"x": 1}]})
@@ -165,13 +167,13 @@ def test_every_parameter_names_a_field_of_the_wire() -> None:
         (b"[]", "must be a JSON object"),
     ],
 )
-def test_bodies_that_are_none(llama: Bench, still_serving: None, body: bytes, words: str) -> None:
+def test_bodies_that_are_none(llama: ServerFixture, still_serving: None, body: bytes, words: str) -> None:
     answer = post(llama, body)
     assert (answer.status_code, error_of(answer)["code"]) == (400, "invalid_request")
     assert words in error_of(answer)["message"]
 
 
-def test_requests_that_reach_no_endpoint(llama: Bench) -> None:
+def test_requests_that_reach_no_endpoint(llama: ServerFixture) -> None:
     url = llama.server.http_url
     for status, code, answer in (
         (404, "unknown_url", httpx2.get(f"{url}/v2/models")),
@@ -183,7 +185,7 @@ def test_requests_that_reach_no_endpoint(llama: Bench) -> None:
 
 
 @pytest.mark.parametrize("model", ["nobody", "meta-llama/Llama-3", "all-r2@000000", "../all-r2", "ALL-R2"])
-def test_an_unknown_model_is_never_the_base(llama: Bench, http: OpenAI, model: str) -> None:
+def test_an_unknown_model_is_never_the_base(llama: ServerFixture, http: OpenAI, model: str) -> None:
     for stream in (False, True):
         with pytest.raises(openai.NotFoundError) as caught:
             http.completions.create(model=model, prompt="hello", stream=stream)
@@ -192,7 +194,7 @@ def test_an_unknown_model_is_never_the_base(llama: Bench, http: OpenAI, model: s
         http.chat.completions.create(model=model, messages=[{"role": "user", "content": "x"}])
 
 
-def test_models(llama: Bench, http: OpenAI, client: Client) -> None:
+def test_models(llama: ServerFixture, http: OpenAI, client: Client) -> None:
     loaded = client.load_adapter("pattern-r3")
     listed = {model.id: model for model in http.models.list()}
     assert {llama.base.name, *LLAMA_ADAPTERS} <= set(listed)
@@ -207,7 +209,7 @@ def test_models(llama: Bench, http: OpenAI, client: Client) -> None:
     assert (answer.model, answer.system_fingerprint) == ("pattern-r3", loaded.revision)
 
 
-def test_an_alias_is_a_model(llama: Bench, http: OpenAI, client: Client) -> None:
+def test_an_alias_is_a_model(llama: ServerFixture, http: OpenAI, client: Client) -> None:
     exact = client.load_adapter("one-r1")
     client.set_alias("live-over-http", "one-r1")
     listed = {model.id: model for model in http.models.list()}
@@ -223,7 +225,7 @@ def test_an_alias_is_a_model(llama: Bench, http: OpenAI, client: Client) -> None
         http.models.retrieve("live-over-http")
 
 
-def test_a_name_of_base_and_adapter_is_refused(llama: Bench) -> None:
+def test_a_name_of_base_and_adapter_is_refused(llama: ServerFixture) -> None:
     llama.add(llama.base.name, rank=2, targets=["q_proj"], seed=40)
     answer = post(llama, {"model": llama.base.name, "prompt": "hello", "max_tokens": 1})
     assert (answer.status_code, error_of(answer)["param"]) == (400, "model")
@@ -232,14 +234,14 @@ def test_a_name_of_base_and_adapter_is_refused(llama: Bench) -> None:
     assert post(llama, {"model": llama.base.name, "prompt": "hello", "max_tokens": 1}).status_code == 200
 
 
-def test_a_broken_adapter_is_its_own_requests_failure(llama: Bench, still_serving: None) -> None:
+def test_a_broken_adapter_is_its_own_requests_failure(llama: ServerFixture, still_serving: None) -> None:
     llama.add("broken-over-http", rank=2, targets=["q_proj"], seed=41)
     (llama.adapters / "broken-over-http" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     answer = post(llama, {"model": "broken-over-http", "prompt": "hello", "stream": True})
     assert (answer.status_code, error_of(answer)["code"]) == (400, "malformed_adapter")
 
 
-def test_request_ids(llama: Bench) -> None:
+def test_request_ids(llama: ServerFixture) -> None:
     body = {"model": "all-r2", "prompt": "hello", "max_tokens": 1}
     for changes in ({}, {"stream": True}, {"n": 0}):
         answer = post(llama, {**body, **changes}, x_request_id="mine-7")
@@ -252,7 +254,7 @@ def test_request_ids(llama: Bench) -> None:
     assert refused.headers["x-request-id"] != "x" * 129
 
 
-def test_the_end_of_a_stream_on_the_wire(llama: Bench) -> None:
+def test_the_end_of_a_stream_on_the_wire(llama: ServerFixture) -> None:
     answer = post(llama, {"model": "all-r2", "prompt": "hello", "max_tokens": 3, "stream": True})
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     events = answer.text.split("\n\n")
@@ -261,7 +263,7 @@ def test_the_end_of_a_stream_on_the_wire(llama: Bench) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "nobody's", SUPPORT[:-1]])
-def test_no_request_without_a_token(guarded: Bench, token: str) -> None:
+def test_no_request_without_a_token(guarded: ServerFixture, token: str) -> None:
     headers = {"authorization": f"Bearer {token}"} if token else {}
     answer = post(guarded, {"model": "all-r2", "prompt": "x"}, **headers)
     error = error_of(answer)
@@ -275,7 +277,7 @@ def test_no_request_without_a_token(guarded: Bench, token: str) -> None:
         assert (probed.status_code, "x-request-id" in probed.headers) == (200, False), "what probes it has no token"
 
 
-def test_a_token_reaches_its_models_only(guarded: Bench) -> None:
+def test_a_token_reaches_its_models_only(guarded: ServerFixture) -> None:
     with guarded.server.openai(SUPPORT) as http:
         with guarded.server.client(ADMIN) as client:
             for alias in ("attention-live", "all-live"):
@@ -289,13 +291,13 @@ def test_a_token_reaches_its_models_only(guarded: Bench) -> None:
                 http.models.retrieve(model)
 
 
-def test_the_metrics_page_names_all_adapters_and_is_for_admins(guarded: Bench) -> None:
+def test_the_metrics_page_names_all_adapters_and_is_for_admins(guarded: ServerFixture) -> None:
     for token, status in ((ADMIN, 200), (SUPPORT, 403), ("nobody's", 401)):
         page = httpx2.get(f"{guarded.server.http_url}/metrics", headers={"authorization": f"Bearer {token}"})
         assert page.status_code == status
 
 
-def test_a_chats_prompt_has_its_special_tokens_once(guarded: Bench) -> None:
+def test_a_chats_prompt_has_its_special_tokens_once(guarded: ServerFixture) -> None:
     messages: list[Any] = [{"role": "user", "content": "hello"}]
     tokenizer: Any = AutoTokenizer.from_pretrained(guarded.base)  # type: ignore[no-untyped-call]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -305,7 +307,7 @@ def test_a_chats_prompt_has_its_special_tokens_once(guarded: Bench) -> None:
     assert answer.usage.prompt_tokens == len(expected)
 
 
-def test_limits_are_429_with_a_hint(guarded: Bench) -> None:
+def test_limits_are_429_with_a_hint(guarded: ServerFixture) -> None:
     with guarded.server.openai(SLOW) as http:
         http.completions.create(model="all-r2", prompt="x", max_tokens=1)
         with pytest.raises(openai.RateLimitError, match=r"limit is 0\.5 requests per second") as caught:
@@ -318,7 +320,7 @@ def test_limits_are_429_with_a_hint(guarded: Bench) -> None:
             http.completions.create(model="attention-r4", prompt=prompt, n=n)
 
 
-def test_a_client_that_is_gone_frees_its_place(guarded: Bench) -> None:
+def test_a_client_that_is_gone_frees_its_place(guarded: ServerFixture) -> None:
     """Streaming or not, one prompt or several; the token's own limit shows it."""
     body: dict[str, Any] = {"model": "attention-r4", "max_tokens": 200, "ignore_eos": True}
     two: list[dict[str, Any]] = [{"prompt": "x", "n": 2}, {"prompt": ["x", "y"]}]
@@ -336,7 +338,7 @@ def test_a_client_that_is_gone_frees_its_place(guarded: Bench) -> None:
         assert http.completions.create(model="attention-r4", prompt="x", n=2, max_tokens=1).choices
 
 
-def test_bytes_that_are_no_http_are_not_logged(guarded: Bench) -> None:
+def test_bytes_that_are_no_http_are_not_logged(guarded: ServerFixture) -> None:
     """What a client sends by mistake may hold its token."""
     host, port = guarded.server.http_url.removeprefix("http://").split(":")
     for nonsense in (f"Authorization: Bearer {ADMIN}\r\n\r\n", f"GET / HTTP/1.1\r\nAuthorization {ADMIN}\x00\r\n\r\n"):
@@ -349,7 +351,7 @@ def test_bytes_that_are_no_http_are_not_logged(guarded: Bench) -> None:
     assert ADMIN not in guarded.server.log.read_text()
 
 
-def test_many_connections_that_say_nothing_hold_nobody_up(guarded: Bench) -> None:
+def test_many_connections_that_say_nothing_hold_nobody_up(guarded: ServerFixture) -> None:
     host, port = guarded.server.http_url.removeprefix("http://").split(":")
     with ExitStack() as idle, guarded.server.openai(ADMIN) as http:
         for _ in range(300):

@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 from support.http_completions import PROMPT, SAMPLED, assert_adds_up, complete, ids, stream
 from support.live_server import eventually
-from support.server_fixture import Bench
+from support.server_fixture import ServerFixture
 from support.tiny import random_prompts, random_tokens
 from transformers import AutoTokenizer
 
@@ -19,7 +19,7 @@ TOKENS = random_prompts((3, 70, 1, 20), seed=5)
 
 
 @pytest.fixture
-def http(llama: Bench) -> Iterator[OpenAI]:
+def http(llama: ServerFixture) -> Iterator[OpenAI]:
     with llama.server.openai() as client:
         yield client
 
@@ -27,7 +27,7 @@ def http(llama: Bench) -> Iterator[OpenAI]:
 @pytest.mark.parametrize("adapter", ["", "all-r2", "keys-r16"])
 @pytest.mark.parametrize("prompts", [TEXTS, TOKENS, [TEXTS[0], TOKENS[1]]], ids=["texts", "tokens", "both"])
 def test_each_prompt_is_answered_as_hugging_face_does(
-    llama: Bench, http: OpenAI, adapter: str, prompts: list[Any]
+    llama: ServerFixture, http: OpenAI, adapter: str, prompts: list[Any]
 ) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(llama.base)  # type: ignore[no-untyped-call]
     tokens = [tokenizer(item).input_ids if isinstance(item, str) else item for item in prompts]
@@ -72,7 +72,7 @@ def test_what_the_cache_holds_is_summed(http: OpenAI) -> None:
     assert cached == [0, 32 + 64]
 
 
-def test_one_failing_prompt_refuses_all_before_anything_runs(llama: Bench, http: OpenAI) -> None:
+def test_one_failing_prompt_refuses_all_before_anything_runs(llama: ServerFixture, http: OpenAI) -> None:
     complete(http, "pattern-r3", "hello", max_tokens=1)
     before = llama.server.metric("quiver_prompt_tokens_total", adapter="pattern-r3")
     for wrong in ("", [5] * 256, [99999]):
@@ -82,7 +82,7 @@ def test_one_failing_prompt_refuses_all_before_anything_runs(llama: Bench, http:
     assert llama.server.metric("quiver_prompt_tokens_total", adapter="pattern-r3") == before
 
 
-def test_a_prompt_too_long_beside_the_adapters_virtual_tokens(llama: Bench, http: OpenAI) -> None:
+def test_a_prompt_too_long_beside_the_adapters_virtual_tokens(llama: ServerFixture, http: OpenAI) -> None:
     """Which is known once the adapter is in memory."""
     model = load_model(llama.base)
     model.add_adapter(PromptTuningPEFTConfig(virtual_tokens=20))
@@ -94,7 +94,7 @@ def test_a_prompt_too_long_beside_the_adapters_virtual_tokens(llama: Bench, http
     assert "prompt[1]: the prompt has 236 tokens; with the 20 virtual tokens" in str(caught.value)
 
 
-def test_many_prompts_end_and_leave_nothing(llama: Bench, http: OpenAI) -> None:
+def test_many_prompts_end_and_leave_nothing(llama: ServerFixture, http: OpenAI) -> None:
     """More than run at once, in a number that the server just holds."""
     answer = complete(http, "attention-r4", [[5 + i % 300] for i in range(288)], max_tokens=2, ignore_eos=True)
     assert [len(ids(choice)) for choice in answer.choices] == [2] * 288

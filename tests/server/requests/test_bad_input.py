@@ -5,7 +5,7 @@ from typing import Any
 import grpc
 import pytest
 from support.error_assertions import refusal
-from support.server_fixture import Bench
+from support.server_fixture import ServerFixture
 
 from quiver import AdapterNotFound, Client, InvalidRequest
 from quiver.v1 import generation_pb2, generation_pb2_grpc
@@ -75,14 +75,14 @@ def test_impossible_prompts(client: Client, prompt: str | list[int], fragment: s
     refusal(lambda: list(client.stream(prompt)), InvalidRequest, fragment)
 
 
-def test_the_longest_prompt_gets_one_token(llama: Bench, client: Client) -> None:
+def test_the_longest_prompt_gets_one_token(llama: ServerFixture, client: Client) -> None:
     prompt = [7] * (CONTEXT - 1)
     answer = client.generate(prompt, max_new_tokens=50, ignore_eos=True)
     assert len(answer.token_ids) == 1
     assert answer.finish_reason == "length"
 
 
-def test_a_request_without_prompt(llama: Bench) -> None:
+def test_a_request_without_prompt(llama: ServerFixture) -> None:
     with grpc.insecure_channel(llama.server.target) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:

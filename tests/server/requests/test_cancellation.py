@@ -7,7 +7,7 @@ from contextlib import closing
 import grpc
 import pytest
 from support.live_server import LiveServer, eventually
-from support.server_fixture import Bench
+from support.server_fixture import ServerFixture
 
 from quiver.request_messages import generate_request
 from quiver.v1.generation_pb2_grpc import GenerationServiceStub
@@ -21,21 +21,21 @@ def running(server: LiveServer) -> float:
     return server.metric("quiver_running_sequences")
 
 
-def unary(bench: Bench) -> None:
+def unary(bench: ServerFixture) -> None:
     with grpc.insecure_channel(bench.server.target) as channel:
         call = GenerationServiceStub(channel).Generate.future(REQUEST)
         eventually(lambda: running(bench.server) == 2)
         call.cancel()
 
 
-def streaming(bench: Bench) -> None:
+def streaming(bench: ServerFixture) -> None:
     with grpc.insecure_channel(bench.server.target) as channel:
         call = GenerationServiceStub(channel).GenerateStream(REQUEST)
         next(call)
         call.cancel()
 
 
-def http(bench: Bench) -> None:
+def http(bench: ServerFixture) -> None:
     host, port = bench.server.http_url.removeprefix("http://").split(":")
     body = BODY % bench.base.name.encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -45,7 +45,9 @@ def http(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("ask_and_go", [unary, streaming, http])
-def test_what_nobody_waits_for_is_not_computed(enduring: Bench, ask_and_go: Callable[[Bench], None]) -> None:
+def test_what_nobody_waits_for_is_not_computed(
+    enduring: ServerFixture, ask_and_go: Callable[[ServerFixture], None]
+) -> None:
     """To its end it would take a step for each token."""
     before = enduring.server.metric("quiver_step_seconds_count")
     ask_and_go(enduring)

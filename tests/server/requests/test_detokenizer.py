@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from support.tiny import VOCAB_SIZE, tiny_tokenizer
 
 from quiver_peft.tokenizer import Tokenizer
-from quiver_server.requests.detokenizer import TextStream, offsets_of
+from quiver_server.requests.detokenizer import TextStream, token_offsets
 
 IDS = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40)
 TEXTS = st.text(st.sampled_from("aeß€\N{SNOWMAN}\N{GRINNING FACE} .b"), max_size=30)
@@ -40,7 +40,7 @@ def test_a_token_begins_where_the_tokens_before_it_end(tokenizer: Tokenizer, tex
     """Within a character, where that does."""
     ids = tokenizer.encode(text)
     whole = [len(tokenizer.decode(ids[:i]).rstrip("\N{REPLACEMENT CHARACTER}")) for i in range(len(ids))]
-    assert offsets_of(tokenizer, ids) == whole
+    assert token_offsets(tokenizer, ids) == whole
 
 
 @given(text=TEXTS)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.error_assertions import has_room_again, refusal
 from support.live_server import run_refused
-from support.server_fixture import ENDURING, LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import ENDURING, LLAMA_ADAPTERS, ServerFixture, running_server
 
 from quiver import Client, InvalidRequest, ServerBusy
 from quiver_server.errors import BusyError, InvalidRequestError
@@ -23,16 +23,16 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def bounded(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bounded(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """A server with tight bounds."""
     settings = {name: LLAMA_ADAPTERS[name] for name in ("attention-r4", "all-r2")}
     options = [part for option in OPTIONS.items() for part in option]
-    with running_bench(tmp_path_factory.mktemp("bounded"), enduring_base, settings, *options) as bench:
+    with running_server(tmp_path_factory.mktemp("bounded"), enduring_base, settings, *options) as bench:
         yield bench
 
 
 @pytest.fixture
-def client(bounded: Bench) -> Iterator[Client]:
+def client(bounded: ServerFixture) -> Iterator[Client]:
     with bounded.server.client() as client:
         yield client
         bounded.check(client, "all-r2")
@@ -62,7 +62,7 @@ def test_a_message_larger_than_the_bound(client: Client) -> None:
     assert "the request or its answer is too large" in str(error)
 
 
-def test_a_flood_for_one_adapter_leaves_others_their_places(bounded: Bench, client: Client) -> None:
+def test_a_flood_for_one_adapter_leaves_others_their_places(bounded: ServerFixture, client: Client) -> None:
     """Eight places; the base may take four. It stays so when requests name a revision, and ends with the flood."""
     revision = client.load_adapter("attention-r4").revision
     for name in ("", "attention-r4"):
@@ -87,15 +87,15 @@ def test_admission_counts_what_is_inside(share: float) -> None:
     admission.check("a", most)
     with pytest.raises(InvalidRequestError, match=f"asks for {most + 1} sequences at once; this server holds {most}"):
         admission.check("a", most + 1)
-    admission.enter("a", 1)
+    admission.acquire("a", 1)
     with pytest.raises(BusyError):
         admission.check("a", most)
-    admission.leave("a", 1)
+    admission.release("a", 1)
     for i in range(6):
-        admission.enter(str(i), 1)
+        admission.acquire(str(i), 1)
     with pytest.raises(BusyError, match="6 sequences are running or waiting, which is all this server holds"):
         admission.check("b", 1)
-    admission.leave("0", 1)
+    admission.release("0", 1)
     admission.check("b", 1)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from server.engine.test_logprobs import assert_logprobs, hf_logprobs
 from support.error_assertions import refusal
-from support.server_fixture import LLAMA_ADAPTERS, Bench, make_base, running_bench
+from support.server_fixture import LLAMA_ADAPTERS, ServerFixture, make_base, running_server
 from support.tiny import EOS, PAD, assert_close, random_prompts, random_tokens
 from torch import Tensor
 
@@ -20,7 +20,7 @@ CONTEXT = 256
 LENGTHS = (1, 7, 60, 2)
 
 
-def expected_rows(bench: Bench, adapter_id: str, prompt: list[int], continuation: list[int]) -> Tensor:
+def expected_rows(bench: ServerFixture, adapter_id: str, prompt: list[int], continuation: list[int]) -> Tensor:
     """[len(continuation), V]"""
     return hf_logprobs(bench, adapter_id, prompt + continuation)[len(prompt) - 1 : -1]
 
@@ -36,7 +36,7 @@ def assert_score(score: Score, continuation: list[int], rows: Tensor, num_top: i
 @pytest.mark.parametrize("num_prompt", [1, 110])
 @pytest.mark.parametrize("num_top", [0, 3])
 def test_scores_equal_transformers(
-    llama: Bench, client: Client, adapter_id: str, num_prompt: int, num_top: int
+    llama: ServerFixture, client: Client, adapter_id: str, num_prompt: int, num_top: int
 ) -> None:
     """Prompts of one token and of more than one step; continuations of several lengths, one longer than a step."""
     prompt = random_tokens(num_prompt, seed=8).tolist()
@@ -59,7 +59,7 @@ def test_what_greedy_decoding_gives_is_greedy(client: Client) -> None:
     assert_close(torch.tensor([item.logprob for item in same.logprobs]), drawn)
 
 
-def test_text_is_tokenized_by_itself(llama: Bench, client: Client) -> None:
+def test_text_is_tokenized_by_itself(llama: ServerFixture, client: Client) -> None:
     tokenizer = Tokenizer(llama.base)
     ids = tokenizer.encode(" your order", add_special_tokens=False)
     by_text, by_ids = client.score("Where is", [" your order", ids]).scores
@@ -68,7 +68,7 @@ def test_text_is_tokenized_by_itself(llama: Bench, client: Client) -> None:
     assert_score(by_text, ids, expected_rows(llama, "", tokenizer.encode("Where is"), ids))
 
 
-def test_scores_do_not_depend_on_company(llama: Bench, client: Client) -> None:
+def test_scores_do_not_depend_on_company(llama: ServerFixture, client: Client) -> None:
     """Every adapter's scores at once, among generating requests."""
     prompt, continuations = random_tokens(30, seed=4).tolist(), random_prompts((5, 20), seed=9)
     names = ["", *LLAMA_ADAPTERS]
@@ -84,7 +84,7 @@ def test_scores_do_not_depend_on_company(llama: Bench, client: Client) -> None:
             assert_score(score, continuation, expected_rows(llama, name, prompt, continuation))
 
 
-def test_scoring_generates_nothing_and_leaves_nothing(llama: Bench, client: Client) -> None:
+def test_scoring_generates_nothing_and_leaves_nothing(llama: ServerFixture, client: Client) -> None:
     client.score([5, 6], [[7]], adapter="one-r1")
     before = [llama.server.metric(f"quiver_{kind}_tokens_total", adapter="one-r1") for kind in ("prompt", "generated")]
     client.score([5, 6, 7], [[8, 9], [10]], adapter="one-r1")
@@ -93,7 +93,7 @@ def test_scoring_generates_nothing_and_leaves_nothing(llama: Bench, client: Clie
     assert llama.server.metric("quiver_kv_usage_ratio") == 0
 
 
-def test_continuations_share_the_prompt(llama: Bench, client: Client) -> None:
+def test_continuations_share_the_prompt(llama: ServerFixture, client: Client) -> None:
     """What is in the prefix cache is not computed again, and the scores stay exact."""
     prompt = random_tokens(100, seed=77).tolist()
     continuations = random_prompts((3, 30), seed=11)
@@ -130,13 +130,13 @@ def test_other_refusals(client: Client) -> None:
     refusal(lambda: client.score([5], [[6]], adapter="nobody"), AdapterNotFound, "no adapter has the id 'nobody'")
 
 
-def test_the_whole_context_can_be_scored(llama: Bench, client: Client) -> None:
+def test_the_whole_context_can_be_scored(llama: ServerFixture, client: Client) -> None:
     prompt, continuation = random_tokens(200, seed=2).tolist(), random_tokens(56, seed=6).tolist()
     (score,) = client.score(prompt, [continuation]).scores
     assert_score(score, continuation, expected_rows(llama, "", prompt, continuation))
 
 
-def decoder_rows(bench: Bench, adapter_id: str, source: list[int], target: list[int]) -> Tensor:
+def decoder_rows(bench: ServerFixture, adapter_id: str, source: list[int], target: list[int]) -> Tensor:
     """[len(target), V]"""
     with torch.no_grad():
         out = bench.oracles[adapter_id](
@@ -150,7 +150,7 @@ def test_an_encoder_decoder_scores_what_its_decoder_would_answer(tmp_path: Path)
     base = make_base(tmp_path / "base", "t5")
     adapters = {"lora-r4": {"rank": 4, "targets": ["q", "v"]}}
     source, targets = random_tokens(20, seed=5).tolist(), [[7, 30, EOS], random_tokens(40, seed=7).tolist()]
-    with running_bench(tmp_path, base, adapters, "--http-port", "0") as bench, bench.server.client() as client:
+    with running_server(tmp_path, base, adapters, "--http-port", "0") as bench, bench.server.client() as client:
         with bench.server.openai() as http, pytest.raises(openai.BadRequestError) as caught:
             http.completions.create(model="lora-r4", prompt=source, echo=True, logprobs=0)
         assert "echo is set; an encoder-decoder reads its prompt and predicts none of it" in str(caught.value)

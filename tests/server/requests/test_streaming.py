@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 from support.live_server import eventually
-from support.server_fixture import ENDURING, LLAMA_ADAPTERS, Bench
+from support.server_fixture import ENDURING, LLAMA_ADAPTERS, ServerFixture
 from support.tiny import EOS
 
 from quiver import Client, FinishReason, Generation, Piece
@@ -51,12 +51,12 @@ def test_pieces_come_one_by_one(client: Client) -> None:
     assert [len(piece.token_ids) for piece in pieces] == [1] * 12
 
 
-def test_text_is_the_decoded_tokens(client: Client, llama: Bench) -> None:
+def test_text_is_the_decoded_tokens(client: Client, llama: ServerFixture) -> None:
     answer = sampled(client)
     assert answer.text == Tokenizer(llama.base).decode(answer.token_ids)
 
 
-def test_usage_timing_and_request_id(client: Client, llama: Bench) -> None:
+def test_usage_timing_and_request_id(client: Client, llama: ServerFixture) -> None:
     answer = client.generate(PROMPT, adapter="one-r1", max_new_tokens=9, ignore_eos=True, request_id="mine")
     assert answer.request_id == "mine"
     assert answer.usage.prompt_tokens == len(Tokenizer(llama.base).encode(PROMPT))
@@ -66,11 +66,11 @@ def test_usage_timing_and_request_id(client: Client, llama: Bench) -> None:
     assert (answer.adapter.id, answer.adapter.methods) == ("one-r1", ("lora",))
 
 
-def generated(bench: Bench, adapter_id: str) -> float:
+def generated(bench: ServerFixture, adapter_id: str) -> float:
     return bench.server.metric("quiver_generated_tokens_total", adapter=adapter_id)
 
 
-def test_leaving_a_stream_frees_its_row(enduring: Bench) -> None:
+def test_leaving_a_stream_frees_its_row(enduring: ServerFixture) -> None:
     with enduring.server.client() as client:
         client.generate(PROMPT, adapter="keys-r16", max_new_tokens=1)
         before = generated(enduring, "keys-r16")
@@ -85,7 +85,7 @@ def test_leaving_a_stream_frees_its_row(enduring: Bench) -> None:
     assert enduring.server.metric("quiver_kv_usage_ratio") == 0
 
 
-def test_cancelling_a_unary_call_frees_its_rows(enduring: Bench) -> None:
+def test_cancelling_a_unary_call_frees_its_rows(enduring: ServerFixture) -> None:
     with enduring.server.client() as client:
         client.generate(PROMPT, adapter="keys-r16", max_new_tokens=1)
         before = generated(enduring, "keys-r16")
@@ -99,7 +99,7 @@ def test_cancelling_a_unary_call_frees_its_rows(enduring: Bench) -> None:
     assert generated(enduring, "keys-r16") - before < 8 * 8000
 
 
-def test_a_missed_deadline_frees_the_row(enduring: Bench) -> None:
+def test_a_missed_deadline_frees_the_row(enduring: ServerFixture) -> None:
     with Client(enduring.server.target, timeout_seconds=0.1) as hurried:
         with pytest.raises(Exception, match="did not answer within timeout_seconds"):
             hurried.generate(PROMPT, **{**ENDURING, "n": 8, "temperature": 1.0})
@@ -168,7 +168,7 @@ def test_end_of_sequence_ignore_eos_and_min_new_tokens(client: Client) -> None:
     assert (len(later.token_ids), EOS in later.token_ids) == (100, False)
 
 
-def test_seeded_sampling_does_not_depend_on_company(client: Client, llama: Bench) -> None:
+def test_seeded_sampling_does_not_depend_on_company(client: Client, llama: ServerFixture) -> None:
     options: GenerateOptions = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 3, "max_new_tokens": 40}
     names = ["", *LLAMA_ADAPTERS] * 3
 

@@ -13,7 +13,7 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_server.engine.sequence import FinishReason, TokenLogprob
 from quiver_server.errors import InvalidRequestError
 from quiver_server.requests.limits import Limits
-from quiver_server.requests.validation import FINISH_REASONS, Asked, logprob_message, read_request
+from quiver_server.requests.validation import FINISH_REASONS, PromptRequest, logprob_message, parse_generate_request
 
 LIMITS = Limits(
     VOCAB_SIZE,
@@ -34,8 +34,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def read(tokenizer: Tokenizer, message: generation_pb2.GenerateRequest) -> Asked:
-    return read_request(message, tokenizer, LIMITS)
+def read(tokenizer: Tokenizer, message: generation_pb2.GenerateRequest) -> PromptRequest:
+    return parse_generate_request(message, tokenizer, LIMITS)
 
 
 def test_defaults(tokenizer: Tokenizer) -> None:
@@ -43,7 +43,7 @@ def test_defaults(tokenizer: Tokenizer) -> None:
     assert asked.prompt == tokenizer.encode("hello")
     assert (asked.adapter_id, asked.num_candidates, asked.stop_strings) == ("", 1, ())
     assert asked.params.greedy
-    assert not asked.params.penalised
+    assert not asked.params.has_penalties
     assert (asked.params.top_p, asked.params.max_new_tokens) == (1.0, 12)
     assert (asked.params.eos_ids, asked.params.num_top_logprobs) == (frozenset({EOS}), None)
 
@@ -75,9 +75,9 @@ def test_what_would_forbid_every_token_is_refused(tokenizer: Tokenizer) -> None:
     message.stopping.min_new_tokens = 1
     few = replace(LIMITS, vocab_size=9, eos_ids=frozenset({0}))
     with pytest.raises(InvalidRequestError, match="the whole vocabulary; it must be less, with min_new_tokens"):
-        read_request(message, tokenizer, few)
+        parse_generate_request(message, tokenizer, few)
     message.stopping.ignore_eos = True
-    read_request(message, tokenizer, few)
+    parse_generate_request(message, tokenizer, few)
 
 
 @given(

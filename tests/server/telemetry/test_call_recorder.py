@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from support.live_server import LiveServer, eventually
 from support.otlp_receivers import Received, attributes, grpc_receiver
-from support.server_fixture import ENDURING, LLAMA_ADAPTERS, Bench, running_bench
+from support.server_fixture import ENDURING, LLAMA_ADAPTERS, ServerFixture, running_server
 
 from quiver import Client, QuiverClientError
 from quiver.v1 import generation_pb2, generation_pb2_grpc
@@ -28,7 +28,7 @@ def collector() -> Iterator[Received]:
 
 
 @pytest.fixture(scope="module")
-def told(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory, collector: Received) -> Iterator[Bench]:
+def told(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory, collector: Received) -> Iterator[ServerFixture]:
     """A server that logs JSON and sends spans."""
     folder = tmp_path_factory.mktemp("told")
     (folder / "tokens.toml").write_text(f'[[token]]\nname = "shop"\ntoken = "{TOKEN}"\nrole = "admin"\n')
@@ -37,7 +37,7 @@ def told(enduring_base: Path, tmp_path_factory: pytest.TempPathFactory, collecto
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
         patch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
-        with running_bench(folder, enduring_base, settings, *options, "--otlp-endpoint", collector.endpoint) as bench:
+        with running_server(folder, enduring_base, settings, *options, "--otlp-endpoint", collector.endpoint) as bench:
             yield bench
     lines(bench.server)  # each is JSON to the last
     for secret in (TOKEN, PROMPT, "4929", "Bearer"):
@@ -75,13 +75,15 @@ def span_of(collector: Received, request_id: str) -> Span:
     return span
 
 
-def over_http(bench: Bench, request_id: str, body: dict[str, Any] | None = None, **headers: str) -> httpx2.Response:
+def over_http(
+    bench: ServerFixture, request_id: str, body: dict[str, Any] | None = None, **headers: str
+) -> httpx2.Response:
     sent = {"authorization": f"Bearer {TOKEN}", "x-request-id": request_id, **headers}
     asked = {"model": "all-r2", "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True, **(body or {})}
     return httpx2.post(f"{bench.server.http_url}/v1/completions", json=asked, headers=sent, timeout=60)
 
 
-def over_grpc(bench: Bench, request_id: str, metadata: dict[str, str], **fields: Any) -> Any:
+def over_grpc(bench: ServerFixture, request_id: str, metadata: dict[str, str], **fields: Any) -> Any:
     with grpc.insecure_channel(bench.server.target) as channel:
         stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         stopping = generation_pb2.Stopping(max_new_tokens=4, ignore_eos=True)
@@ -90,7 +92,7 @@ def over_grpc(bench: Bench, request_id: str, metadata: dict[str, str], **fields:
         return list(stub.GenerateStream(message, metadata=pairs, timeout=60))
 
 
-def test_a_line_says_who_asked_what_and_how_it_ended(told: Bench) -> None:
+def test_a_line_says_who_asked_what_and_how_it_ended(told: ServerFixture) -> None:
     over_http(told, "http-1")
     over_grpc(told, "grpc-1", {}, adapter_id="all-r2")
     with told.server.client(TOKEN) as client:
@@ -103,7 +105,7 @@ def test_a_line_says_who_asked_what_and_how_it_ended(told: Bench) -> None:
         assert 0 < line["time_to_first_token_seconds"] < line["seconds"] < 60
 
 
-def test_a_span_is_in_its_clients_trace_and_tells_the_moments(told: Bench, collector: Received) -> None:
+def test_a_span_is_in_its_clients_trace_and_tells_the_moments(told: ServerFixture, collector: Received) -> None:
     parent = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
     over_http(told, "http-2", {"n": 2, "temperature": 1.0}, **parent)
     over_grpc(told, "grpc-2", parent, adapter_id="mlp-r8")
@@ -125,7 +127,7 @@ def test_a_span_is_in_its_clients_trace_and_tells_the_moments(told: Bench, colle
     assert collector.resource["deployment.environment"] == "test"
 
 
-def test_a_trace_of_its_own_or_none_where_the_client_wants_none(told: Bench, collector: Received) -> None:
+def test_a_trace_of_its_own_or_none_where_the_client_wants_none(told: ServerFixture, collector: Received) -> None:
     over_http(told, "http-3", traceparent=f"00-{TRACE}-{PARENT}-00")  # not sampled
     over_http(told, "http-4")
     over_http(told, "http-5", traceparent="nonsense")
@@ -135,7 +137,7 @@ def test_a_trace_of_its_own_or_none_where_the_client_wants_none(told: Bench, col
     assert line_of(told.server, "http-5")["trace_id"] in own
 
 
-def test_refused_calls_are_told_too(told: Bench, collector: Received) -> None:
+def test_refused_calls_are_told_too(told: ServerFixture, collector: Received) -> None:
     assert over_http(told, "http-6", {"model": "nobody"}).status_code == 404
     assert over_http(told, "http-7", {"n": 0}).status_code == 400
     assert over_http(told, "http-8", authorization=f"Bearer {TOKEN}x").status_code == 401
@@ -155,7 +157,7 @@ def test_refused_calls_are_told_too(told: Bench, collector: Received) -> None:
         assert attributes(span)["quiver.code"] == code
 
 
-def test_a_client_that_leaves_is_told_too(told: Bench, collector: Received) -> None:
+def test_a_client_that_leaves_is_told_too(told: ServerFixture, collector: Received) -> None:
     with told.server.client(TOKEN) as client:
         stream = client.stream(PROMPT, **{**ENDURING, "request_id": "grpc-9"})
         next(stream)
@@ -164,7 +166,7 @@ def test_a_client_that_leaves_is_told_too(told: Bench, collector: Received) -> N
     assert attributes(span_of(collector, "grpc-9"))["quiver.code"] == "CANCELLED"
 
 
-def test_what_admins_do_is_told(told: Bench) -> None:
+def test_what_admins_do_is_told(told: ServerFixture) -> None:
     with told.server.client(TOKEN) as client:
         client.load_adapter("mlp-r8")
         with pytest.raises(QuiverClientError):
@@ -176,7 +178,7 @@ def test_what_admins_do_is_told(told: Bench) -> None:
     eventually(lambda: changes() == [("OK", "shop"), ("NOT_FOUND", "shop")])
 
 
-def test_probes_and_scrapes_leave_no_line(told: Bench) -> None:
+def test_probes_and_scrapes_leave_no_line(told: ServerFixture) -> None:
     before = len(lines(told.server))
     with told.server.client(TOKEN) as client:
         assert client.is_healthy()

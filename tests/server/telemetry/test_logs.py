@@ -8,7 +8,7 @@ from contextvars import copy_context
 import pytest
 from grpc._cython import cygrpc
 
-from quiver_server.telemetry.call import enter_call, name_call
+from quiver_server.telemetry.call import enter_call, set_request_id
 from quiver_server.telemetry.logs import LogFormat, configure_logging
 
 log = logging.getLogger("quiver_server.some_file")
@@ -62,7 +62,7 @@ def test_what_happens_within_a_call_has_its_name(
 
     def call() -> None:
         enter_call("Generate", {})
-        name_call("mine-1")
+        set_request_id("mine-1")
         log.info("within")
 
     copy_context().run(call)

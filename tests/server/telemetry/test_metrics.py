@@ -12,10 +12,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from support.idle_server import MAX_ADAPTERS, IdleServer
 from support.live_server import eventually
-from support.server_fixture import ENDURING, Bench
+from support.server_fixture import ENDURING, ServerFixture
 
 from quiver import Client, Tier
-from quiver_server.adapters.entry import Entry
+from quiver_server.adapters.entry import KnownAdapter
 from quiver_server.telemetry.metrics import MAX_ADAPTER_LABELS, OTHER_ADAPTERS, STEP_PHASES, Metrics
 
 
@@ -42,7 +42,7 @@ def read_as_the_router_does(page: str) -> tuple[dict[str, float], set[str], set[
     return gauges, lists[0], lists[1], int(newest.labels["max_lora"])
 
 
-def test_promtool_has_nothing_to_say(llama: Bench, client: Client) -> None:
+def test_promtool_has_nothing_to_say(llama: ServerFixture, client: Client) -> None:
     client.generate("hello", adapter="all-r2", max_new_tokens=2)
     promtool = tools.promtool()
     if promtool is None:
@@ -55,7 +55,7 @@ def test_promtool_has_nothing_to_say(llama: Bench, client: Client) -> None:
     assert {line.partition(":")[0] for line in complaints} == {"vllm"}
 
 
-def test_a_router_sees_what_is_in_memory_and_what_runs(enduring: Bench) -> None:
+def test_a_router_sees_what_is_in_memory_and_what_runs(enduring: ServerFixture) -> None:
     server = enduring.server
     with server.client() as client:
         client.load_adapter("all-r2")
@@ -90,7 +90,7 @@ async def test_a_router_sees_who_waits(idle: IdleServer) -> None:
         return read_as_the_router_does(generate_latest(idle.metrics.registry).decode())
 
     assert read() == ({"num_requests_waiting": 0, "num_requests_running": 0, "kv_cache_usage_perc": 0}, set(), set(), 8)
-    entries: dict[str, Entry] = {entry.id: entry for entry in idle.store.names.known}
+    entries: dict[str, KnownAdapter] = {entry.id: entry for entry in idle.store.names.known}
     entries["one"].waiting, entries["two"].waiting = {"": 2}, {"abcdef": 1}
     gauges, running, waiting, most = read()
     assert (gauges["num_requests_waiting"], running, waiting) == (3, set(), {"one", "two"})
@@ -106,7 +106,7 @@ def test_ids_that_come_and_go_do_not_become_labels_without_end() -> None:
     assert metrics.adapter_label("") == "", "the base"
 
 
-def test_the_phases_make_up_the_steps(llama: Bench, client: Client) -> None:
+def test_the_phases_make_up_the_steps(llama: ServerFixture, client: Client) -> None:
     client.generate([5] * 60, max_new_tokens=5, ignore_eos=True)
     eventually(lambda: llama.server.metric("quiver_running_sequences") == 0)
     parts = [llama.server.metric("quiver_step_phase_seconds_total", phase=phase) for phase in STEP_PHASES]
@@ -122,7 +122,7 @@ def test_what_a_failed_step_took_is_its_last_phase() -> None:
     assert [seconds[phase] for phase in STEP_PHASES] == [0.5, 2.5, 0.0, 0.0]
 
 
-def test_times_are_of_one_candidate_each(llama: Bench, client: Client) -> None:
+def test_times_are_of_one_candidate_each(llama: ServerFixture, client: Client) -> None:
     """Else candidates that get their tokens in one step would make the server look faster than it is."""
     names = (
         "quiver_inter_token_seconds_count",
@@ -139,7 +139,7 @@ def test_times_are_of_one_candidate_each(llama: Bench, client: Client) -> None:
     assert [after - was for was, after in zip(before, counts(), strict=True)] == [4 * 5, 1, 1]
 
 
-def test_adapters_by_tier(llama: Bench, client: Client) -> None:
+def test_adapters_by_tier(llama: ServerFixture, client: Client) -> None:
     client.unload_adapter("pattern-r3")
     free = llama.server.metric("quiver_adapter_free_bytes")
     device = llama.server.metric("quiver_adapter_bytes", tier="device")
@@ -155,7 +155,7 @@ def test_adapters_by_tier(llama: Bench, client: Client) -> None:
     assert llama.server.metric("quiver_known_adapters") >= 6
 
 
-def test_calls_are_counted_by_method_and_end(llama: Bench, client: Client) -> None:
+def test_calls_are_counted_by_method_and_end(llama: ServerFixture, client: Client) -> None:
     def calls(method: str, code: str) -> float:
         try:
             return llama.server.metric("quiver_calls_total", method=method, code=code)
@@ -171,7 +171,7 @@ def test_calls_are_counted_by_method_and_end(llama: Bench, client: Client) -> No
     assert calls("unknown", "INVALID_ARGUMENT") >= 1
 
 
-def test_the_http_front_has_the_same_page(llama: Bench) -> None:
+def test_the_http_front_has_the_same_page(llama: ServerFixture) -> None:
     """Routers scrape the port that they send requests to."""
     page = httpx2.get(f"{llama.server.http_url}/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=")

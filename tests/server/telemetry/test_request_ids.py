@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 import pytest
-from support.server_fixture import Bench
+from support.server_fixture import ServerFixture
 
 from quiver.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 
@@ -29,7 +29,7 @@ def named(call: Call, message: Any, metadata: Mapping[str, str]) -> tuple[grpc.S
 
 
 @pytest.fixture
-def calls(llama: Bench) -> Any:
+def calls(llama: ServerFixture) -> Any:
     with grpc.insecure_channel(llama.server.target) as channel:
         stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         adapters: Any = adapters_pb2_grpc.AdapterServiceStub(channel)

@@ -6,7 +6,7 @@ import pytest
 from support.otlp_receivers import attributes, http_receiver
 
 from quiver_peft.errors import QuiverError
-from quiver_server.telemetry.call import Call
+from quiver_server.telemetry.call import CallContext
 from quiver_server.telemetry.tracing import open_tracing
 
 
@@ -31,8 +31,8 @@ def test_the_variables_choose_http_and_the_services_name(monkeypatch: pytest.Mon
         monkeypatch.setenv("OTEL_SERVICE_NAME", "support-models")
         tracing = open_tracing(None)
         assert tracing is not None
-        call = Call("r-1", "Generate", code="INTERNAL", details={"prompt_tokens": 3, "seconds": 0.5})
-        call.moments["queued"] = call.started_seconds
+        call = CallContext("r-1", "Generate", code="INTERNAL", details={"prompt_tokens": 3, "seconds": 0.5})
+        call.events["queued"] = call.started_seconds
         trace_id = tracing.record(call)
         tracing.close()
     (span,) = received.spans

@@ -9,13 +9,13 @@ from support.tiny import edit_json, edit_tensors, tiny_llama, tiny_tokenizer
 from trainer.loop.test_options import LORA, fit
 
 from quiver_peft import GPT
-from quiver_trainer import OptimiserSection, TrainConfig
+from quiver_trainer import OptimizerSection, TrainConfig
 from quiver_trainer.cli.publish import main
 
 
 @pytest.fixture
 def trained(make_config: Callable[..., TrainConfig]) -> TrainConfig:
-    config = make_config("routing", adapter=[LORA], epochs=4, optimiser=OptimiserSection(learning_rate=2e-2))
+    config = make_config("routing", adapter=[LORA], epochs=4, optimiser=OptimizerSection(learning_rate=2e-2))
     fit(config)
     return config
 

@@ -8,7 +8,7 @@ from support.tiny import tiny_t5
 
 from quiver_peft import GPT, T5
 from quiver_peft.joint_forward import ModelInput
-from quiver_trainer.data.batching import BatchLimits, by_length, collate, cut, plan_epoch
+from quiver_trainer.data.batching import BatchLimits, collate, plan_epoch, sorted_by_length, to_batches
 from quiver_trainer.data.jsonl import Sample
 
 _GENERATOR = random.Random(5)
@@ -42,17 +42,17 @@ def test_rows_of_a_batch_are_of_like_length() -> None:
         return 1 - sum(LENGTHS) / padded
 
     limits = BatchLimits(None, 8)
-    in_order = list(cut(range(len(LENGTHS)), LENGTHS, limits))
+    in_order = list(to_batches(range(len(LENGTHS)), LENGTHS, limits))
     assert padding(plan_epoch(range(len(LENGTHS)), LENGTHS, limits, seed=0, epoch=0)) < 0.1 < 0.3 < padding(in_order)
 
 
 def test_a_row_over_the_limit_is_a_batch_of_its_own() -> None:
-    assert list(cut([0, 1, 2], [5, 500, 5], BatchLimits(100, None))) == [[0], [1], [2]]
+    assert list(to_batches([0, 1, 2], [5, 500, 5], BatchLimits(100, None))) == [[0], [1], [2]]
 
 
 def test_by_length_gives_all_samples() -> None:
     samples = [sample(n % 7 + 1, 2) for n in range(20)]
-    batches = list(by_length(samples, BatchLimits(None, 6)))
+    batches = list(sorted_by_length(samples, BatchLimits(None, 6)))
     assert [len(batch) for batch in batches] == [6, 6, 6, 2]
     lengths = [len(s.tokens) for batch in batches for s in batch]
     assert lengths == sorted(lengths)
@@ -65,7 +65,7 @@ def test_the_loss_is_on_completions_alone(base_folder: Path) -> None:
     assert batch.targets == [13, 14, 51, 52, 53]
     # The token before each target, in all rows behind one another.
     assert batch.positions == [2, 3, 4, 5, 6]
-    assert batch.num_tokens == 9 and batch.num_written == 7
+    assert batch.num_tokens == 9 and batch.num_target_tokens == 7
 
 
 def test_a_t5_reads_the_prompt_and_writes_the_completion(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from quiver_peft.chat_template import read_chat_template
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.data.dataset import Dataset, read_dataset, spread_evenly
+from quiver_trainer.data.dataset import Dataset, evenly_spaced, read_dataset
 from quiver_trainer.data.jsonl import Encoder, read_lines
 from quiver_trainer.errors import DataError
 
@@ -88,8 +88,8 @@ def test_spreading_keeps_the_order_and_the_ends_apart(base_folder: Path, tmp_pat
     path.write_text("\n".join(f'{{"prompt": "a{i}", "completion": "b"}}' for i in range(10)))
     samples = read_dataset(path, encoder(base_folder))
     tokenizer = Tokenizer(base_folder)
-    assert [tokenizer.decode(sample.tokens[:2]) for sample in spread_evenly(samples, 3)] == ["a0", "a3", "a6"]
-    assert spread_evenly(samples, None) == spread_evenly(samples, 99) == list(samples)
+    assert [tokenizer.decode(sample.tokens[:2]) for sample in evenly_spaced(samples, 3)] == ["a0", "a3", "a6"]
+    assert evenly_spaced(samples, None) == evenly_spaced(samples, 99) == list(samples)
 
 
 def test_token_ids_are_taken_as_they_are(base_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from quiver_peft import LoraPEFTConfig, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import DataError, DataSection, TrainConfig, Trainer
-from quiver_trainer.data.span_corruption import Mender, corrupt_spans, sentinel_ids
+from quiver_trainer.data.span_corruption import SpanCorruptor, corrupt_spans, sentinel_ids
 
 SENTINELS = list(range(900, 1000))
 
@@ -46,7 +46,7 @@ def test_source_and_target_make_the_text(length: int) -> None:
 
 def test_spans_are_drawn_anew_in_each_epoch(tmp_path: Path) -> None:
     tokenizer = tokenizer_with_sentinels(tmp_path)
-    mender = Mender(tokenizer, EOS, 3)
+    mender = SpanCorruptor(tokenizer, EOS, 3)
     text = corrupt_spans(list(range(10, 60)), sentinel_ids(tokenizer), EOS, random.Random(0))
     assert mender(text, 4, 0) is text, "a prompt with a completion is left as it is"
     raw = type(text)(list(range(10, 60)), 0)

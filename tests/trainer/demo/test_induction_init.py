@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quiver_demo.pretrain.gpt import HF_CONFIG, repeated_phrases
-from quiver_demo.pretrain.induction_init import give_head_start
-from quiver_demo.pretrain.phases import Recipe, optimisers
+from quiver_demo.pretrain.induction_init import init_induction_heads
+from quiver_demo.pretrain.phases import Recipe, make_optimizers
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.gpt import GPTBase
 
@@ -18,7 +18,7 @@ def fresh_base(head_start: bool, **changes: object) -> GPTBase:
     torch.manual_seed(3)
     base = GPTBase(FAMILIES["llama"].read_config({**HF_CONFIG, **changes}))
     if head_start:
-        give_head_start(base)
+        init_induction_heads(base)
     return base
 
 
@@ -39,7 +39,7 @@ def test_thirty_steps_are_enough_to_begin_to_copy() -> None:
     after: dict[bool, float] = {}
     for head_start in (False, True):
         base = fresh_base(head_start)
-        opts = optimisers(base, Recipe())
+        opts = make_optimizers(base, Recipe())
         for step in range(30):
             for opt in opts:
                 opt.zero_grad()
@@ -67,7 +67,7 @@ def test_at_birth_the_token_that_followed_is_proposed() -> None:
 
 def test_it_needs_two_layers() -> None:
     with pytest.raises(ValueError, match="a head start needs rotary positions and two layers"):
-        give_head_start(fresh_base(False, num_hidden_layers=1))
+        init_induction_heads(fresh_base(False, num_hidden_layers=1))
 
 
 def test_repeated_phrases_repeat() -> None:

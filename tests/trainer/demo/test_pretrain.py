@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quiver_demo.pretrain.gpt import make_base
-from quiver_demo.pretrain.muon import Muon, orthogonalise
+from quiver_demo.pretrain.muon import Muon, orthogonalize
 from quiver_demo.pretrain.phases import Recipe, Windows, rate_factor
 from quiver_peft.base.gpt import GPTBase
 
@@ -17,7 +17,7 @@ from quiver_peft.base.gpt import GPTBase
 def test_muon_makes_singular_values_about_one(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     update = torch.randn(shape)
-    values = torch.linalg.svdvals(orthogonalise(update))
+    values = torch.linalg.svdvals(orthogonalize(update))
     assert torch.linalg.svdvals(update).max() > 5
     assert values.min() > 0.3 and values.max() < 1.3
 
@@ -26,7 +26,7 @@ def test_muon_keeps_the_singular_vectors() -> None:
     torch.manual_seed(0)
     update = torch.randn(1, 12, 20)
     u, _, vh = torch.linalg.svd(update[0], full_matrices=False)
-    turned = u.T @ orthogonalise(update)[0] @ vh.T
+    turned = u.T @ orthogonalize(update)[0] @ vh.T
     assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-4
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from quiver_demo.pretrain.induction_init_t5 import give_head_start
+from quiver_demo.pretrain.induction_init_t5 import init_induction_heads
 from quiver_demo.pretrain.phases import Windows
 from quiver_demo.pretrain.t5 import DENOISED, HF_CONFIG, RECIPE, make_base, noisy, sources_and_targets
 from quiver_peft import T5
@@ -23,7 +23,7 @@ def fresh_base(head_start: bool, **changes: object) -> T5Base:
     torch.manual_seed(3)
     base = T5Base(T5_FAMILIES["t5"].read_config({**HF_CONFIG, **changes}))
     if head_start:
-        give_head_start(base)
+        init_induction_heads(base)
     return base
 
 
@@ -45,7 +45,7 @@ def test_at_birth_the_token_that_followed_is_proposed() -> None:
 @pytest.mark.parametrize("changes", [{"d_kv": 16}, {"num_decoder_layers": 1}, {"d_model": 128}])
 def test_it_needs_sizes_that_hold_the_circuit(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="a head start needs two layers and four heads"):
-        give_head_start(fresh_base(False, **changes))
+        init_induction_heads(fresh_base(False, **changes))
 
 
 def rows_at(step: int, seed: int = 0) -> tuple[Tensor, Tensor]:

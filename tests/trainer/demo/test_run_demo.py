@@ -36,7 +36,7 @@ def test_the_story_is_told_on_a_real_server(suffix: str, tmp_path: Path, capsys:
     late = tmp_path / "late" / run_demo.LATE_TASK
     train_a_little(tmp_path, run_demo.LATE_TASK, late, f"configs{suffix}")
     with run_demo.running_server(tmp_path, run_demo.HERE / f"base{suffix}") as address:
-        asyncio.run(run_demo.tell(tmp_path, address, late, 4))
+        asyncio.run(run_demo.run_demo(tmp_path, address, late, 4))
     printed = capsys.readouterr().out
     for text in ("server ready in", "put into the adapters folder while", "generated tokens per second", "exit code 0"):
         assert text in printed

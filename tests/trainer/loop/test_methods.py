@@ -9,7 +9,7 @@ from support.tiny import MAX_POSITIONS
 from trainer.conftest import ROWS
 
 from quiver_peft import GPT
-from quiver_trainer import ConfigError, OptimiserSection, TrainConfig, Trainer
+from quiver_trainer import ConfigError, OptimizerSection, TrainConfig, Trainer
 from quiver_trainer.recipe.reader import load_recipe
 
 MakeConfig = Callable[..., TrainConfig]
@@ -30,7 +30,7 @@ LEARNS: dict[str, tuple[list[dict[str, Any]], float]] = {
 @pytest.mark.parametrize("name", LEARNS)
 def test_it_learns_and_predicts_what_it_was_measured_at(name: str, make_config: MakeConfig) -> None:
     methods, learning_rate = LEARNS[name]
-    optimiser = OptimiserSection(learning_rate=learning_rate, weight_decay=0.0)
+    optimiser = OptimizerSection(learning_rate=learning_rate, weight_decay=0.0)
     config = make_config(epochs=40, optimiser=optimiser, adapter=methods)
     model = GPT.from_pretrained(config.base)
     torch.manual_seed(0)

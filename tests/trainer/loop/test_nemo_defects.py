@@ -23,7 +23,7 @@ from quiver_peft.adapters.merge import merge_into
 from quiver_peft.joint_forward import ModelInput, joint_hidden
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.data.jsonl import Encoder, Line
+from quiver_trainer.data.jsonl import Encoder, JsonlRow
 from quiver_trainer.loop.predict import predict_tokens
 
 
@@ -65,8 +65,8 @@ def test_a_beginning_token_stays_and_stands_behind_the_virtual_tokens(tmp_path: 
     tiny_tokenizer(tmp_path, add_bos=True)
     model = with_adapter(tmp_path, PtuningPEFTConfig(virtual_tokens=3, encoder="mlp"))
     tokenizer = Tokenizer(tmp_path)
-    line = Line({"prompt": "Where is my parcel?", "completion": " Here."}, Path("rows"), 1)
-    (sample,) = Encoder(tokenizer, 2, model.base.config.vocab_size, None).samples(line)
+    line = JsonlRow({"prompt": "Where is my parcel?", "completion": " Here."}, Path("rows"), 1)
+    (sample,) = Encoder(tokenizer, 2, model.base.config.vocab_size, None).encode(line)
     assert sample.tokens[0] == tokenizer.encode("")[0], "the row begins with it"
     assert_close(ours(model, ModelInput([sample.tokens])), theirs(tmp_path, table_of(model), sample.tokens))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quiver_peft import GPT
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer import EvaluationSection, OptimiserSection, ScheduleSection, TrainConfig, Trainer, TrainingError
+from quiver_trainer import EvaluationSection, OptimizerSection, ScheduleSection, TrainConfig, Trainer, TrainingError
 from quiver_trainer.data.batching import BatchLimits
 from quiver_trainer.loop.datasets import read_datasets
 from quiver_trainer.loop.metrics import compare_texts, validation_loss
@@ -44,7 +44,7 @@ def test_accumulated_batches_are_one_large_batch(make_config: MakeConfig) -> Non
     shared: dict[str, Any] = {
         "adapter": [LORA],
         "epochs": 5,
-        "optimiser": OptimiserSection(learning_rate=3e-3),
+        "optimiser": OptimizerSection(learning_rate=3e-3),
         "schedule": ScheduleSection(kind="constant"),
     }
     large = make_config("large", batch_size=6, **shared)
@@ -88,7 +88,7 @@ def test_layers_computed_twice_keep_less(make_config: MakeConfig) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_base_of_half_the_size_trains_an_adapter_in_float32(dtype: str, make_config: MakeConfig) -> None:
-    config = make_config(adapter=[LORA], dtype=dtype, epochs=30, optimiser=OptimiserSection(learning_rate=2e-2))
+    config = make_config(adapter=[LORA], dtype=dtype, epochs=30, optimiser=OptimizerSection(learning_rate=2e-2))
     record = fit(config)
     assert record["validation_loss"] < 0.2 * record["validation_loss_at_start"]
     assert {tensor.dtype for tensor in weights(config).values()} == {torch.float32}
@@ -101,7 +101,7 @@ def test_a_gradient_that_overflows_in_float16_is_left_out(make_config: MakeConfi
     model = GPT.from_pretrained(base, dtype=torch.float16)
     model.add_adapter([section.to_peft() for section in config.adapter or ()])
     run = Run(config, model, tokenizer, read_datasets(config, model, tokenizer, reporter), {}, reporter)
-    run.workplace.folder.mkdir()
+    run.run_directory.folder.mkdir()
     run.begin()
     before = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
     for parameter in run.parameters.values():
@@ -115,7 +115,7 @@ def test_a_gradient_that_overflows_in_float16_is_left_out(make_config: MakeConfi
     assert not any(torch.equal(parameter, before[name]) for name, parameter in run.parameters.items())
 
 
-RISING = OptimiserSection(learning_rate=0.3, max_gradient_norm=None)
+RISING = OptimizerSection(learning_rate=0.3, max_gradient_norm=None)
 
 
 def test_a_run_stops_when_nothing_gets_better(make_config: MakeConfig) -> None:
@@ -130,7 +130,7 @@ def test_a_run_stops_when_nothing_gets_better(make_config: MakeConfig) -> None:
 def test_the_best_weights_are_kept(make_config: MakeConfig) -> None:
     def config(name: str, **settings: Any) -> TrainConfig:
         evaluation = EvaluationSection(interval_steps=2, exact_match_samples=0, **settings)
-        optimiser = OptimiserSection(learning_rate=0.05, max_gradient_norm=None)
+        optimiser = OptimizerSection(learning_rate=0.05, max_gradient_norm=None)
         return make_config(
             name, adapter=[LORA], epochs=10, evaluation=evaluation, optimiser=optimiser, max_loss_rise=None
         )
@@ -153,7 +153,7 @@ def _validations(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_diverges_is_stopped(make_config: MakeConfig) -> None:
-    wild = OptimiserSection(learning_rate=3.0, max_gradient_norm=None)
+    wild = OptimizerSection(learning_rate=3.0, max_gradient_norm=None)
     rising = ScheduleSection(warmup_fraction=1.0)
     config = make_config(adapter=[LORA], epochs=100, optimiser=wild, schedule=rising, max_loss_rise=0.2)
     with pytest.raises(TrainingError, match=r"step \d+: the smoothed loss was .* and is .*: it diverges. The last"):

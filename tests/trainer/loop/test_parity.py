@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from quiver_peft import GPT
 from quiver_peft.adapters.methods.lora import LoraPair
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer import OptimiserSection, ScheduleSection, TrainConfig, Trainer
+from quiver_trainer import OptimizerSection, ScheduleSection, TrainConfig, Trainer
 from quiver_trainer.data.batching import collate
 from quiver_trainer.data.dataset import read_dataset
 from quiver_trainer.data.jsonl import Encoder
@@ -64,7 +64,7 @@ def plain_recipe(make_config: Callable[..., TrainConfig], name: str, steps: int)
         name,
         epochs=steps,
         batch_size=len(ROWS),
-        optimiser=OptimiserSection(learning_rate=RATE, weight_decay=DECAY, max_gradient_norm=None),
+        optimiser=OptimizerSection(learning_rate=RATE, weight_decay=DECAY, max_gradient_norm=None),
         schedule=ScheduleSection(kind="constant", warmup_fraction=0),
     )
 

@@ -17,8 +17,8 @@ import torch
 from quiver_peft import GPT, LoraPEFTConfig
 from quiver_trainer import ConfigError, TrainConfig, Trainer, TrainingError, TrainingInterrupted
 from quiver_trainer.loop.checkpoint import read_checkpoint
-from quiver_trainer.loop.rng import RandomStream
-from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.loop.rng import RunRng
+from quiver_trainer.loop.run_directory import RunDirectory
 from quiver_trainer.recipe.help import to_recipe
 
 MakeConfig = Callable[..., TrainConfig]
@@ -68,9 +68,9 @@ def test_dropout_goes_on_where_it_was(make_config: MakeConfig) -> None:
     config = long_config(make_config, "out")
     with pytest.raises(TrainingInterrupted):
         Trainer(config, should_stop=stop_after(5)).fit(new_model(config))
-    checkpoint = read_checkpoint(Workplace(config.output).checkpoint)
+    checkpoint = read_checkpoint(RunDirectory(config.output).checkpoint)
     assert checkpoint is not None
-    assert not torch.equal(checkpoint.tensors["random.cpu"], RandomStream(config.seed).states["cpu"])
+    assert not torch.equal(checkpoint.tensors["random.cpu"], RunRng(config.seed).states["cpu"])
 
 
 def test_changed_settings_do_not_go_on(make_config: MakeConfig) -> None:
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, make_config: MakeConfig) -
     config = long_config(make_config, "out")
     with pytest.raises(TrainingInterrupted):
         Trainer(config, should_stop=stop_after(5)).fit(new_model(config))
-    checkpoint = Workplace(config.output).checkpoint
+    checkpoint = RunDirectory(config.output).checkpoint
     tensors = checkpoint / "state.safetensors"
     if damage == "truncate":
         tensors.write_bytes(tensors.read_bytes()[:-10])
@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, make_config: MakeConfig) -
 
 def test_two_runs_do_not_share_an_output(make_config: MakeConfig) -> None:
     config = long_config(make_config, "out")
-    place = Workplace(config.output)
+    place = RunDirectory(config.output)
     place.folder.mkdir(parents=True)
     with (place.folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -142,7 +142,7 @@ def start_training(path: Path) -> subprocess.Popen[str]:
 
 
 def wait_for_checkpoint(config: TrainConfig, process: subprocess.Popen[str]) -> None:
-    state = Workplace(config.output).checkpoint / "state.json"
+    state = RunDirectory(config.output).checkpoint / "state.json"
     while not state.exists():
         assert process.poll() is None, "the run ended before it had a checkpoint"
         time.sleep(0.005)
@@ -179,7 +179,7 @@ def test_a_run_killed_at_random_steps_goes_on_to_the_same_bits(make_config: Make
     path = recipe(parts, tmp_path)
     for _ in range(kills):
         process = start_training(path)
-        metrics = Workplace(parts.output).metrics
+        metrics = RunDirectory(parts.output).metrics
         before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         goal = before + generator.randint(5, 30)
         while not metrics.exists() or len(metrics.read_text().splitlines()) < goal:

@@ -9,8 +9,8 @@ from torch import nn
 
 from quiver_peft import GPT, IA3PEFTConfig, LoraPEFTConfig, PrefixPEFTConfig, PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.adapters.methods.configs import PEFTConfig
-from quiver_trainer import OptimiserSection, ScheduleSection
-from quiver_trainer.loop.optimizer import make_optimiser, peak_rate, peak_rates, rate_factor, set_learning_rate
+from quiver_trainer import OptimizerSection, ScheduleSection
+from quiver_trainer.loop.optimizer import make_optimizer, peak_rate, peak_rates, rate_factor, set_learning_rate
 from quiver_trainer.loop.run import trainable
 from quiver_trainer.recipe.methods import METHOD_SECTIONS
 from quiver_trainer.reports.progress import Progress, ValidationRecord, record_interval
@@ -37,7 +37,7 @@ def test_a_line_ends_where_it_is_told_to() -> None:
 
 def test_only_matrices_decay() -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimiser = make_optimiser({"a": matrix, "b": vector}, OptimiserSection(weight_decay=0.5), {"a": 1.0, "b": 1.0})
+    optimiser = make_optimizer({"a": matrix, "b": vector}, OptimizerSection(weight_decay=0.5), {"a": 1.0, "b": 1.0})
     assert set_learning_rate(optimiser, 0.1) == 0.1
     for parameter in (matrix, vector):
         parameter.grad = torch.zeros_like(parameter)
@@ -51,7 +51,7 @@ def test_virtual_tokens_do_not_decay(config: PEFTConfig, base_folder: Path) -> N
     model = GPT.from_pretrained(base_folder)
     model.add_adapter([config, LoraPEFTConfig(adapter_dim=2)])
     parameters = trainable(model)
-    optimiser = make_optimiser(parameters, OptimiserSection(weight_decay=0.5), dict.fromkeys(parameters, 1.0))
+    optimiser = make_optimizer(parameters, OptimizerSection(weight_decay=0.5), dict.fromkeys(parameters, 1.0))
     decayed, kept = ([id(p) for p in group["params"]] for group in optimiser.param_groups)
     assert [group["weight_decay"] for group in optimiser.param_groups] == [0.5, 0.0]
     (rows,) = (id(p) for name, p in model.named_parameters() if name.endswith("encoder.embedding"))
@@ -59,14 +59,14 @@ def test_virtual_tokens_do_not_decay(config: PEFTConfig, base_folder: Path) -> N
 
 
 def test_a_rate_that_is_not_set_suits_the_method() -> None:
-    unset = OptimiserSection()
+    unset = OptimizerSection()
     rates = {method: peak_rate(unset, method) for method in METHOD_SECTIONS}
     assert rates == {
         "lora": 2e-4, "canonical": 2e-4, "ptuning": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt_tuning": 3e-2
     }  # fmt: skip
     assert peak_rate(unset, "") == 2e-4
-    assert peak_rate(OptimiserSection(learning_rate=0.5), "lora") == 0.5
-    own = OptimiserSection(learning_rate={"ia3": 0.25})
+    assert peak_rate(OptimizerSection(learning_rate=0.5), "lora") == 0.5
+    own = OptimizerSection(learning_rate={"ia3": 0.25})
     assert (peak_rate(own, "ia3"), peak_rate(own, "lora")) == (0.25, 2e-4)
 
 
@@ -76,8 +76,8 @@ def test_each_method_of_an_adapter_has_its_own_rate_and_scales_do_not_decay(base
     assert model.adapter is not None
     parameters = trainable(model)
     names = [method.name for method in model.adapter.ordered_methods]
-    settings = OptimiserSection(weight_decay=0.5)
-    optimiser = make_optimiser(parameters, settings, peak_rates(parameters, settings, names))
+    settings = OptimizerSection(weight_decay=0.5)
+    optimiser = make_optimizer(parameters, settings, peak_rates(parameters, settings, names))
     set_learning_rate(optimiser, 0.5)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimiser.param_groups for p in group["params"]}
     ia3, lora = (next(m for m in model.adapter.ordered_methods if m.name == name) for name in ("ia3", "lora"))

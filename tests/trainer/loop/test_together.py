@@ -20,7 +20,7 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import (
     DataSection,
     EvaluationSection,
-    OptimiserSection,
+    OptimizerSection,
     ScheduleSection,
     TrainConfig,
     TrainingInterrupted,
@@ -29,7 +29,7 @@ from quiver_trainer.errors import ConfigError, TrainingError
 from quiver_trainer.loop.datasets import read_datasets
 from quiver_trainer.loop.loop import train
 from quiver_trainer.loop.run import Run
-from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.loop.run_directory import RunDirectory
 from quiver_trainer.reports.terminal import Reporter
 from quiver_trainer.trainer import fit_together
 
@@ -108,7 +108,7 @@ def train_runs(base: AnyModel, configs: Sequence[TrainConfig], pass_tokens: int)
     runs: list[Run] = []
     with ExitStack() as places:
         for config, model in zip(configs, new_models(base, configs), strict=True):
-            places.enter_context(Workplace(config.output).occupied())
+            places.enter_context(RunDirectory(config.output).lock())
             runs.append(Run(config, model, tokenizer, read_datasets(config, model, tokenizer, reporter), {}, reporter))
         train(
             runs,
@@ -141,7 +141,7 @@ def test_each_method_becomes_what_it_becomes_alone(
                 max_steps=20 - i % 4,
                 seed=i,
                 schedule=ScheduleSection(kind="constant" if i % 2 else "cosine"),
-                optimiser=OptimiserSection(learning_rate=1e-3 * (1 + i % 2), weight_decay=0.1),
+                optimiser=OptimizerSection(learning_rate=1e-3 * (1 + i % 2), weight_decay=0.1),
             )
         )
     together = train_runs(base, configs, pass_tokens=300)
@@ -192,7 +192,7 @@ def test_one_that_was_left_behind_catches_up_alone(make_config: MakeConfig) -> N
 
 def test_one_that_fails_fails_alone(make_config: MakeConfig) -> None:
     bad, good = two_configs(make_config)
-    bad = bad.model_copy(update={"optimiser": OptimiserSection(learning_rate=1e30, max_gradient_norm=None)})
+    bad = bad.model_copy(update={"optimiser": OptimizerSection(learning_rate=1e30, max_gradient_norm=None)})
     results = fit_all([bad, good])
     assert isinstance(results[0], TrainingError) and "lora: step" in str(results[0])
     assert not bad.output.exists()

@@ -16,13 +16,13 @@ from quiver_trainer import (
     DataError,
     DataSection,
     EvaluationSection,
-    OptimiserSection,
+    OptimizerSection,
     TrainConfig,
     Trainer,
     TrainingError,
 )
 
-FAST = OptimiserSection(learning_rate=2e-2, weight_decay=0.0)
+FAST = OptimizerSection(learning_rate=2e-2, weight_decay=0.0)
 MakeConfig = Callable[..., TrainConfig]
 
 
@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_revision_and_another_seed_another(make_con
 
 
 def test_full_fine_tuning_leaves_a_whole_folder(make_config: MakeConfig) -> None:
-    config = make_config("whole", epochs=10, optimiser=OptimiserSection(learning_rate=3e-3))
+    config = make_config("whole", epochs=10, optimiser=OptimizerSection(learning_rate=3e-3))
     model = GPT.from_pretrained(config.base)
     Trainer(config).fit(model)
     tokens = random_tokens(1, 20)
@@ -163,7 +163,7 @@ def test_a_length_beyond_the_base_is_refused(make_config: MakeConfig) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(make_config: MakeConfig) -> None:
-    config = make_config(epochs=20, optimiser=OptimiserSection(learning_rate=1e30, max_gradient_norm=None))
+    config = make_config(epochs=20, optimiser=OptimizerSection(learning_rate=1e30, max_gradient_norm=None))
     with pytest.raises(TrainingError, match=r"step \d+: the loss is .*Lower optimiser.learning_rate"):
         Trainer(config).fit(new_model(config))
     assert not config.output.exists()

@@ -81,7 +81,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Desk:
+class DemoClient:
     """A client that sends many questions at once and counts tokens."""
 
     def __init__(self, client: AsyncClient) -> None:
@@ -105,11 +105,11 @@ class Desk:
         return dict(zip(questions, answers, strict=True))
 
 
-async def tell(work: Path, address: str, late: Path, num_held_out: int) -> None:
+async def run_demo(work: Path, address: str, late: Path, num_held_out: int) -> None:
     """The interleaved batch, the adapter that joins, and the held-out accuracy."""
     rows = held_out_rows(work / "data", TASKS, num_held_out)
     async with AsyncClient(address) as client:
-        desk = Desk(client)
+        desk = DemoClient(client)
         console.rule("the same tickets to the base and to three adapters, in one batch")
         first = asyncio.create_task(desk.ask_all(rows[:3] * 4, ["", *EARLY_TASKS]))
         await asyncio.sleep(0.5)
@@ -150,7 +150,7 @@ def main(
     folders = train_all(work, configs)
     shutil.rmtree(work / "adapters" / LATE_TASK, ignore_errors=True)  # of an earlier demo: it joins anew
     with running_server(work, base_folder) as address:
-        asyncio.run(tell(work, address, folders[LATE_TASK], held_out))
+        asyncio.run(run_demo(work, address, folders[LATE_TASK], held_out))
     next_steps = NEXT.replace("make serve        ", "make serve BASE=t5") if base == "t5" else NEXT
     seconds = time.monotonic() - started
     console.print(

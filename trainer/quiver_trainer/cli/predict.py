@@ -17,7 +17,7 @@ from quiver_peft.errors import QuiverError
 from quiver_peft.files.atomic_file import write_atomically
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.data.jsonl import EXAMPLE, Line, read_lines
+from quiver_trainer.data.jsonl import EXAMPLE, JsonlRow, read_lines
 from quiver_trainer.errors import DataError
 from quiver_trainer.loop.predict import is_exact_match, predict_tokens
 
@@ -41,7 +41,7 @@ class _Row:
     number: int
 
     @classmethod
-    def of(cls, line: Line) -> "_Row":
+    def of(cls, line: JsonlRow) -> "_Row":
         return cls(line.text("prompt"), line.text("completion") if "completion" in line.value else None, line.number)
 
 

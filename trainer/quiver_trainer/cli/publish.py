@@ -19,10 +19,10 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.batching import BatchLimits
 from quiver_trainer.data.dataset import file_sha256, read_dataset
 from quiver_trainer.data.jsonl import Encoder
-from quiver_trainer.data.span_corruption import Mender
+from quiver_trainer.data.span_corruption import SpanCorruptor
 from quiver_trainer.errors import DataError, TrainingError
 from quiver_trainer.loop.run_directory import RECORD_FILE
-from quiver_trainer.loop.validation import Measuring
+from quiver_trainer.loop.validation import Validator
 from quiver_trainer.recipe.config import EvaluationSection
 from quiver_trainer.reports.progress import Progress, ValidationRecord
 
@@ -123,13 +123,13 @@ def _measure(options: argparse.Namespace, model: AnyModel, settings: Mapping[str
         eos,
         config.vocab_size,
         settings["data.max_length"] or model.max_tokens,
-        mends_texts=isinstance(model, T5),
+        corrupt_spans=isinstance(model, T5),
         chat_template=template,
     )
     data = read_dataset(options.validation, encoder, skip_too_long=settings["data.too_long"] == "skip")
-    mender = Mender(tokenizer, eos, settings["seed"]) if data.has_texts else None
+    mender = SpanCorruptor(tokenizer, eos, settings["seed"]) if data.has_raw_text else None
     limits = BatchLimits(settings["batch_tokens"], settings["batch_size"])
-    measuring = Measuring(EvaluationSection(**evaluation), data, mender, limits, num_steps=1)
+    measuring = Validator(EvaluationSection(**evaluation), data, mender, limits, num_steps=1)
     return measuring.measure(model, tokenizer, Progress())
 
 

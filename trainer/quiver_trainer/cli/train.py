@@ -17,7 +17,7 @@ from quiver_trainer.cli.train_many import train_many
 from quiver_trainer.errors import ConfigError, TrainingError, TrainingInterrupted
 from quiver_trainer.loop.fingerprint import run_settings
 from quiver_trainer.loop.output import CURVE_FILE
-from quiver_trainer.loop.run_directory import Workplace
+from quiver_trainer.loop.run_directory import RunDirectory
 from quiver_trainer.recipe.config import TrainConfig
 from quiver_trainer.recipe.help import list_settings, to_recipe
 from quiver_trainer.recipe.sweep import ManyRecipe, load_recipes
@@ -148,7 +148,7 @@ def _train_one(config: TrainConfig, restart: bool, stop: StopRequest, reporter: 
             f"  torchrun --nproc-per-node {config.parallel.tensor} -m quiver_trainer CONFIG.yaml key=value ..."
         )
     # Asked before the base is loaded, so that a run that is done or cannot begin says so at once.
-    start = Workplace(config.output).decide_start(settings, restart=restart)
+    start = RunDirectory(config.output).decide_start(settings, restart=restart)
     if start.kind == "finished":
         reporter.note(f"{config.output}: this training is finished already; --restart trains again")
         return

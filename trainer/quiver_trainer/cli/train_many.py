@@ -12,7 +12,7 @@ from quiver_peft.model import AnyModel, load_model
 from quiver_trainer.errors import ConfigError, TrainingError
 from quiver_trainer.recipe.config import TrainConfig
 from quiver_trainer.recipe.sweep import ManyRecipe
-from quiver_trainer.reports.comparison import PICTURE_FILE, TABLE_FILE, Compared, comparison_table, write_comparison
+from quiver_trainer.reports.comparison import PICTURE_FILE, TABLE_FILE, RunSummary, comparison_table, write_comparison
 from quiver_trainer.reports.terminal import Reporter
 from quiver_trainer.trainer import fit_together
 
@@ -35,7 +35,7 @@ def train_many(recipe: ManyRecipe, *, restart: bool, should_stop: Callable[[], b
         jobs, restart=restart, reporter=reporter, should_stop=should_stop, pass_tokens=recipe.pass_tokens
     )
     compared = [
-        Compared(config.output.name, _methods(config), None if isinstance(result, TrainingError) else result.record)
+        RunSummary(config.output.name, _methods(config), None if isinstance(result, TrainingError) else result.record)
         for config, result in zip(configs, results, strict=True)
     ]
     write_comparison(recipe.folder, compared)

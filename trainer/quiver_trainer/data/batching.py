@@ -27,7 +27,7 @@ class Batch:
     num_tokens: int
 
     @property
-    def num_written(self) -> int:
+    def num_target_tokens(self) -> int:
         """Rows of all that is written."""
         return sum(map(len, self.inputs.written))
 
@@ -61,12 +61,12 @@ def plan_epoch(
     plan: list[list[int]] = []
     for start in range(0, len(order), pool_size):
         pool = sorted(order[start : start + pool_size], key=lambda i: lengths[i])
-        plan.extend(cut(pool, lengths, limits))
+        plan.extend(to_batches(pool, lengths, limits))
     generator.shuffle(plan)
     return plan
 
 
-def cut(order: Iterable[int], lengths: Sequence[int], limits: BatchLimits) -> Iterator[list[int]]:
+def to_batches(order: Iterable[int], lengths: Sequence[int], limits: BatchLimits) -> Iterator[list[int]]:
     """Consecutive positions as batches within the limits."""
     batch: list[int] = []
     longest = 0
@@ -80,10 +80,10 @@ def cut(order: Iterable[int], lengths: Sequence[int], limits: BatchLimits) -> It
         yield batch
 
 
-def by_length(samples: Sequence[Sample], limits: BatchLimits) -> Iterator[list[Sample]]:
+def sorted_by_length(samples: Sequence[Sample], limits: BatchLimits) -> Iterator[list[Sample]]:
     """All samples once, in batches of like length: for measuring."""
     lengths = [len(sample.tokens) for sample in samples]
-    for batch in cut(sorted(range(len(samples)), key=lambda i: lengths[i]), lengths, limits):
+    for batch in to_batches(sorted(range(len(samples)), key=lambda i: lengths[i]), lengths, limits):
         yield [samples[i] for i in batch]
 
 

@@ -64,7 +64,7 @@ class Dataset(Sequence[Sample]):
         return Sample(self._tokens[start : start + self.lengths[index]].tolist(), self._given[index])
 
     @property
-    def has_texts(self) -> bool:
+    def has_raw_text(self) -> bool:
         """Whether any sample is a text that an encoder-decoder is to mend."""
         return any(given == 0 for given in self._given)
 
@@ -80,7 +80,7 @@ class Dataset(Sequence[Sample]):
         first, skipped, num_rows = len(self), array("q"), 0
         for line in read_lines(path):
             num_rows += 1
-            for sample in encoder.samples(line):
+            for sample in encoder.encode(line):
                 if encoder.max_length is None or len(sample.tokens) <= encoder.max_length:
                     self._add(sample)
                 elif skip_too_long:
@@ -134,7 +134,7 @@ def file_sha256(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def spread_evenly(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+def evenly_spaced(samples: Sequence[Sample], count: int | None) -> list[Sample]:
     """`count` samples at even distances, so that a sorted file is not judged by its head; all where None."""
     if count is None or count >= len(samples):
         return list(samples)

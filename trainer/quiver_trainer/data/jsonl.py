@@ -32,7 +32,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class JsonlRow:
     """One row as it stands in its file. number: from 1."""
 
     value: dict[str, Any]
@@ -82,7 +82,7 @@ class Line:
         return cast(list[int], ids)
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_lines(path: Path) -> Iterator[JsonlRow]:
     """Every row of a file, one at a time; blank lines are passed over. Raises DataError with file and line."""
     try:
         with path.open("rb") as file:
@@ -90,7 +90,7 @@ def read_lines(path: Path) -> Iterator[Line]:
                 if number == 1:
                     line = line.removeprefix(_BYTE_ORDER_MARK)
                 if line.strip():
-                    yield Line(_parse(line, f"{path}:{number}"), path, number)
+                    yield JsonlRow(_parse(line, f"{path}:{number}"), path, number)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -106,13 +106,13 @@ class Encoder:
     eos: int
     vocab_size: int
     max_length: int | None
-    mends_texts: bool = False
+    corrupt_spans: bool = False
     chat_template: ChatTemplate | None = None
 
-    def samples(self, line: Line) -> list[Sample]:
+    def encode(self, line: JsonlRow) -> list[Sample]:
         """Of one row; a text longer than `max_length` gives several. Raises DataError."""
         if "text" in line.value:
-            return self._pieces(line)
+            return self._chunk_text(line)
         if "messages" in line.value:
             return [self._chat(line)]
         if "prompt_tokens" in line.value or "completion_tokens" in line.value:
@@ -126,7 +126,7 @@ class Encoder:
         completion = self.tokenizer.encode(line.text("completion"), add_special_tokens=False)
         return [Sample([*prompt, *completion, self.eos], len(prompt))]
 
-    def _chat(self, line: Line) -> Sample:
+    def _chat(self, line: JsonlRow) -> Sample:
         """The prompt is what a server gives the model for the last turn."""
         messages = line.messages()
         if self.chat_template is None:
@@ -146,14 +146,14 @@ class Encoder:
         learnt = learnt[:end] if self.eos in learnt else [*learnt, self.eos]
         return Sample([*given, *learnt], len(given))
 
-    def _pieces(self, line: Line) -> list[Sample]:
-        tokens = self.tokenizer.encode(line.text("text"), add_special_tokens=not self.mends_texts)
-        if not self.mends_texts:
+    def _chunk_text(self, line: JsonlRow) -> list[Sample]:
+        tokens = self.tokenizer.encode(line.text("text"), add_special_tokens=not self.corrupt_spans)
+        if not self.corrupt_spans:
             tokens.append(self.eos)
         size = self.max_length or len(tokens)
         pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         # One token alone teaches nothing.
-        return [Sample(piece, 0 if self.mends_texts else 1) for piece in pieces if len(piece) > 1]
+        return [Sample(piece, 0 if self.corrupt_spans else 1) for piece in pieces if len(piece) > 1]
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
     return found
 
 
-class Mender:
+class SpanCorruptor:
     """Draws the missing spans of texts anew in each epoch, the same for the same seed. Raises DataError."""
 
     def __init__(self, tokenizer: Tokenizer, eos: int, seed: int) -> None:

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 
 from quiver_peft.files.atomic_folder import replace_folder
 from quiver_trainer.errors import TrainingError
-from quiver_trainer.loop.rng import RandomStream
+from quiver_trainer.loop.rng import RunRng
 from quiver_trainer.reports.progress import Progress
 
 _STATE_FILE = "state.json"
@@ -39,7 +39,7 @@ def write_checkpoint(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
     optimiser: AdamW,
-    stream: RandomStream,
+    stream: RunRng,
     progress: Progress,
     settings: Mapping[str, Any],
 ) -> None:
@@ -71,9 +71,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         raise TrainingError(f"{folder}: not a whole checkpoint ({error}); start over with --restart") from None
 
 
-def restore(
-    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimiser: AdamW, stream: RandomStream
-) -> None:
+def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimiser: AdamW, stream: RunRng) -> None:
     """Put parameters, moments and random numbers back where they were. The settings must have been compared."""
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():

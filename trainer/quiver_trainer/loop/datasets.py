@@ -26,7 +26,7 @@ def read_datasets(config: TrainConfig, model: AnyModel, tokenizer: Tokenizer, re
         model.base.config.eos_token_ids[0],
         model.base.config.vocab_size,
         room,
-        mends_texts=isinstance(model, T5),
+        corrupt_spans=isinstance(model, T5),
         chat_template=read_chat_template(config.base),
     )
     datasets = {"train": _read(config.data.train_files, encoder, config, reporter)}

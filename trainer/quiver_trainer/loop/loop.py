@@ -87,8 +87,8 @@ def _backward(part: Sequence[tuple[Run, Batch]], shares: Sequence[float]) -> lis
     streams = [run.stream for run, _ in part]
     alone = len(part) == 1
     # One run draws as a whole, so that layers which are computed twice can draw the same again.
-    with streams[0].drawing() if alone else nullcontext():
-        losses = torch.stack(completion_losses(models, batches, None if alone else [s.drawing for s in streams]))
+    with streams[0].scope() if alone else nullcontext():
+        losses = torch.stack(completion_losses(models, batches, None if alone else [s.scope for s in streams]))
         scales = [share * run.loss_scale for (run, _), share in zip(part, shares, strict=True)]
         # Each adapter's gradient is that of its own loss: the others do not depend on it.
         (losses * torch.tensor(scales, device=losses.device)).sum().backward()

@@ -7,21 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quiver_peft.adapters.training.training_seam import Drawing
+from quiver_peft.adapters.training.training_seam import RngScope
 from quiver_peft.joint_forward import joint_hidden
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.data.batching import Batch, BatchLimits, by_length, collate
+from quiver_trainer.data.batching import Batch, BatchLimits, collate, sorted_by_length
 from quiver_trainer.data.jsonl import Sample
 from quiver_trainer.loop.predict import is_exact_match, predict_tokens
 
 
 def completion_losses(
-    models: Sequence[AnyModel], batches: Sequence[Batch], drawing: Sequence[Drawing] | None = None
+    models: Sequence[AnyModel], batches: Sequence[Batch], drawing: Sequence[RngScope] | None = None
 ) -> list[Tensor]:
     """Mean cross-entropy of each batch's completion tokens, in nats, all from one forward pass; scalars.
 
-    models: on one base, one for each batch. drawing: see `JointSeam`.
+    models: on one base, one for each batch. drawing: see `TrainingSeam`.
     """
     logits, targets = _completion_logits(models, batches, drawing)
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -29,7 +29,7 @@ def completion_losses(
 
 
 def _completion_logits(
-    models: Sequence[AnyModel], batches: Sequence[Batch], drawing: Sequence[Drawing] | None = None
+    models: Sequence[AnyModel], batches: Sequence[Batch], drawing: Sequence[RngScope] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits of completion tokens [R, V] and these tokens [R], those of the first batch first.
 
@@ -40,7 +40,7 @@ def _completion_logits(
     num_rows = 0
     for batch in batches:
         positions += [num_rows + position for position in batch.positions]
-        num_rows += batch.num_written
+        num_rows += batch.num_target_tokens
     logits = models[0].base.logits(hidden.index_select(0, torch.tensor(positions, device=hidden.device)))
     targets = torch.tensor([token for batch in batches for token in batch.targets], device=hidden.device)
     return logits.float(), targets
@@ -66,7 +66,7 @@ def validation_metrics(model: AnyModel, samples: Sequence[Sample], limits: Batch
     total, right, count = 0.0, 0, 0
     was_training = model.training
     model.eval()
-    for rows in by_length(samples, limits):
+    for rows in sorted_by_length(samples, limits):
         batch = collate(rows, model)
         logits, targets = _completion_logits([model], [batch])
         total += F.cross_entropy(logits, targets, reduction="sum").item()

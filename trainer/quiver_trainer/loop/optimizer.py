@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW
 
-from quiver_trainer.recipe.config import OptimiserSection, ScheduleSection
+from quiver_trainer.recipe.config import OptimizerSection, ScheduleSection
 
 # The methods that need far more than the rest, because they have so few numbers to move or move them from afar: the
 # rates of the examples of Hugging Face PEFT's documentation.
@@ -15,7 +15,7 @@ DEFAULT_RATES: Mapping[str, float] = {"ptuning": 1e-3, "ia3": 5e-3, "prefix": 1e
 DEFAULT_RATE = 2e-4
 
 
-def peak_rate(settings: OptimiserSection, method: str) -> float:
+def peak_rate(settings: OptimizerSection, method: str) -> float:
     """As set, for all or for this method; otherwise what suits it ("": the whole base is trained)."""
     given = settings.learning_rate
     if isinstance(given, dict):
@@ -24,7 +24,7 @@ def peak_rate(settings: OptimiserSection, method: str) -> float:
 
 
 def peak_rates(
-    parameters: Iterable[str], settings: OptimiserSection, methods: Sequence[str] | None
+    parameters: Iterable[str], settings: OptimizerSection, methods: Sequence[str] | None
 ) -> dict[str, float]:
     """The rate of each parameter of a model, by name. methods: of its adapter, in the order in which they act; None:
     the whole base is trained."""
@@ -33,8 +33,8 @@ def peak_rates(
     return {name: peak_rate(settings, methods[int(name.split(".")[2])]) for name in parameters}  # adapter.methods.0...
 
 
-def make_optimiser(
-    parameters: Mapping[str, nn.Parameter], settings: OptimiserSection, peaks: Mapping[str, float]
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: OptimizerSection, peaks: Mapping[str, float]
 ) -> AdamW:
     """AdamW with weight decay on matrices only: norms, biases and IA3's scales have no business near zero, nor have
     virtual tokens, which are embeddings in all but name. parameters and their peak rates: by name."""

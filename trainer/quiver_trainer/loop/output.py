@@ -36,7 +36,7 @@ def write_result(run: Run, tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
     record = training_record(progress, run.settings, run.datasets, num_parameters)
     methods = [] if model.adapter is None else [method.to_dict() for method in model.adapter.configs]
     what = "whole base" if model.adapter is None else "adapter"
-    matched = len(run.measuring.match_samples) if run.measuring else 0
+    matched = len(run.validator.match_samples) if run.validator else 0
     files = {
         CURVE_FILE: draw_learning_curve(progress, f"{run.name}: {what} trained on {config.base.name}", matched),
         CARD_FILE: model_card(run.name, config.base.name, record, methods, CURVE_FILE).encode(),
@@ -78,7 +78,7 @@ def training_record(
         "stopped_early": progress.stopped_early,
         "exact_match_at_start": first.exact_match if first else None,
         "num_trainable_parameters": num_parameters,
-        "data": {name: _described(data) for name, data in datasets.items()},
+        "data": {name: _model_card_fields(data) for name, data in datasets.items()},
         "settings": dict(settings),
         "versions": {
             "quiver": version("quiver"),
@@ -88,7 +88,7 @@ def training_record(
     }
 
 
-def _described(data: Dataset) -> dict[str, Any] | list[dict[str, Any]]:
+def _model_card_fields(data: Dataset) -> dict[str, Any] | list[dict[str, Any]]:
     """The file of a dataset, or several with their weights."""
     files = [
         {
@@ -118,7 +118,7 @@ def write_base(
     config.pop("torch_dtype", None)  # the older name of the same
     companions["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     companions[RECORD_FILE] = (json.dumps({"schema_version": 1, "training": dict(record)}, indent=2) + "\n").encode()
-    renames = FAMILIES[model.base.config.family].renames(model.base.config)
+    renames = FAMILIES[model.base.config.family].tensor_mappings(model.base.config)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
         save_checkpoint(model.base, Path(staging), renames, torch.float32)
         weights = {path.name: path.read_bytes() for path in Path(staging).iterdir()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class RandomStream:
+class RunRng:
     """A state of torch's own generators that only moves while its run draws.
 
     states: {"cpu": ..., "cuda": ... where that is in use}, as `torch.get_rng_state` gives them; for checkpoints.
@@ -19,7 +19,7 @@ class RandomStream:
             self.states = _current_states()
 
     @contextmanager
-    def drawing(self) -> Generator[None]:
+    def scope(self) -> Generator[None]:
         """What draws meanwhile draws from here."""
         outer = _current_states()
         _set_states(self.states)

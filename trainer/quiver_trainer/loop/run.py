@@ -14,13 +14,13 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.batching import Batch, BatchLimits, collate, plan_epoch
 from quiver_trainer.data.dataset import Dataset
 from quiver_trainer.data.jsonl import Sample
-from quiver_trainer.data.span_corruption import Mender
+from quiver_trainer.data.span_corruption import SpanCorruptor
 from quiver_trainer.errors import TrainingError
 from quiver_trainer.loop.checkpoint import read_checkpoint, restore, write_checkpoint
-from quiver_trainer.loop.optimizer import make_optimiser, peak_rates, rate_factor, set_learning_rate
-from quiver_trainer.loop.rng import RandomStream
-from quiver_trainer.loop.run_directory import Workplace
-from quiver_trainer.loop.validation import BestWeights, Measuring
+from quiver_trainer.loop.optimizer import make_optimizer, peak_rates, rate_factor, set_learning_rate
+from quiver_trainer.loop.rng import RunRng
+from quiver_trainer.loop.run_directory import RunDirectory
+from quiver_trainer.loop.validation import BestWeights, Validator
 from quiver_trainer.recipe.config import TrainConfig
 from quiver_trainer.reports.progress import Progress, TrainRecord, ValidationRecord, record_interval
 from quiver_trainer.reports.tensorboard import EventFile
@@ -49,8 +49,8 @@ class Run:
         self.datasets = datasets
         self.settings = settings
         self.failure: TrainingError | None = None
-        self.stream = RandomStream(config.seed)
-        self.workplace = Workplace(config.output)
+        self.stream = RunRng(config.seed)
+        self.run_directory = RunDirectory(config.output)
         self.tokenizer = tokenizer
         self._samples = datasets["train"]
         self.limits = BatchLimits(config.token_budget, config.batch_size)
@@ -58,16 +58,18 @@ class Run:
         self.parameters = trainable(model)
         methods = None if model.adapter is None else [method.name for method in model.adapter.ordered_methods]
         peaks = peak_rates(self.parameters, config.optimiser, methods)
-        self.optimiser = make_optimiser(self.parameters, config.optimiser, peaks)
+        self.optimizer = make_optimizer(self.parameters, config.optimiser, peaks)
         self._plan: list[list[int]] = []
         self.num_steps = self._count_steps()
-        mends = isinstance(model, T5) and any(data.has_texts for data in datasets.values())
-        self._mender = Mender(tokenizer, model.base.config.eos_token_ids[0], config.seed) if mends else None
+        mends = isinstance(model, T5) and any(data.has_raw_text for data in datasets.values())
+        self._span_corruptor = (
+            SpanCorruptor(tokenizer, model.base.config.eos_token_ids[0], config.seed) if mends else None
+        )
         validation = datasets.get("validation")
-        self.measuring = None
+        self.validator = None
         if validation is not None:
-            self.measuring = self.make_measuring(validation, self._mender)
-        self.best = BestWeights(self.workplace.folder / "best.safetensors")
+            self.validator = self.make_validator(validation, self._span_corruptor)
+        self.best = BestWeights(self.run_directory.folder / "best.safetensors")
         self._events = config.tensorboard and EventFile(config.tensorboard / self.name)
         self.progress = Progress()
 
@@ -98,22 +100,22 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the checkpoint, whose settings have been compared."""
-        checkpoint = read_checkpoint(self.workplace.checkpoint)
+        checkpoint = read_checkpoint(self.run_directory.checkpoint)
         assert checkpoint is not None
-        restore(checkpoint, self.parameters, self.optimiser, self.stream)
+        restore(checkpoint, self.parameters, self.optimizer, self.stream)
         self.progress = checkpoint.progress
 
     def begin(self) -> None:
         """Before the first step of this process; measures where nothing was trained yet."""
-        self.workplace.write_metrics([*self.progress.train_records, *self.progress.validation_records])
+        self.run_directory.write_metrics([*self.progress.train_records, *self.progress.validation_records])
         self._plan = self._plan_epoch(self.progress.epoch)
         self.model.train()
         if self.progress.step == 0:
-            self._measure()
+            self._validate()
 
-    def make_measuring(self, validation: Dataset, mender: Mender | None) -> Measuring:
+    def make_validator(self, validation: Dataset, mender: SpanCorruptor | None) -> Validator:
         """On the validation rows."""
-        return Measuring(self.config.evaluation, validation, mender, self.limits, self.num_steps)
+        return Validator(self.config.evaluation, validation, mender, self.limits, self.num_steps)
 
     def next_samples(self) -> list[list[Sample]]:
         """What the next step learns from: `accumulation` batches, fewer at the end of an epoch."""
@@ -130,7 +132,7 @@ class Run:
 
     def _sample(self, place: int) -> Sample:
         sample = self._samples[place]
-        return sample if self._mender is None else self._mender(sample, place, self.progress.epoch)
+        return sample if self._span_corruptor is None else self._span_corruptor(sample, place, self.progress.epoch)
 
     def take_step(self, batches: Sequence[Batch], loss: float, seconds: float) -> None:
         """Use the gradients of some batches. Sets `failure`, and keeps nothing of the step, when they are no numbers.
@@ -139,15 +141,15 @@ class Run:
         """
         started = time.perf_counter()
         factor = rate_factor(self.progress.step, self.num_steps, self.config.schedule)
-        rate = set_learning_rate(self.optimiser, factor)
+        rate = set_learning_rate(self.optimizer, factor)
         norm = self._clip_gradients()
         overflowed = self.config.dtype == "float16" and math.isfinite(loss) and not math.isfinite(norm)
         if not overflowed and not (math.isfinite(loss) and math.isfinite(norm)):
             self._fail(f"the loss is {loss} and its gradient {norm}; nothing of this step was kept", rate)
             return
         if not overflowed:
-            self.optimiser.step()
-        self.optimiser.zero_grad()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
         self._adapt_scale(overflowed)
         seconds += time.perf_counter() - started
         num_tokens = sum(batch.num_tokens for batch in batches)
@@ -194,8 +196,8 @@ class Run:
         """Records, measurements and checkpoints that are due."""
         progress, step = self.progress, self.progress.step
         last = step == self.num_steps
-        if last or (self.measuring is not None and step % self.measuring.every == 0):
-            self._measure()
+        if last or (self.validator is not None and step % self.validator.every == 0):
+            self._validate()
         last = last or progress.stopped_early
         if last or step % record_interval(self.num_steps) == 0:
             epoch = progress.epoch + progress.batch / len(self._plan)
@@ -205,7 +207,7 @@ class Run:
 
     def _record(self, record: TrainRecord | ValidationRecord) -> None:
         """For whoever watches."""
-        self.workplace.append_metrics(record)
+        self.run_directory.append_metrics(record)
         if self._events:
             scalars = {name: value for name, value in asdict(record).items() if value is not None and name != "step"}
             self._events.add(record.step, scalars)
@@ -213,7 +215,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint to go on from."""
         write_checkpoint(
-            self.workplace.checkpoint, self.parameters, self.optimiser, self.stream, self.progress, self.settings
+            self.run_directory.checkpoint, self.parameters, self.optimizer, self.stream, self.progress, self.settings
         )
 
     def finish(self) -> None:
@@ -221,12 +223,12 @@ class Run:
         if self.config.evaluation.keep == "best":
             self.best.restore(self.parameters)
 
-    def _measure(self) -> None:
+    def _validate(self) -> None:
         """Append a validation record, where there is anything to measure on."""
-        if self.measuring is None:
+        if self.validator is None:
             return
         with self._reporter.validating():
-            record = self.measuring.measure(self.model, self.tokenizer, self.progress)
+            record = self.validator.measure(self.model, self.tokenizer, self.progress)
         if self.progress.add_validation(record) and self.config.evaluation.keep == "best":
             self.best.keep(self.parameters)
         patience = self.config.evaluation.patience

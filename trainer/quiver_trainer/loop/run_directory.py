@@ -31,7 +31,7 @@ class Start:
     revision: str = ""
 
 
-class Workplace:
+class RunDirectory:
     """The two folders of one run."""
 
     def __init__(self, output: Path) -> None:
@@ -86,7 +86,7 @@ class Workplace:
         return cast(dict[str, Any], result)
 
     @contextmanager
-    def occupied(self) -> Generator[None]:
+    def lock(self) -> Generator[None]:
         """Keeps other runs out. Raises ConfigError when one is at work here."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:

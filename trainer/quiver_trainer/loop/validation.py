@@ -13,28 +13,28 @@ from quiver_peft.files.atomic_file import write_atomically
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.batching import BatchLimits
-from quiver_trainer.data.dataset import Dataset, spread_evenly
-from quiver_trainer.data.span_corruption import Mender
+from quiver_trainer.data.dataset import Dataset, evenly_spaced
+from quiver_trainer.data.span_corruption import SpanCorruptor
 from quiver_trainer.loop.metrics import GeneratedMetrics, ValidationMetrics, generated_metrics, validation_metrics
 from quiver_trainer.recipe.config import EvaluationSection
 from quiver_trainer.reports.progress import Progress, ValidationRecord
 
 
-class Measuring:
+class Validator:
     """Validation samples. every: steps from one measurement to the next."""
 
     def __init__(
         self,
         settings: EvaluationSection,
         data: Dataset,
-        mender: Mender | None,
+        mender: SpanCorruptor | None,
         limits: BatchLimits,
         num_steps: int,
     ) -> None:
         mended = [sample if mender is None else mender(sample, i, 0) for i, sample in enumerate(data)]
-        self.loss_samples = spread_evenly(mended, settings.loss_samples)
+        self.loss_samples = evenly_spaced(mended, settings.loss_samples)
         count = settings.exact_match_samples
-        self.match_samples = spread_evenly(mended, count) if count else []
+        self.match_samples = evenly_spaced(mended, count) if count else []
         self.every = settings.interval_steps or max(1, -(-num_steps // 5))
         self.max_new_tokens = settings.max_new_tokens
         self.overlap = settings.overlap
@@ -43,8 +43,8 @@ class Measuring:
     def measure(self, model: AnyModel, tokenizer: Tokenizer, progress: Progress) -> ValidationRecord:
         """How good the model is now."""
         started = time.perf_counter()
-        metrics = self.foretold(model)
-        generated = self.generated(model, tokenizer) if self.match_samples else None
+        metrics = self.loss_metrics(model)
+        generated = self.generation_metrics(model, tokenizer) if self.match_samples else None
         progress.seconds += time.perf_counter() - started
         return ValidationRecord(
             progress.step,
@@ -57,11 +57,11 @@ class Measuring:
             None if generated is None else generated.bleu,
         )
 
-    def foretold(self, model: AnyModel) -> ValidationMetrics:
+    def loss_metrics(self, model: AnyModel) -> ValidationMetrics:
         """On the samples for the loss."""
         return validation_metrics(model, self.loss_samples, self.limits)
 
-    def generated(self, model: AnyModel, tokenizer: Tokenizer) -> GeneratedMetrics:
+    def generation_metrics(self, model: AnyModel, tokenizer: Tokenizer) -> GeneratedMetrics:
         """On the samples that are answered."""
         return generated_metrics(model, tokenizer, self.match_samples, self.max_new_tokens, overlap=self.overlap)
 

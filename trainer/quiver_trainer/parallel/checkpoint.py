@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.optim import AdamW
 
-from quiver_peft.files.atomic_folder import put_in_place
+from quiver_peft.files.atomic_folder import rename_into_place
 from quiver_peft.parallel.mesh import Mesh
-from quiver_peft.parallel.shards import shard_of
+from quiver_peft.parallel.shards import get_shard
 from quiver_trainer.errors import TrainingError
 from quiver_trainer.loop.validation import BestWeights
 from quiver_trainer.reports.progress import Progress
@@ -71,7 +71,7 @@ def _write(folder: Path, shards: Iterable[ShardedTensor], mesh: Mesh, state: Map
     dist_checkpointing.save({shard.key: shard for shard in shards}, str(staging / _TENSORS))
     if mesh.is_first:
         (staging / _STATE_FILE).write_text(json.dumps(state))
-        put_in_place(staging, folder)
+        rename_into_place(staging, folder)
     dist.barrier()
 
 
@@ -130,7 +130,7 @@ def _shards(parameters: Mapping[str, nn.Parameter], optimiser: AdamW | None, mes
 
 
 def _parts_of(key: str, parameter: nn.Parameter, tensor: Tensor, mesh: Mesh) -> Iterator[ShardedTensor]:
-    shard = shard_of(parameter)
+    shard = get_shard(parameter)
     if shard.dim is None:
         replica = mesh.data_rank * mesh.tensor_size + mesh.tensor_rank
         yield ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica)

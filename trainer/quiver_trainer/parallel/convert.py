@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return int(stop.code or 0)
-    _be_alone()
+    _single_rank_group()
     try:
         with start_mesh(device="cpu"):
             _run(options)
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"wrote {options.output}")
 
 
-def _be_alone() -> None:
+def _single_rank_group() -> None:
     """A mesh of this process."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from quiver_peft.model import AnyModel
 from quiver_peft.parallel.mesh import Mesh
-from quiver_peft.parallel.shards import shard_of
+from quiver_peft.parallel.shards import get_shard
 from quiver_trainer.data.jsonl import Sample
-from quiver_trainer.parallel.rows import deal, pad_rows
+from quiver_trainer.parallel.rows import pad_rows, shard_rows
 
 
 class Gradients:
@@ -60,7 +60,7 @@ class Gradients:
 
     def _share_of_loss(self, samples: Sequence[Sample]) -> Tensor:
         """The sum over the completion tokens of this rank's rows."""
-        mine = deal(samples, self._mesh)
+        mine = shard_rows(samples, self._mesh)
         # A rank without a row computes one all the same, for nothing: the others wait for its part in the reduction.
         rows = pad_rows(mine or samples[:1], self._model, self._mesh)
         hidden = self._model.hidden(*rows.inputs).flatten(0, 1).index_select(0, rows.positions)
@@ -68,8 +68,8 @@ class Gradients:
 
     def clip(self, longest: float) -> float:
         """Scale the gradients down to `longest`; returns their length before, over all ranks."""
-        cut = [p.grad for p in self._parameters if p.grad is not None and shard_of(p).dim is not None]
-        whole = [p.grad for p in self._parameters if p.grad is not None and shard_of(p).dim is None]
+        cut = [p.grad for p in self._parameters if p.grad is not None and get_shard(p).dim is not None]
+        whole = [p.grad for p in self._parameters if p.grad is not None and get_shard(p).dim is None]
         squares = nn.utils.get_total_norm(cut).square().to(self._mesh.device)
         dist.all_reduce(squares, group=self._mesh.tensor)
         length = (squares + nn.utils.get_total_norm(whole).square().to(self._mesh.device)).sqrt()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.base.checkpoint import fingerprint
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.model import GPT, T5, AnyModel
@@ -21,7 +21,7 @@ from quiver_trainer.loop.datasets import read_datasets
 from quiver_trainer.loop.fingerprint import differences, run_settings
 from quiver_trainer.loop.output import write_result
 from quiver_trainer.loop.run import trainable
-from quiver_trainer.loop.run_directory import Start, Workplace
+from quiver_trainer.loop.run_directory import RunDirectory, Start
 from quiver_trainer.parallel.checkpoint import read_state
 from quiver_trainer.parallel.run import ParallelRun
 from quiver_trainer.recipe.config import TrainConfig
@@ -66,7 +66,7 @@ class _Job:
     def __init__(self, config: TrainConfig, mesh: Mesh, reporter: Reporter) -> None:
         self._config, self._mesh, self._reporter = config, mesh, reporter
         self._methods = [section.to_peft() for section in config.adapter or ()]
-        self._workplace = Workplace(config.output)
+        self._workplace = RunDirectory(config.output)
 
     def run(self, restart: bool, should_stop: Callable[[], bool]) -> TrainingResult:
         config, mesh = self._config, self._mesh
@@ -78,7 +78,7 @@ class _Job:
             return TrainingResult(start.revision, start.record, was_finished=True)
         with ExitStack() as place:
             if mesh.is_first:
-                place.enter_context(self._workplace.occupied())
+                place.enter_context(self._workplace.lock())
                 if start.kind == "fresh":
                     self._workplace.clear()
             model, whole = self._load_model()
@@ -108,7 +108,7 @@ class _Job:
             )
         return Start("resume")
 
-    def _load_model(self) -> tuple[AnyModel, Adapter | None]:
+    def _load_model(self) -> tuple[AnyModel, TrainableAdapter | None]:
         """The model over the ranks, and a whole adapter that can take in what all ranks have in the end."""
         config, mesh = self._config, self._mesh
         base = load_split_base(config.base, mesh, dtype=getattr(torch, config.dtype))
@@ -132,7 +132,7 @@ class _Job:
         with self._reporter.training(run.progress.step, run.num_steps, several=False):
             run.begin()
             while not run.is_over:
-                if self._anyone(should_stop()):
+                if self._any_rank(should_stop()):
                     run.save()
                     raise TrainingInterrupted(f"stopped after step {run.progress.step} of {run.num_steps}")
                 run.step()
@@ -140,13 +140,13 @@ class _Job:
             raise run.failure
         run.finish()
 
-    def _anyone(self, yes: bool) -> bool:
+    def _any_rank(self, yes: bool) -> bool:
         """Whether any process says so."""
         flag = torch.tensor(float(yes), device=self._mesh.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
-    def _write(self, run: ParallelRun, whole: Adapter | None) -> TrainingResult:
+    def _write(self, run: ParallelRun, whole: TrainableAdapter | None) -> TrainingResult:
         """Gather what was trained, and have the first process write it."""
         mesh, model = self._mesh, run.model
         if mesh.tensor_size > 1:
@@ -159,6 +159,6 @@ class _Job:
         written: list[Any] = [None]
         if mesh.is_first:
             written = [write_result(run, run.tokenizer)]
-            run.workplace.remove()
+            run.run_directory.remove()
         dist.broadcast_object_list(written)
         return TrainingResult(*written[0])

@@ -9,24 +9,24 @@ import torch.nn.functional as F
 from quiver_peft.model import T5, AnyModel
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.tokenizer import Tokenizer
-from quiver_trainer.data.batching import BatchLimits, by_length
+from quiver_trainer.data.batching import BatchLimits, sorted_by_length
 from quiver_trainer.data.dataset import Dataset
-from quiver_trainer.data.span_corruption import Mender
+from quiver_trainer.data.span_corruption import SpanCorruptor
 from quiver_trainer.loop.metrics import GeneratedMetrics, ValidationMetrics, compare_texts
 from quiver_trainer.loop.predict import predict_tokens
-from quiver_trainer.loop.validation import Measuring
-from quiver_trainer.parallel.rows import deal, pad_prompts, pad_rows, with_start
+from quiver_trainer.loop.validation import Validator
+from quiver_trainer.parallel.rows import pad_prompts, pad_rows, shard_rows, with_start
 from quiver_trainer.recipe.config import EvaluationSection
 
 
-class ParallelMeasuring(Measuring):
+class ParallelValidator(Validator):
     """Validation over all ranks: each copy of the base measures its share of the samples."""
 
     def __init__(
         self,
         settings: EvaluationSection,
         data: Dataset,
-        mender: Mender | None,
+        mender: SpanCorruptor | None,
         limits: BatchLimits,
         num_steps: int,
         mesh: Mesh,
@@ -35,12 +35,12 @@ class ParallelMeasuring(Measuring):
         self._mesh = mesh
 
     @torch.no_grad()
-    def foretold(self, model: AnyModel) -> ValidationMetrics:
+    def loss_metrics(self, model: AnyModel) -> ValidationMetrics:
         """Over all completion tokens of the samples, without dropout."""
         sums = torch.zeros(3, dtype=torch.float64)
         was_training = model.training
         model.eval()
-        for batch in by_length(deal(self.loss_samples, self._mesh), self.limits):
+        for batch in sorted_by_length(shard_rows(self.loss_samples, self._mesh), self.limits):
             rows = pad_rows(batch, model, self._mesh)
             hidden = model.hidden(*rows.inputs).flatten(0, 1).index_select(0, rows.positions)
             logits = model.base.logits(hidden).float()
@@ -52,12 +52,12 @@ class ParallelMeasuring(Measuring):
         loss, right, count = sums.tolist()
         return ValidationMetrics(loss / count, right / count)
 
-    def generated(self, model: AnyModel, tokenizer: Tokenizer) -> GeneratedMetrics:
+    def generation_metrics(self, model: AnyModel, tokenizer: Tokenizer) -> GeneratedMetrics:
         """Greedy answers, from each copy of the base those to its share of the samples."""
         longest = self.max_new_tokens
         if longest is None:
             longest = max(len(sample.tokens) - sample.num_prompt_tokens for sample in self.match_samples)
-        mine = deal(self.match_samples, self._mesh)
+        mine = shard_rows(self.match_samples, self._mesh)
         answers = greedy_answers(model, [s.tokens[: s.num_prompt_tokens] for s in mine], longest, self._mesh)
         texts = [
             (tokenizer.decode(answer), tokenizer.decode(sample.tokens[sample.num_prompt_tokens :]))

@@ -25,7 +25,7 @@ class Rows:
     targets: Tensor
 
 
-def deal(samples: Sequence[Sample], mesh: Mesh) -> list[Sample]:
+def shard_rows(samples: Sequence[Sample], mesh: Mesh) -> list[Sample]:
     """The samples of this rank: every one belongs to one rank of the data-parallel group."""
     return list(samples[mesh.data_rank :: mesh.data_size])
 

@@ -9,13 +9,13 @@ from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.batching import collate
 from quiver_trainer.data.dataset import Dataset
-from quiver_trainer.data.span_corruption import Mender
+from quiver_trainer.data.span_corruption import SpanCorruptor
 from quiver_trainer.loop.run import Run
-from quiver_trainer.loop.run_directory import Workplace
-from quiver_trainer.loop.validation import Measuring
+from quiver_trainer.loop.run_directory import RunDirectory
+from quiver_trainer.loop.validation import Validator
 from quiver_trainer.parallel.checkpoint import DistributedBest, read_state, restore, write_checkpoint
 from quiver_trainer.parallel.gradients import Gradients
-from quiver_trainer.parallel.measure import ParallelMeasuring
+from quiver_trainer.parallel.measure import ParallelValidator
 from quiver_trainer.recipe.config import TrainConfig
 from quiver_trainer.reports.progress import TrainRecord, ValidationRecord
 from quiver_trainer.reports.terminal import Reporter
@@ -39,9 +39,9 @@ class ParallelRun(Run):
             config = config.model_copy(update={"tensorboard": None})
         super().__init__(config, model, tokenizer, datasets, settings, reporter)
         self._gradients = Gradients(model, mesh, self.parameters, config.seed)
-        self.best = DistributedBest(self.workplace.folder / "best", mesh)
+        self.best = DistributedBest(self.run_directory.folder / "best", mesh)
         if not mesh.is_first:
-            self.workplace = _ReadOnlyWorkplace(config.output)
+            self.run_directory = _ReadOnlyRunDirectory(config.output)
 
     def step(self) -> None:
         """Learn from the next batch, or set `failure`: on all ranks or on none."""
@@ -57,23 +57,23 @@ class ParallelRun(Run):
 
     def resume(self) -> None:
         """Go on from the distributed checkpoint, whose settings have been compared."""
-        state = read_state(self.workplace.distributed)
+        state = read_state(self.run_directory.distributed)
         assert state is not None
         _, self.progress = state
-        restore(self.workplace.distributed, self.parameters, self.optimiser, self._mesh, self.progress.step)
+        restore(self.run_directory.distributed, self.parameters, self.optimizer, self._mesh, self.progress.step)
 
     def save(self) -> None:
         """Every rank writes what it has."""
         write_checkpoint(
-            self.workplace.distributed, self.parameters, self.optimiser, self._mesh, self.progress, self.settings
+            self.run_directory.distributed, self.parameters, self.optimizer, self._mesh, self.progress, self.settings
         )
 
-    def make_measuring(self, validation: Dataset, mender: Mender | None) -> Measuring:
+    def make_validator(self, validation: Dataset, mender: SpanCorruptor | None) -> Validator:
         """Dealt over the copies of the base."""
-        return ParallelMeasuring(self.config.evaluation, validation, mender, self.limits, self.num_steps, self._mesh)
+        return ParallelValidator(self.config.evaluation, validation, mender, self.limits, self.num_steps, self._mesh)
 
 
-class _ReadOnlyWorkplace(Workplace):
+class _ReadOnlyRunDirectory(RunDirectory):
     """Of a rank beside the one that writes."""
 
     def write_metrics(self, records: Sequence[TrainRecord | ValidationRecord]) -> None:

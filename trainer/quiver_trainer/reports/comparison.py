@@ -14,11 +14,11 @@ from quiver_peft.files.atomic_file import write_atomically
 TABLE_FILE = "comparison.md"
 PICTURE_FILE = "comparison.png"
 _HEADINGS = ("run", "methods", "trained", "steps", "training loss", "validation loss", "exact match", "seconds")
-_COLOUR = "#1f4e8c"
+_COLOR = "#1f4e8c"
 
 
 @dataclass(frozen=True)
-class Compared:
+class RunSummary:
     """One run. record: what its artefact says of its training; None: it failed."""
 
     name: str
@@ -26,7 +26,7 @@ class Compared:
     record: Mapping[str, Any] | None
 
 
-def comparison_table(runs: Sequence[Compared]) -> Table:
+def comparison_table(runs: Sequence[RunSummary]) -> Table:
     """For a terminal."""
     table = Table(box=box.SIMPLE_HEAD)
     for i, heading in enumerate(_HEADINGS):
@@ -36,7 +36,7 @@ def comparison_table(runs: Sequence[Compared]) -> Table:
     return table
 
 
-def write_comparison(folder: Path, runs: Sequence[Compared]) -> None:
+def write_comparison(folder: Path, runs: Sequence[RunSummary]) -> None:
     """The table as Markdown and the picture, into a folder that may hold an older comparison."""
     lines = [_HEADINGS, ["---", "---", *["---:"] * (len(_HEADINGS) - 2)], *(_cells(run) for run in runs)]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -44,7 +44,7 @@ def write_comparison(folder: Path, runs: Sequence[Compared]) -> None:
     write_atomically(folder / PICTURE_FILE, _draw(runs))
 
 
-def _cells(run: Compared) -> list[str]:
+def _cells(run: RunSummary) -> list[str]:
     if run.record is None:
         return [run.name, run.methods, *["failed"] + [""] * (len(_HEADINGS) - 3)]
     record = run.record
@@ -56,7 +56,7 @@ def _cells(run: Compared) -> list[str]:
     return [run.name, run.methods, trained, f"{record['steps']:,}", *measured, f"{record['seconds']:.1f}"]
 
 
-def _draw(runs: Sequence[Compared]) -> bytes:
+def _draw(runs: Sequence[RunSummary]) -> bytes:
     """A PNG: a bar for each run's loss, and one for its exact matches where there are any."""
     # Here and not above: it takes a second, and is needed once, when all is done.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,7 +74,7 @@ def _draw(runs: Sequence[Compared]) -> bytes:
         figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
     ):
         values = [factor * ((run.record or {}).get(key) or 0.0) for run in runs]
-        bars = axes.barh(names, values, color=_COLOUR)
+        bars = axes.barh(names, values, color=_COLOR)
         axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel(unit, fontsize=9)

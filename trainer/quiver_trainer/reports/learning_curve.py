@@ -9,10 +9,10 @@ from quiver_trainer.reports.progress import Progress, TrainRecord
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TRAIN_COLOUR = "#8fb3d9"
-_SMOOTH_COLOUR = "#1f4e8c"
-_VALIDATION_COLOUR = "#d1602b"
-_MATCH_COLOUR = "#2e7d4f"
+_TRAIN_COLOR = "#8fb3d9"
+_SMOOTH_COLOR = "#1f4e8c"
+_VALIDATION_COLOR = "#d1602b"
+_MATCH_COLOR = "#2e7d4f"
 _GREY = "#5a6472"
 
 
@@ -39,12 +39,12 @@ def draw_learning_curve(progress: Progress, title: str, exact_match_rows: int) -
 def _draw_losses(axes: "Axes", progress: Progress) -> None:
     train = progress.train_records
     steps = [record.step for record in train]
-    axes.plot(steps, [r.train_loss for r in train], color=_TRAIN_COLOUR, linewidth=1, label="training")
-    axes.plot(steps, _smooth(train), color=_SMOOTH_COLOUR, linewidth=2, label="training, smoothed")
+    axes.plot(steps, [r.train_loss for r in train], color=_TRAIN_COLOR, linewidth=1, label="training")
+    axes.plot(steps, _smooth(train), color=_SMOOTH_COLOR, linewidth=2, label="training, smoothed")
     validation = [(r.step, r.validation_loss) for r in progress.validation_records]
     if validation:
-        _line_with_points(axes, validation, _VALIDATION_COLOUR, "validation")
-        _label_last(axes, validation[-1], f"{validation[-1][1]:.3f}", _VALIDATION_COLOUR)
+        _line_with_points(axes, validation, _VALIDATION_COLOR, "validation")
+        _label_last(axes, validation[-1], f"{validation[-1][1]:.3f}", _VALIDATION_COLOR)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
     _style(axes, "Loss", "cross-entropy (nats per completion token)")
@@ -52,8 +52,8 @@ def _draw_losses(axes: "Axes", progress: Progress) -> None:
 
 def _draw_matches(axes: "Axes", matches: Sequence[tuple[int, float]], num_rows: int) -> None:
     percent = [(step, 100 * share) for step, share in matches]
-    _line_with_points(axes, percent, _MATCH_COLOUR, "exact match")
-    _label_last(axes, percent[-1], f"{percent[-1][1]:.0f} %", _MATCH_COLOUR)
+    _line_with_points(axes, percent, _MATCH_COLOR, "exact match")
+    _label_last(axes, percent[-1], f"{percent[-1][1]:.0f} %", _MATCH_COLOR)
     axes.set_ylim(-3, 108)
     axes.set_yticks(range(0, 101, 20))
     _style(axes, "Exact match", f"share of {num_rows} validation rows (%)")

@@ -23,13 +23,13 @@ class AdapterFiles:
     config: bytes
     weights_name: str
     weights: bytes
-    record: bytes | None
+    manifest: bytes | None
 
     @property
     def by_name(self) -> dict[str, bytes]:
         """As they lie in a folder."""
         files = {CONFIG_FILE: self.config, self.weights_name: self.weights}
-        return files if self.record is None else {**files, QUIVER_FILE: self.record}
+        return files if self.manifest is None else {**files, QUIVER_FILE: self.manifest}
 
     @cached_property
     def revision(self) -> str:

@@ -30,7 +30,7 @@ from quiver_peft.adapters.formats.nemo.reader import read_nemo
 from quiver_peft.adapters.formats.tensor_files import parse_safetensors, require_finite, unpickle_tensors
 from quiver_peft.adapters.methods.configs import PEFTConfig
 from quiver_peft.adapters.methods.lora import LoraPEFTConfig
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
@@ -42,7 +42,7 @@ SCHEMA_VERSION = 1
 def save_adapter(
     folder: str | Path,
     base: Base,
-    adapter: Adapter,
+    adapter: TrainableAdapter,
     *,
     base_name: str = "",
     tokenizer_digest: str = "",
@@ -90,9 +90,9 @@ def parse_adapter(files: AdapterFiles, base: Base, tokenizer_digest: str = "") -
     """Validate files that were read. Raises AdapterError; BaseMismatchError when they belong to another base."""
     revision = files.revision
     record: dict[str, Any] = {}
-    if files.record is not None:
+    if files.manifest is not None:
         record_path = files.path_of(QUIVER_FILE)
-        record = _parse_json(record_path, files.record)
+        record = _parse_json(record_path, files.manifest)
         _check_record(record_path, record, revision, base, tokenizer_digest)
     config = _parse_json(files.path_of(CONFIG_FILE), files.config)
     tensors = _parse_tensors(files.path_of(files.weights_name), files.weights)

@@ -14,13 +14,13 @@ from torch import Tensor
 from quiver_peft.adapters.methods.bottleneck import (
     BottleneckWeights,
     CanonicalAdaptersPEFTConfig,
-    OutBiases,
-    at_site,
+    SublayerBiases,
     bottleneck_shapes,
     bottleneck_sites,
-    place_of,
+    place_of_site,
+    weights_at_site,
 )
-from quiver_peft.adapters.methods.tensors import host_copy
+from quiver_peft.adapters.methods.tensors import to_host_fp32
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 
@@ -81,20 +81,20 @@ def read_bottleneck(
 def are_tied(tensors: Mapping[str, Tensor]) -> bool:
     """Whether all layers hold the same bottleneck at the same place, as `weight_tying` leaves them."""
     first: dict[str, Tensor] = {}
-    return all(torch.equal(tensor, first.setdefault(place_of(name), tensor)) for name, tensor in tensors.items())
+    return all(torch.equal(tensor, first.setdefault(place_of_site(name), tensor)) for name, tensor in tensors.items())
 
 
 def bottleneck_weights(
     base: Base, config: CanonicalAdaptersPEFTConfig, tensors: Mapping[str, Tensor]
 ) -> list[BottleneckWeights]:
     """The weights of a configuration, every tensor there and well-shaped, by the names given above."""
-    names, out_biases = bottleneck_shapes(config, base.config.hidden_size), OutBiases(base, config)
+    names, out_biases = bottleneck_shapes(config, base.config.hidden_size), SublayerBiases(base, config)
     found: list[BottleneckWeights] = []
     for site in (site.name for site in bottleneck_sites(base, config)):
-        out_bias = out_biases.of(site)
-        out_bias = None if out_bias is None else host_copy(out_bias)
+        out_bias = out_biases.at(site)
+        out_bias = None if out_bias is None else to_host_fp32(out_bias)
         values = {name: tensors[f"{site}.{name}"].float() for name in names}
-        found.append(BottleneckWeights(site, at_site(config, values, out_bias)))
+        found.append(BottleneckWeights(site, weights_at_site(config, values, out_bias)))
     return found
 
 

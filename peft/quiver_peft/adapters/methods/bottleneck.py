@@ -115,10 +115,10 @@ def bottleneck_shapes(config: CanonicalAdaptersPEFTConfig, hidden_size: int) -> 
     return shapes
 
 
-def at_site(
+def weights_at_site(
     config: CanonicalAdaptersPEFTConfig, tensors: Mapping[str, Tensor], out_bias: Tensor | None
 ) -> BottleneckAtSite:
-    """A bottleneck of `config` from its tensors by name. out_bias: see `OutBiases`."""
+    """A bottleneck of `config` from its tensors by name. out_bias: see `SublayerBiases`."""
     return BottleneckAtSite(
         tensors["down.weight"],
         tensors["up.weight"],
@@ -134,14 +134,14 @@ def at_site(
     )
 
 
-class OutBiases:
+class SublayerBiases:
     """The bias in each sub-layer's output, where a configuration wants it left out of what enters a bottleneck."""
 
     def __init__(self, base: Base, config: CanonicalAdaptersPEFTConfig) -> None:
         wanted = config.source == "output_before_bias"
         self._linears: dict[str, Linear] = {linear.site.name: linear for linear in base.linears()} if wanted else {}
 
-    def of(self, site: str) -> Tensor | None:
+    def at(self, site: str) -> Tensor | None:
         """[D], where the base keeps it; None where there is none to leave out."""
         prefix, dot, kind = site.rpartition(".")
         linear = self._linears.get(prefix + dot + _LAST_LINEARS[kind])
@@ -159,6 +159,6 @@ def bottleneck_sites(base: Base, config: CanonicalAdaptersPEFTConfig) -> list[Si
     return [site for site in base.sublayers if site.layer in layers and site.kind in config.places]
 
 
-def place_of(site: str) -> str:
+def place_of_site(site: str) -> str:
     """A site's name without the layer: those with one name share a tied bottleneck."""
     return re.sub(r"layers\.\d+", "layers", site)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from quiver_peft.adapters.methods.bottleneck import (
     BottleneckWeights,
     CanonicalAdaptersPEFTConfig,
-    OutBiases,
-    at_site,
+    SublayerBiases,
     bottleneck_shapes,
     bottleneck_sites,
-    place_of,
+    place_of_site,
+    weights_at_site,
 )
 from quiver_peft.adapters.methods.method import Method
-from quiver_peft.adapters.methods.tensors import host_copy
+from quiver_peft.adapters.methods.tensors import to_host_fp32
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Site
 from quiver_peft.kernels.grouped_bottleneck import bottleneck_delta
@@ -35,7 +35,7 @@ class Bottleneck(nn.Module):
         self.config = config
         shapes = bottleneck_shapes(config, hidden_size)
         self.values = nn.ParameterDict({_key(name): torch.zeros(shape) for name, shape in shapes.items()})
-        _initialise(self.values["down_weight"], config.column_init_method)
+        _init_column(self.values["down_weight"], config.column_init_method)
         if config.norm_position is not None:
             nn.init.ones_(self.values["norm_weight"])
 
@@ -45,7 +45,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, out: Tensor, residual: Tensor, out_bias: Tensor | None) -> Tensor:
         """out, residual: [*, D], out_bias: [D] -> [*, D]."""
-        delta = bottleneck_delta(at_site(self.config, self.named_values(), out_bias), out, residual)
+        delta = bottleneck_delta(weights_at_site(self.config, self.named_values(), out_bias), out, residual)
         if self.training and self.config.adapter_dropout:
             delta = F.dropout(delta, self.config.adapter_dropout)
         return out + delta.to(out.dtype)
@@ -57,7 +57,7 @@ class BottleneckModule(Method):
     name = "canonical"
 
     def __init__(
-        self, config: CanonicalAdaptersPEFTConfig, bottlenecks: dict[str, Bottleneck], out_biases: OutBiases
+        self, config: CanonicalAdaptersPEFTConfig, bottlenecks: dict[str, Bottleneck], out_biases: SublayerBiases
     ) -> None:
         super().__init__()
         self.config = config
@@ -74,8 +74,8 @@ class BottleneckModule(Method):
         tied: dict[str, Bottleneck] = {}
         for site in bottleneck_sites(base, config):
             new = Bottleneck(config, hidden_size)
-            found[site.name] = tied.setdefault(place_of(site.name), new) if config.weight_tying else new
-        return cls(config, found, OutBiases(base, config))
+            found[site.name] = tied.setdefault(place_of_site(site.name), new) if config.weight_tying else new
+        return cls(config, found, SublayerBiases(base, config))
 
     @classmethod
     def from_weights(
@@ -85,7 +85,7 @@ class BottleneckModule(Method):
         found: dict[str, Bottleneck] = {}
         tied: dict[str, Bottleneck] = {}
         for item in weights:
-            place = place_of(item.site)
+            place = place_of_site(item.site)
             if config.weight_tying and place in tied:
                 found[item.site] = tied[place]
                 continue
@@ -93,10 +93,10 @@ class BottleneckModule(Method):
             for name, tensor in item.tensors().items():
                 bottleneck.values[_key(name)].data.copy_(tensor)
             found[item.site] = tied[place] = bottleneck
-        return cls(config, found, OutBiases(base, config))
+        return cls(config, found, SublayerBiases(base, config))
 
     @property
-    def draws(self) -> bool:
+    def needs_rng(self) -> bool:
         """For its dropout, while training."""
         return self.training and self.config.adapter_dropout > 0
 
@@ -104,23 +104,23 @@ class BottleneckModule(Method):
         """A detached fp32 copy on the host, one entry for each site."""
         found: list[BottleneckWeights] = []
         for site, bottleneck in self._by_site.items():
-            values = {name: host_copy(value) for name, value in bottleneck.named_values().items()}
-            out_bias = self._out_biases.of(site)
-            out_bias = None if out_bias is None else host_copy(out_bias)
-            found.append(BottleneckWeights(site, at_site(self.config, values, out_bias)))
+            values = {name: to_host_fp32(value) for name, value in bottleneck.named_values().items()}
+            out_bias = self._out_biases.at(site)
+            out_bias = None if out_bias is None else to_host_fp32(out_bias)
+            found.append(BottleneckWeights(site, weights_at_site(self.config, values, out_bias)))
         return found
 
     def sublayer(self, site: Site, out: Tensor, residual: Tensor) -> Tensor:
         """out, residual: [*, D] -> [*, D]."""
         bottleneck = self._by_site.get(site.name)
-        return out if bottleneck is None else bottleneck(out, residual, self._out_biases.of(site.name))
+        return out if bottleneck is None else bottleneck(out, residual, self._out_biases.at(site.name))
 
 
 def _key(name: str) -> str:
     return name.replace(".", "_")  # a ParameterDict's keys hold no dots
 
 
-def _initialise(weight: Tensor, method: str) -> None:
+def _init_column(weight: Tensor, method: str) -> None:
     """NeMo's initialisations of the way down."""
     if method == "xavier":
         nn.init.xavier_normal_(weight)

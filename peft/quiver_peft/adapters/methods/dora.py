@@ -12,18 +12,18 @@ from quiver_peft.adapters.methods.targets import Target
 from quiver_peft.base.sites import Linear
 
 
-def row_lengths(linear: Linear, target: Target) -> Tensor:
+def weight_norms(linear: Linear, target: Target) -> Tensor:
     """‖W‖ of each row of the target, [N] fp32: the magnitudes that DoRA starts with."""
     return torch.linalg.vector_norm(_rows(linear.plain_weight(), target).float(), dim=1)
 
 
-def gate(
+def magnitude_ratio(
     linear: Linear, target: Target, a: Tensor, b: Tensor, lora_scale: float, magnitude: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Scale g and shift (1 - g) bias, both [N] where `a` is; no shift without a bias. a: [R, K], b: [N, R]."""
     with torch.no_grad():
         # The paper's section 4.3: the length counts as a constant, which saves most of the memory of training.
-        lengths = linear.row_lengths(target.rows, lora_scale * (b @ a))
+        lengths = linear.row_norms(target.rows, lora_scale * (b @ a))
         # A row of zeros has no direction: it stays zero, where 0 / 0 would spread over everything.
         lengths = lengths.clamp(min=torch.finfo(torch.float32).tiny)
     scale = magnitude / lengths

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quiver_peft.adapters.methods.method import Method
 from quiver_peft.adapters.methods.targets import Target, matches_module, module_targets, resolve_targets, select_layers
-from quiver_peft.adapters.methods.tensors import host_copy
+from quiver_peft.adapters.methods.tensors import to_host_fp32
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import AdapterError
@@ -96,7 +96,7 @@ class IA3Module(Method):
     def weights(self) -> list[IA3Weights]:
         """A detached fp32 copy on the host, one entry for each target."""
         scales = [scale for scale in self.scales if isinstance(scale, IA3Scale)]
-        return [IA3Weights(scale.target, host_copy(scale.scale), scale.on_input) for scale in scales]
+        return [IA3Weights(scale.target, to_host_fp32(scale.scale), scale.on_input) for scale in scales]
 
     def scale_input(self, linear: Linear, x: Tensor) -> Tensor:
         """x: [*, K] -> [*, K]."""

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quiver_peft.adapters.methods.dora import gate, row_lengths
+from quiver_peft.adapters.methods.dora import magnitude_ratio, weight_norms
 from quiver_peft.adapters.methods.method import Method
 from quiver_peft.adapters.methods.targets import Target, require_matches, resolve_targets, select_layers
-from quiver_peft.adapters.methods.tensors import host_copy
+from quiver_peft.adapters.methods.tensors import to_host_fp32
 from quiver_peft.base.base import Base
 from quiver_peft.base.sites import Linear, Site
 from quiver_peft.errors import AdapterError
@@ -144,9 +144,9 @@ class LoraModule(Method):
             rank_key, alpha_key = target.match(config.rank_pattern), target.match(config.alpha_pattern)
             rank = config.rank_pattern[rank_key] if rank_key is not None else config.adapter_dim
             alpha = config.alpha_of(rank, alpha_key)
-            magnitude = row_lengths(linears[target.site], target) if config.use_dora else None
+            magnitude = weight_norms(linears[target.site], target) if config.use_dora else None
             pair = LoraPair(target, rank, alpha, lora_scale(alpha, rank, config.use_rslora), magnitude)
-            initialise(pair.a, config.column_init_method)
+            init_lora_a(pair.a, config.column_init_method)
             pairs.append(pair)
         return cls(config, pairs)
 
@@ -167,17 +167,17 @@ class LoraModule(Method):
         return [
             LoraWeights(
                 p.target,
-                host_copy(p.a),
-                host_copy(p.b),
+                to_host_fp32(p.a),
+                to_host_fp32(p.b),
                 p.alpha,
                 p.scale,
-                None if p.magnitude is None else host_copy(p.magnitude),
+                None if p.magnitude is None else to_host_fp32(p.magnitude),
             )
             for p in pairs
         ]
 
     @property
-    def draws(self) -> bool:
+    def needs_rng(self) -> bool:
         """For its dropout, while training."""
         return self.training and self.config.adapter_dropout > 0
 
@@ -195,7 +195,7 @@ class LoraModule(Method):
         """Applies DoRA's gates. y: [*, N], the low-rank product included -> [*, N]."""
         for pair in self.pairs_at(linear.site):
             if pair.magnitude is not None:
-                scale, shift = gate(linear, pair.target, pair.a, pair.b, pair.scale, pair.magnitude)
+                scale, shift = magnitude_ratio(linear, pair.target, pair.a, pair.b, pair.scale, pair.magnitude)
                 start, end = pair.target.rows
                 rows = y[..., start:end] * scale
                 rows = rows if shift is None else rows + shift
@@ -214,7 +214,7 @@ class LoraModule(Method):
         return y + (F.pad(delta, before_and_after) if any(before_and_after) else delta).to(y.dtype)
 
 
-def initialise(weight: Tensor, method: str) -> None:
+def init_lora_a(weight: Tensor, method: str) -> None:
     """Fills A in place. "normal" is NeMo's N(0, 0.2); "kaiming" is Hugging Face's (a = √5)."""
     if method == "xavier":
         nn.init.xavier_normal_(weight)

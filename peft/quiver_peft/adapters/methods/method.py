@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from quiver_peft.base.sites import Linear, Site, Stack
+from quiver_peft.base.sites import Linear, Site, StackName
 
 
 class Method(nn.Module):
@@ -16,14 +16,14 @@ class Method(nn.Module):
 
     name: str
     num_virtual_tokens: int = 0
-    virtual_stack: Stack = ""
+    virtual_stack: StackName = ""
 
-    def num_virtual_in(self, stack: Stack) -> int:
+    def num_virtual_in(self, stack: StackName) -> int:
         """Rows it puts before every sequence of this stack."""
         return self.num_virtual_tokens if stack in ("", self.virtual_stack) else 0
 
     @property
-    def draws(self) -> bool:
+    def needs_rng(self) -> bool:
         """Whether it needs random numbers now: for dropout while training."""
         return False
 

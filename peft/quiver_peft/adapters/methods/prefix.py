@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quiver_peft.adapters.methods.method import Method
-from quiver_peft.adapters.methods.tensors import host_copy
+from quiver_peft.adapters.methods.tensors import to_host_fp32
 from quiver_peft.adapters.methods.virtual_tokens import require_room, require_virtual_tokens
 from quiver_peft.base.base import Base
 from quiver_peft.base.config import BaseConfig, T5Config
@@ -40,7 +40,7 @@ class PrefixPEFTConfig:
 
 @dataclass(frozen=True)
 class PrefixWeights:
-    """A prefix on the host, fp32. keys, values: [L, n, G, E], in the order of the rows; see `pairs_of_layers`."""
+    """A prefix on the host, fp32. keys, values: [L, n, G, E], in the order of the rows; see `to_layer_pairs`."""
 
     keys: Tensor
     values: Tensor
@@ -51,14 +51,14 @@ class PrefixWeights:
         """rows: [n, 2 · L · G · E]."""
         shape = (rows.shape[0], config.num_layers, 2, config.num_kv_heads, config.head_dim)
         keys, values = rows.reshape(shape).permute(2, 1, 0, 3, 4)
-        return cls(keys.contiguous(), values.contiguous(), tuple(pairs_of_layers(config)))
+        return cls(keys.contiguous(), values.contiguous(), tuple(to_layer_pairs(config)))
 
     def to_rows(self) -> Tensor:
         """[n, 2 · L · G · E]."""
         return torch.stack((self.keys, self.values)).permute(2, 1, 0, 3, 4).flatten(1).contiguous()
 
 
-def pairs_of_layers(config: BaseConfig) -> list[int]:
+def to_layer_pairs(config: BaseConfig) -> list[int]:
     """Which pair of keys and values of a row each layer takes.
 
     An encoder-decoder's layers take every second one, round and round, as Hugging Face PEFT's do (0.21,
@@ -130,14 +130,14 @@ class PrefixModule(Method):
     def weights(self) -> PrefixWeights:
         """A detached fp32 copy on the host."""
         with torch.no_grad():
-            return PrefixWeights.from_rows(host_copy(self.encoder()), self._base_config)
+            return PrefixWeights.from_rows(to_host_fp32(self.encoder()), self._base_config)
 
     def virtual_key_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, both [n, G, E]."""
         rows: Tensor = self.encoder()
         config = self._base_config
         size = config.num_kv_heads * config.head_dim
-        pair = pairs_of_layers(config)[layer]
+        pair = to_layer_pairs(config)[layer]
         keys, values = (
             rows[:, 2 * pair * size : 2 * (pair + 1) * size]
             .unflatten(1, (2, config.num_kv_heads, config.head_dim))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quiver_peft.adapters.methods.method import Method
 from quiver_peft.adapters.methods.prompt_encoder import LSTMEncoder, MLPEncoder, NemoEncoder
-from quiver_peft.adapters.methods.tensors import host_copy
+from quiver_peft.adapters.methods.tensors import to_host_fp32
 from quiver_peft.adapters.methods.virtual_tokens import require_room, require_virtual_tokens
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError
@@ -125,7 +125,7 @@ class PromptModule(Method):
         return cls(config, PromptTable(weights.table))
 
     @property
-    def draws(self) -> bool:
+    def needs_rng(self) -> bool:
         """For the dropout of an LSTM, while training."""
         config = self.config
         return self.training and isinstance(config, PtuningPEFTConfig) and config.encoder_dropout > 0
@@ -135,7 +135,7 @@ class PromptModule(Method):
         was_training = self.encoder.training
         self.encoder.eval()
         with torch.no_grad():
-            table = host_copy(self.encoder())
+            table = to_host_fp32(self.encoder())
         self.encoder.train(was_training)
         return PromptWeights(table)
 
@@ -148,4 +148,4 @@ def _first_rows(base: Base, config: PromptTuningPEFTConfig) -> Tensor:
     if config.init == "random":
         return torch.randn(config.virtual_tokens, base.config.hidden_size)
     ids = torch.randint(base.config.vocab_size, (config.virtual_tokens,))
-    return host_copy(base.embedding(ids.to(base.embedding.weight.device)))
+    return to_host_fp32(base.embedding(ids.to(base.embedding.weight.device)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.large_memory import empty_large
+from quiver_peft.kernels.large_memory import empty_huge
 
 # Extents start on a cache line (and on what vectorised loads like): 64 bytes of fp32.
 ALIGNMENT_ELEMENTS = 16
@@ -29,7 +29,7 @@ class Arena:
     """First-fit allocation over one tensor that never moves, so that kernels and graphs may keep its address."""
 
     def __init__(self, capacity_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.buffer = empty_large([capacity_bytes // dtype.itemsize], dtype, device)
+        self.buffer = empty_huge([capacity_bytes // dtype.itemsize], dtype, device)
         self._free = [Extent(0, self.buffer.numel())]
 
     @property

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from quiver_peft.adapters.serving.arena import Arena, Extent, aligned
-from quiver_peft.adapters.serving.cpp_seam import NativeRecord, NativeSeam, Sites, native_record
-from quiver_peft.adapters.serving.placement import Placed, num_elements, place
+from quiver_peft.adapters.serving.cpp_seam import CppDescriptor, CppSeam, SiteIndex, cpp_descriptor
+from quiver_peft.adapters.serving.placement import ResidentWeights, copy_weights, num_elements
 from quiver_peft.adapters.serving.slot_tables import SlotTables, TableRow
-from quiver_peft.adapters.serving.torch_seam import BankSeam, RowGroup, VirtualRows
+from quiver_peft.adapters.serving.torch_seam import RowGroup, TorchSeam, VirtualRows
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
 from quiver_peft.kernels.cpp.library import library_for
@@ -22,9 +22,9 @@ FIRST_SLOT = 1
 
 class _Resident(NamedTuple):
     extent: Extent
-    placed: Placed
+    weights: ResidentWeights
     row: TableRow | None  # where there are tables
-    record: NativeRecord | None  # where there are compiled kernels that can take it
+    descriptor: CppDescriptor | None  # where there are compiled kernels that can take it
 
 
 class AdapterBanks:
@@ -42,7 +42,7 @@ class AdapterBanks:
         # Loads go beside the steps on the device too.
         self._loading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._residents: dict[int, _Resident] = {}
-        self._sites = Sites()  # for the compiled kernels
+        self._sites = SiteIndex()  # for the compiled kernels
         self._lock = threading.Lock()
         self._next_slot = FIRST_SLOT
         self._last_seam: tuple[list[RowGroup], Seam] = ([], NO_ADAPTERS)
@@ -101,7 +101,7 @@ class AdapterBanks:
     def _copy(self, weights: AdapterWeights, extent: Extent) -> _Resident | None:
         """None when the tables are full."""
         with nullcontext() if self._loading is None else torch.cuda.stream(self._loading):
-            placed = place(weights, self._arena.view(extent))
+            placed = copy_weights(weights, self._arena.view(extent))
             row = None if self._tables is None else self._tables.insert(placed)
         if self._loading is not None:
             self._loading.synchronize()
@@ -109,10 +109,10 @@ class AdapterBanks:
         if is_full:
             return None
         with self._lock:
-            record = native_record(placed, self._sites) if self._is_native() else None
+            record = cpp_descriptor(placed, self._sites) if self._has_cpp_kernels() else None
         return _Resident(extent, placed, row, record)
 
-    def _is_native(self) -> bool:
+    def _has_cpp_kernels(self) -> bool:
         with torch.no_grad():
             return library_for(self._arena.buffer) is not None
 
@@ -134,10 +134,10 @@ class AdapterBanks:
             # Decoding mostly goes on with the batch of the step before. Slots are never given out twice.
             return self._last_seam[1]
         used = [(group, self._residents[group.slot]) for group in groups if group.slot != BASE_SLOT]
-        rows = [(item, self._residents[item.slot].placed) for item in virtual]
+        rows = [(item, self._residents[item.slot].weights) for item in virtual]
         seam: Seam = NO_ADAPTERS
         if used and self._tables is not None:
-            seam = self._device_seam(groups, self._tables, BankSeam((), rows))
+            seam = self._triton_seam(groups, self._tables, TorchSeam((), rows))
         elif used:
             seam = self._host_seam(used, rows)
         if not virtual:
@@ -145,19 +145,19 @@ class AdapterBanks:
         return seam
 
     def _host_seam(
-        self, used: Sequence[tuple[RowGroup, _Resident]], rows: Sequence[tuple[VirtualRows, Placed]]
+        self, used: Sequence[tuple[RowGroup, _Resident]], rows: Sequence[tuple[VirtualRows, ResidentWeights]]
     ) -> Seam:
-        native = [(group.start, group.end, it.record) for group, it in used if it.record is not None]
+        native = [(group.start, group.end, it.descriptor) for group, it in used if it.descriptor is not None]
         if len(native) < len(used):
-            return BankSeam([(group, it.placed) for group, it in used], rows)
-        return NativeSeam(native, self._sites, BankSeam((), rows) if rows else None)
+            return TorchSeam([(group, it.weights) for group, it in used], rows)
+        return CppSeam(native, self._sites, TorchSeam((), rows) if rows else None)
 
-    def _device_seam(self, groups: Sequence[RowGroup], tables: SlotTables, virtual: BankSeam) -> Seam:
+    def _triton_seam(self, groups: Sequence[RowGroup], tables: SlotTables, virtual: TorchSeam) -> Seam:
         # Here, because it needs Triton, which comes with torch for a GPU.
-        from quiver_peft.adapters.serving.triton_seam import DeviceSeam, RowsOf
+        from quiver_peft.adapters.serving.triton_seam import TableRowRange, TritonSeam
 
-        rows: list[RowsOf] = []
+        rows: list[TableRowRange] = []
         for slot, start, end in groups:
             if slot != BASE_SLOT and (row := self._residents[slot].row) is not None:
-                rows.append(RowsOf(row, start, end))
-        return DeviceSeam(self._arena.buffer, tables, rows, groups[-1].end, virtual)
+                rows.append(TableRowRange(row, start, end))
+        return TritonSeam(self._arena.buffer, tables, rows, groups[-1].end, virtual)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from quiver_peft.adapters.serving.placement import Placed
-from quiver_peft.adapters.serving.torch_seam import BankSeam
+from quiver_peft.adapters.serving.placement import ResidentWeights
+from quiver_peft.adapters.serving.torch_seam import TorchSeam
 from quiver_peft.base.sites import NO_ADAPTERS, Linear, Site
-from quiver_peft.kernels.cpp.groups import Groups, RowsOf, SiteRecords
+from quiver_peft.kernels.cpp.groups import AdapterGroups, RowRange, SiteDescriptors
 from quiver_peft.kernels.grouped_bottleneck import add_bottleneck_of_groups_, bottleneck_descriptor
 from quiver_peft.kernels.grouped_lora import add_lora_of_groups_
 from quiver_peft.kernels.grouped_scale import scale_descriptor, scale_inputs_of_groups, scale_outputs_of_groups_
@@ -19,7 +19,7 @@ from quiver_peft.kernels.grouped_scale import scale_descriptor, scale_inputs_of_
 _LORA, _SCALE, _BOTTLENECK, _KINDS = range(4)
 
 
-class Acts(NamedTuple):
+class ActiveHooks(NamedTuple):
     """At which sites something is done, by method: bit i of a number is site i."""
 
     lora: int = 0
@@ -27,27 +27,27 @@ class Acts(NamedTuple):
     out_scales: int = 0
     bottlenecks: int = 0
 
-    def union(self, other: "Acts") -> "Acts":
+    def union(self, other: "ActiveHooks") -> "ActiveHooks":
         """What is done by either."""
-        return Acts(*map(operator.or_, self, other))
+        return ActiveHooks(*map(operator.or_, self, other))
 
 
-class Sites:
+class SiteIndex:
     """The sites at which any adapter so far has acted: numbered as they come, and what was done there."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        self.acts = Acts()
+        self.acts = ActiveHooks()
 
 
-class NativeRecord(NamedTuple):
+class CppDescriptor(NamedTuple):
     """What the kernels are told of one adapter, and where it acts."""
 
-    sites: SiteRecords
-    acts: Acts
+    sites: SiteDescriptors
+    acts: ActiveHooks
 
 
-def native_record(placed: Placed, sites: Sites) -> NativeRecord | None:
+def cpp_descriptor(placed: ResidentWeights, sites: SiteIndex) -> CppDescriptor | None:
     """sites: learn what the adapter does. None for an adapter that the kernels cannot take."""
     numbers = sites.numbers
     found: dict[int, array[int] | None] = {}
@@ -64,37 +64,39 @@ def native_record(placed: Placed, sites: Sites) -> NativeRecord | None:
     records = {number: record for number, record in found.items() if record is not None}
     if len(records) < len(found):
         return None
-    acts = Acts(
+    acts = ActiveHooks(
         _bits(numbers[site] for site in placed.lora),
         _bits(numbers[site] for site, scale in placed.scales.items() if scale.in_scale is not None),
         _bits(numbers[site] for site, scale in placed.scales.items() if scale.out),
         _bits(numbers[site] for site in placed.bottlenecks),
     )
     sites.acts = sites.acts.union(acts)
-    return NativeRecord(SiteRecords.of(records), acts)
+    return CppDescriptor(SiteDescriptors.of(records), acts)
 
 
 def _bits(numbers: Iterable[int]) -> int:
     return sum(1 << number for number in numbers)
 
 
-class NativeSeam:
-    """As `BankSeam`, of which it keeps the virtual tokens.
+class CppSeam:
+    """As `TorchSeam`, of which it keeps the virtual tokens.
 
     address: of what changes with the batch. acts, has_virtual: all else that what it does depends on.
     """
 
-    def __init__(self, used: Sequence[tuple[int, int, NativeRecord]], sites: Sites, virtual: BankSeam | None) -> None:
+    def __init__(
+        self, used: Sequence[tuple[int, int, CppDescriptor]], sites: SiteIndex, virtual: TorchSeam | None
+    ) -> None:
         """used: rows [start, end) and whose they are."""
-        self._groups = Groups([RowsOf(start, end, record.sites) for start, end, record in used])
+        self._groups = AdapterGroups([RowRange(start, end, record.sites) for start, end, record in used])
         self._numbers = sites.numbers
         self._virtual = virtual
-        acts = Acts()
+        acts = ActiveHooks()
         for _, _, record in used:
             acts = acts.union(record.acts)
         # A method that is used here at all is called wherever anybody uses it, which finds nothing to do in no time:
         # so what the seam does depends on the methods in the batch, not on each adapter's own sites.
-        self.acts = Acts(*(everyone if ours else 0 for ours, everyone in zip(acts, sites.acts, strict=True)))
+        self.acts = ActiveHooks(*(everyone if ours else 0 for ours, everyone in zip(acts, sites.acts, strict=True)))
 
     @property
     def address(self) -> int:

@@ -13,7 +13,7 @@ from quiver_peft.kernels.grouped_lora import LoraAtSite, LoraExpand
 from quiver_peft.kernels.grouped_scale import OutputScale, ScaleAtSite
 
 
-class Placed(NamedTuple):
+class ResidentWeights(NamedTuple):
     """One adapter in the adapter memory, by site.
 
     prompt: [n, D] or None. prefix: keys and values, each [L, n, G, E], or None; its rows come before the prompt's.
@@ -26,7 +26,7 @@ class Placed(NamedTuple):
     prefix: tuple[Tensor, Tensor] | None
 
 
-class _Cursor:
+class _FlatWriter:
     """Hands out a flat piece of memory from its start to its end."""
 
     def __init__(self, memory: Tensor) -> None:
@@ -71,9 +71,9 @@ def _size(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel()
 
 
-def place(weights: AdapterWeights, memory: Tensor) -> Placed:
+def copy_weights(weights: AdapterWeights, memory: Tensor) -> ResidentWeights:
     """Copy an adapter into `memory` [at least num_elements(weights)]."""
-    cursor = _Cursor(memory)
+    cursor = _FlatWriter(memory)
     prefix = weights.prefix
 
     def layers(pairs: Tensor) -> Tensor:
@@ -81,16 +81,16 @@ def place(weights: AdapterWeights, memory: Tensor) -> Placed:
         assert prefix is not None
         return cursor.put(pairs[list(prefix.pairs)])
 
-    return Placed(
-        _place_lora(weights.lora, cursor),
-        {site: _place_scale(scale, cursor) for site, scale in weights.scales.items()},
-        {item.site: _place_bottleneck(item, cursor) for item in weights.bottlenecks},
+    return ResidentWeights(
+        _copy_lora(weights.lora, cursor),
+        {site: _copy_scale(scale, cursor) for site, scale in weights.scales.items()},
+        {item.site: _copy_bottleneck(item, cursor) for item in weights.bottlenecks},
         None if weights.prompt is None else cursor.put(weights.prompt.table),
         None if prefix is None else (layers(prefix.keys), layers(prefix.values)),
     )
 
 
-def _place_lora(weights: Sequence[LoraWeights], cursor: _Cursor) -> dict[str, LoraAtSite]:
+def _copy_lora(weights: Sequence[LoraWeights], cursor: _FlatWriter) -> dict[str, LoraAtSite]:
     """Site by site: every A of a site as one matrix, then every scaled Bᵀ."""
     by_site: dict[str, list[LoraWeights]] = {}
     for item in weights:
@@ -110,13 +110,13 @@ def _place_lora(weights: Sequence[LoraWeights], cursor: _Cursor) -> dict[str, Lo
     return placed
 
 
-def _place_scale(scale: ScaleAtSite, cursor: _Cursor) -> ScaleAtSite:
+def _copy_scale(scale: ScaleAtSite, cursor: _FlatWriter) -> ScaleAtSite:
     in_scale = cursor.put_optional(scale.in_scale)
     out = [OutputScale(o.start, o.end, cursor.put(o.scale), cursor.put_optional(o.shift)) for o in scale.out]
     return ScaleAtSite(in_scale, tuple(out))
 
 
-def _place_bottleneck(item: BottleneckWeights, cursor: _Cursor) -> BottleneckAtSite:
+def _copy_bottleneck(item: BottleneckWeights, cursor: _FlatWriter) -> BottleneckAtSite:
     weights = item.at_site
     return weights._replace(
         down=cursor.put(weights.down),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quiver_peft.adapters.serving.placement import Placed
+from quiver_peft.adapters.serving.placement import ResidentWeights
 from quiver_peft.base.base import Base
 from quiver_peft.kernels.triton.records import (
     BOTTLENECK_FIELDS,
@@ -63,18 +63,18 @@ class SlotTables:
         return cls(linears, [site.name for site in base.sublayers], num_rows, base.embedding.weight.device)
 
     @classmethod
-    def where_they_help(cls, base: Base, num_rows: int) -> "SlotTables | None":
+    def for_triton(cls, base: Base, num_rows: int) -> "SlotTables | None":
         """On a GPU whose Triton kernels do what their torch forms do: that is tried here; None elsewhere."""
         device = base.embedding.weight.device
         if device.type != "cuda" or importlib.util.find_spec("triton") is None:
             return None
-        from quiver_peft.kernels.triton.self_check import adapters_agree
+        from quiver_peft.kernels.triton.self_check import check_adapter_kernels
 
         shapes = [(linear.in_features, linear.out_features) for linear in base.linears()]
-        agree = adapters_agree(shapes, base.config.hidden_size, base.embedding.weight.dtype, device)
+        agree = check_adapter_kernels(shapes, base.config.hidden_size, base.embedding.weight.dtype, device)
         return cls.of(base, num_rows) if agree else None
 
-    def insert(self, placed: Placed) -> TableRow | None:
+    def insert(self, placed: ResidentWeights) -> TableRow | None:
         """Write an adapter's records; None when every row is taken. Raises AdapterError for what no record can hold."""
         lora = {self.linears[site]: lora_record(at_site) for site, at_site in placed.lora.items()}
         scales = {self.linears[site]: scale_record(at_site) for site, at_site in placed.scales.items()}

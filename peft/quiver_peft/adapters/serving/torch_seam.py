@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from quiver_peft.adapters.serving.placement import Placed
+from quiver_peft.adapters.serving.placement import ResidentWeights
 from quiver_peft.base.sites import Linear, Site
 from quiver_peft.kernels.grouped_bottleneck import BottleneckSegment, add_grouped_bottleneck_
 from quiver_peft.kernels.grouped_lora import LoraSegment, add_grouped_lora_
@@ -45,13 +45,13 @@ class _PrefixRows(NamedTuple):
     values: Tensor
 
 
-class BankSeam:
+class TorchSeam:
     """For inference: works on the base's outputs in place where it can. Rows that no adapter touches cost nothing."""
 
     def __init__(
         self,
-        used: Sequence[tuple[RowGroup, Placed]],
-        virtual: Sequence[tuple[VirtualRows, Placed]],
+        used: Sequence[tuple[RowGroup, ResidentWeights]],
+        virtual: Sequence[tuple[VirtualRows, ResidentWeights]],
     ) -> None:
         self._lora: dict[str, list[LoraSegment]] = {}
         self._scales: dict[str, list[ScaleSegment]] = {}
@@ -68,7 +68,7 @@ class BankSeam:
         for rows, placed in virtual:
             self._add_virtual(rows, placed)
 
-    def _add_virtual(self, rows: VirtualRows, placed: Placed) -> None:
+    def _add_virtual(self, rows: VirtualRows, placed: ResidentWeights) -> None:
         """A chunk may hold any stretch of an adapter's virtual tokens, the prefix's and the prompt's."""
         num_prefix = 0 if placed.prefix is None else placed.prefix[0].shape[1]
         first, last = rows.first, rows.first + rows.end - rows.start

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from quiver_peft.adapters.serving.slot_tables import SlotTables, TableRow
-from quiver_peft.adapters.serving.torch_seam import BankSeam
+from quiver_peft.adapters.serving.torch_seam import TorchSeam
 from quiver_peft.base.sites import Linear, Site
 from quiver_peft.kernels.triton.bottleneck import add_grouped_bottleneck_triton_
 from quiver_peft.kernels.triton.lora import add_grouped_lora_triton_
@@ -17,7 +17,7 @@ from quiver_peft.kernels.triton.tiles import tiles_on
 _RANK_STEP = 16
 
 
-class RowsOf(NamedTuple):
+class TableRowRange(NamedTuple):
     """Rows [start, end) of the batch use the records in `row`."""
 
     row: TableRow
@@ -25,14 +25,14 @@ class RowsOf(NamedTuple):
     end: int
 
 
-class DeviceSeam:
-    """As `BankSeam`, of which it keeps the virtual tokens; everything else it finds in the tables on the device.
+class TritonSeam:
+    """As `TorchSeam`, of which it keeps the virtual tokens; everything else it finds in the tables on the device.
 
     A step copies which rows belong to which adapter, once for all sites; it never waits for the device.
     """
 
     def __init__(
-        self, memory: Tensor, tables: SlotTables, used: Sequence[RowsOf], num_rows: int, virtual: BankSeam
+        self, memory: Tensor, tables: SlotTables, used: Sequence[TableRowRange], num_rows: int, virtual: TorchSeam
     ) -> None:
         """memory: the adapter memory, which the tables' records point into. num_rows: of the batch, T."""
         self._memory = memory

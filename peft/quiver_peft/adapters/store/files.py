@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from quiver_peft.errors import StoreError
-from quiver_peft.files.file_state import file_state
+from quiver_peft.files.file_state import file_stamp
 
 Stamp = tuple[object, ...]  # another one when the content is another
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
@@ -61,7 +61,7 @@ class LocalFiles:
         """Size, times and number of the file."""
         file = self.root / path
         try:
-            return file_state(file) if file.is_file() else None
+            return file_stamp(file) if file.is_file() else None
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -49,31 +49,31 @@ class AdapterStore:
         """Of every adapter that can be listed; a web server without listings has others. Raises StoreError."""
         names = [name for name in self.files.names("")[1] if ADAPTER_ID.fullmatch(name)]
         if isinstance(self.files, LocalFiles):
-            names = [name for name in names if self.has(name)]
+            names = [name for name in names if self.exists(name)]
         return sorted(names)
 
-    def has(self, path: str) -> bool:
+    def exists(self, path: str) -> bool:
         """Whether an adapter is there. Raises StoreError."""
         return any(self.files.stamp(f"{path}/{name}") is not None for name in (CONFIG_FILE, MANIFEST_FILE))
 
-    def stamp(self, path: str) -> Stamp | None:
+    def etag(self, path: str) -> Stamp | None:
         """What tells that an adapter was replaced; None: there is none. Raises StoreError."""
-        looked = self._look(path)
+        looked = self._find_adapter(path)
         return None if looked is None else tuple(looked.items())
 
     def fetch(self, path: str) -> tuple[Stamp, AdapterFiles]:
         """The current revision, as a whole, and its stamp. Raises AdapterError; StoreError; FileNotFoundError."""
         for _ in range(_TRIES):
-            looked = self._look(path)
+            looked = self._find_adapter(path)
             if looked is None:
                 raise FileNotFoundError(f"{self.url}/{path}: holds no {CONFIG_FILE}")
             try:
                 if MANIFEST_FILE in looked:
                     return tuple(looked.items()), self._read_current(path)
-                files = self._read_plain(path, list(looked))
+                files = self._read_folder(path, list(looked))
             except FileNotFoundError:
                 continue
-            if self._look(path) == looked:
+            if self._find_adapter(path) == looked:
                 return tuple(looked.items()), files
         raise AdapterError(
             f"{self.url}/{path}: each time that it was read it was replaced, or lacked a file that {MANIFEST_FILE} "
@@ -87,11 +87,15 @@ class AdapterStore:
         if len(found) > 1:
             raise AdapterError(f"{self.url}/{path}: {len(found)} revisions begin with {prefix}; give more digits")
         try:
-            return self._read_listed(path, self.files.read(f"{path}/{found[0]}/{MANIFEST_FILE}")) if found else None
+            return (
+                self._read_manifest_files(path, self.files.read(f"{path}/{found[0]}/{MANIFEST_FILE}"))
+                if found
+                else None
+            )
         except FileNotFoundError:
             return None
 
-    def _look(self, path: str) -> dict[str, Stamp] | None:
+    def _find_adapter(self, path: str) -> dict[str, Stamp] | None:
         """The stamps of the manifest or, without one, of the files that are there."""
         if (manifest := self.files.stamp(f"{path}/{MANIFEST_FILE}")) is not None:
             return {MANIFEST_FILE: manifest}
@@ -101,9 +105,9 @@ class AdapterStore:
         return {CONFIG_FILE: config, **{name: stamp for name, stamp in others.items() if stamp is not None}}
 
     def _read_current(self, path: str) -> AdapterFiles:
-        return self._read_listed(path, self.files.read(f"{path}/{MANIFEST_FILE}"))
+        return self._read_manifest_files(path, self.files.read(f"{path}/{MANIFEST_FILE}"))
 
-    def _read_plain(self, path: str, present: list[str]) -> AdapterFiles:
+    def _read_folder(self, path: str, present: list[str]) -> AdapterFiles:
         folder = f"{self.url}/{path}"
         weights_name = weights_file(folder, present)
         if weights_name not in present:
@@ -113,7 +117,7 @@ class AdapterStore:
         record = self.files.read(f"{path}/{QUIVER_FILE}") if QUIVER_FILE in present else None
         return AdapterFiles(folder, config, weights_name, weights, record)
 
-    def _read_listed(self, path: str, manifest: bytes) -> AdapterFiles:
+    def _read_manifest_files(self, path: str, manifest: bytes) -> AdapterFiles:
         revision, listed = _parse_manifest(f"{self.url}/{path}/{MANIFEST_FILE}", manifest)
         folder = f"{path}/{revision}"
         content: dict[str, bytes] = {}

@@ -15,13 +15,13 @@ from quiver_peft.adapters.methods.prefix import PrefixModule, PrefixPEFTConfig
 from quiver_peft.adapters.methods.prompt import PromptModule
 from quiver_peft.adapters.weights import AdapterWeights, fold_scales
 from quiver_peft.base.base import Base
-from quiver_peft.base.sites import Linear, Site, Stack
+from quiver_peft.base.sites import Linear, Site, StackName
 from quiver_peft.errors import AdapterError
 
 AnyMethod = LoraModule | IA3Module | BottleneckModule | PrefixModule | PromptModule
 
 
-class Adapter(nn.Module):
+class TrainableAdapter(nn.Module):
     """The methods of one adapter, applied in the order of `METHOD_ORDER` at every site they touch.
 
     Every sequence given to a stack of the base must begin with `num_virtual_in(stack)` placeholders (any id).
@@ -36,18 +36,18 @@ class Adapter(nn.Module):
         self.methods = nn.ModuleList(self._methods)
 
     @classmethod
-    def create(cls, base: Base, configs: Sequence[PEFTConfig]) -> "Adapter":
+    def create(cls, base: Base, configs: Sequence[PEFTConfig]) -> "TrainableAdapter":
         """A new adapter. Until it is trained it equals the base, virtual tokens excepted."""
         if not configs:
             raise AdapterError("an adapter needs at least one method; leave add_adapter out for full fine-tuning")
         return cls([_new_module(base, config) for config in configs])
 
     @classmethod
-    def from_weights(cls, base: Base, weights: AdapterWeights) -> "Adapter":
+    def from_weights(cls, base: Base, weights: AdapterWeights) -> "TrainableAdapter":
         """The trainable form of weights read from disk."""
         return cls([_module_of(base, config, weights) for config in weights.configs])
 
-    def num_virtual_in(self, stack: Stack) -> int:
+    def num_virtual_in(self, stack: StackName) -> int:
         """Virtual tokens before every sequence of a stack; "" is the only one of a decoder-only base."""
         return sum(method.num_virtual_in(stack) for method in self._methods)
 
@@ -57,9 +57,9 @@ class Adapter(nn.Module):
         return self._methods
 
     @property
-    def draws(self) -> bool:
+    def needs_rng(self) -> bool:
         """Whether a pass through it needs random numbers, as dropout does while training."""
-        return any(method.draws for method in self._methods)
+        return any(method.needs_rng for method in self._methods)
 
     @property
     def lora(self) -> LoraModule | None:
@@ -110,11 +110,11 @@ class Adapter(nn.Module):
         """The base's linear and what each method does around it. x: [*, K] -> [*, N]."""
         for method in self._methods:
             x = method.scale_input(linear, x)
-        x = linear.enter(x)
-        y = linear.multiply(x)
+        x = linear.gather_input(x)
+        y = linear.matmul(x)
         for method in self._methods:
             y = method.add_output(linear, x, y)
-        y = linear.leave(y)
+        y = linear.reduce_output(y)
         for method in self._methods:
             y = method.scale_output(linear, y)
         return y

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from quiver_peft.adapters.methods.lora import LoraModule
-from quiver_peft.adapters.training.trainable_adapter import Adapter, AnyMethod
-from quiver_peft.base.sites import Linear, Site, Stack
+from quiver_peft.adapters.training.trainable_adapter import AnyMethod, TrainableAdapter
+from quiver_peft.base.sites import Linear, Site, StackName
 from quiver_peft.kernels.lora_training import LoraPart, add_lora_
 
 # Around what one adapter draws at random: gives it the generator of its own run.
-Drawing = Callable[[], AbstractContextManager[None]]
+RngScope = Callable[[], AbstractContextManager[None]]
 
 
 class _Rows:
@@ -43,7 +43,7 @@ class _Rows:
         return len(self._starts[adapter])
 
 
-class JointSeam:
+class TrainingSeam:
     """What each of some adapters does to the rows that are its own.
 
     lengths: {stack: for each adapter the lengths of its sequences}, placeholders of virtual tokens included.
@@ -52,19 +52,21 @@ class JointSeam:
 
     def __init__(
         self,
-        adapters: Sequence[Adapter],
-        lengths: Mapping[Stack, Sequence[Sequence[int]]],
+        adapters: Sequence[TrainableAdapter],
+        lengths: Mapping[StackName, Sequence[Sequence[int]]],
         device: torch.device,
-        drawing: Sequence[Drawing] | None = None,
+        drawing: Sequence[RngScope] | None = None,
     ) -> None:
         self._adapters = adapters
         self._methods: list[Sequence[AnyMethod]] = [adapter.ordered_methods for adapter in adapters]
         self._rows = {stack: _Rows(own, device) for stack, own in lengths.items()}
         own = drawing or [nullcontext] * len(adapters)
-        self._drawing: list[Drawing] = [d if a.draws else nullcontext for d, a in zip(own, adapters, strict=True)]
-        self._scaling_inputs = [_acting(methods, "scale_input") for methods in self._methods]
-        self._scaling_outputs = [_acting(methods, "scale_output") for methods in self._methods]
-        self._after_sublayers = [_acting(methods, "sublayer") for methods in self._methods]
+        self._rng_scope: list[RngScope] = [
+            d if a.needs_rng else nullcontext for d, a in zip(own, adapters, strict=True)
+        ]
+        self._scaling_inputs = [_with_hook(methods, "scale_input") for methods in self._methods]
+        self._scaling_outputs = [_with_hook(methods, "scale_output") for methods in self._methods]
+        self._after_sublayers = [_with_hook(methods, "sublayer") for methods in self._methods]
 
     def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """Word embeddings, the placeholders' replaced. tokens: [T] -> [T, D]."""
@@ -77,7 +79,7 @@ class JointSeam:
             for method in methods:
                 number = method.num_virtual_in(site.stack)
                 if number:
-                    with self._drawing[i]():
+                    with self._rng_scope[i]():
                         found = method.virtual_embeddings()
                     found = embedded.new_zeros(number, embedded.shape[-1]) if found is None else found
                     places.append(rows.places(i, first, number))
@@ -125,7 +127,7 @@ class JointSeam:
             lora = adapter.lora
             if lora is None:
                 continue
-            if lora.draws:
+            if lora.needs_rng:
                 random[i] = lora
             else:
                 parts += [
@@ -139,7 +141,7 @@ class JointSeam:
         added = list(y.split(rows.sizes))
         for i, own_x in enumerate(x.split(rows.sizes)):
             if i in random:
-                with self._drawing[i]():
+                with self._rng_scope[i]():
                     added[i] = random[i].add_output(linear, own_x, added[i])
         return torch.cat(added)
 
@@ -158,7 +160,7 @@ class JointSeam:
         for i, (before, *others) in enumerate(zip(*(tensor.split(rows.sizes) for tensor in tensors), strict=True)):
             part = before
             if acting[i]:
-                with self._drawing[i]():
+                with self._rng_scope[i]():
                     for method in acting[i]:
                         part = act(method, (part, *others))
             changed = changed or part is not before
@@ -168,7 +170,7 @@ class JointSeam:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _acting(methods: Sequence[AnyMethod], action: str) -> list[AnyMethod]:
+def _with_hook(methods: Sequence[AnyMethod], action: str) -> list[AnyMethod]:
     """Those that do anything then. A LoRA scales outputs only as DoRA."""
     found = [method for method in methods if action in type(method).__dict__]
     return [m for m in found if not (isinstance(m, LoraModule) and action == "scale_output" and not m.config.use_dora)]

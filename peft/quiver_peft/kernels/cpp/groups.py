@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class SiteRecords(NamedTuple):
+class SiteDescriptors(NamedTuple):
     """Of one adapter. addresses: of its record at each site, by number, or 0. kept: the records."""
 
     addresses: "array[int]"
     kept: "Sequence[array[int]]"
 
     @classmethod
-    def of(cls, records: "dict[int, array[int]]") -> "SiteRecords":
+    def of(cls, records: "dict[int, array[int]]") -> "SiteDescriptors":
         """From the records by the sites' numbers."""
         size = 1 + max(records, default=-1)
         addresses = array("q", [size] + [0] * size)
@@ -21,18 +21,18 @@ class SiteRecords(NamedTuple):
         return cls(addresses, tuple(records.values()))
 
 
-class RowsOf(NamedTuple):
+class RowRange(NamedTuple):
     """Rows [start, end) of the batch are this adapter's."""
 
     start: int
     end: int
-    records: SiteRecords
+    records: SiteDescriptors
 
 
-class Groups:
+class AdapterGroups:
     """Struct Groups of groups.h, at `address` as long as this object lives. Rows in order, shared by no two."""
 
-    def __init__(self, groups: Sequence[RowsOf]) -> None:
+    def __init__(self, groups: Sequence[RowRange]) -> None:
         self._groups = groups
         words = [len(groups)]
         for start, end, records in groups:

@@ -16,7 +16,7 @@ from quiver_peft.kernels.cpp.build import BuildError, built_library
 
 log = logging.getLogger(__name__)
 
-SWITCH = "QUIVER_KERNELS"
+ENV_KERNELS = "QUIVER_KERNELS"
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -71,18 +71,18 @@ class Library(Kernels):
         self.set_num_threads(torch.get_num_threads())
 
 
-_standing_in: ContextVar[Kernels | None] = ContextVar("standing_in", default=None)
+_override: ContextVar[Kernels | None] = ContextVar("standing_in", default=None)
 
 
 @functools.cache
 def library() -> Library | None:
     """The compiled kernels, made at the first call; None, and one line in the log, where there can be none."""
-    choice = os.environ.get(SWITCH, "auto")
+    choice = os.environ.get(ENV_KERNELS, "auto")
     if choice == "torch":
-        log.info("%s=torch: torch's operators serve", SWITCH)
+        log.info("%s=torch: torch's operators serve", ENV_KERNELS)
         return None
     if choice not in ("auto", "avx2"):
-        raise ValueError(f"{SWITCH}={choice}: must be auto, avx2 or torch")
+        raise ValueError(f"{ENV_KERNELS}={choice}: must be auto, avx2 or torch")
     try:
         return Library(built_library(avx512=choice == "auto"))
     except (BuildError, OSError, AttributeError) as error:
@@ -91,13 +91,13 @@ def library() -> Library | None:
 
 
 @contextmanager
-def standing_in(kernels: Kernels) -> Generator[None]:
+def override_kernels(kernels: Kernels) -> Generator[None]:
     """Let these be called in this thread in place of the library's."""
-    token = _standing_in.set(kernels)
+    token = _override.set(kernels)
     try:
         yield
     finally:
-        _standing_in.reset(token)
+        _override.reset(token)
 
 
 def library_for(*tensors: Tensor) -> Kernels | None:
@@ -107,10 +107,10 @@ def library_for(*tensors: Tensor) -> Kernels | None:
     for tensor in tensors:
         if not tensor.is_cpu or tensor.dtype != torch.float32:
             return None
-    return _standing_in.get() or library()
+    return _override.get() or library()
 
 
-def take_over() -> None:
+def configure_process() -> None:
     """Arrange the process for the compiled kernels: they have torch's threads, and torch works in its caller's alone.
 
     Torch's idle threads would spin on the cores that the kernels' need. Also, freed memory is kept for the next step.

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from quiver_peft.kernels.cpp.library import Kernels, Library, standing_in
+from quiver_peft.kernels.cpp.library import Kernels, Library, override_kernels
 
 log = logging.getLogger(__name__)
 
 _MAX_WORDS = 21  # MAX_WORDS of program.cpp
-_MAX_PROGRAMS = 64
+_MAX_GRAPHS = 64
 _LINE = 16  # floats in a cache line
 
 
-class _Program(NamedTuple):
+class _StepGraph(NamedTuple):
     """calls: struct Call of program.cpp, so many of them. result: what the step returned, for all rows; or None."""
 
     calls: "array[int]"
@@ -33,7 +33,7 @@ class _Program(NamedTuple):
     result: Tensor | None
 
 
-class Programs:
+class StepGraphs:
     """The steps of one model that were made before, by key. For one thread.
 
     A step may be run from its program when it calls nothing but compiled kernels, and nothing of what it gives them
@@ -44,9 +44,9 @@ class Programs:
     def __init__(self, library: Library, constants: Iterable[Tensor], capacity: int) -> None:
         """constants: all that steps read and write beside inputs, never moved. capacity: rows of a step, at most."""
         self._library = library
-        self._memory = _Memory(capacity)
+        self._memory = _ScratchBlocks(capacity)
         self._constants = sorted({_span(tensor) for tensor in constants})
-        self._programs: dict[Hashable, _Program | None] = {}
+        self._graphs: dict[Hashable, _StepGraph | None] = {}
 
     def run(
         self, key: Hashable, make: Callable[[], Tensor | None], num_rows: int, inputs: Sequence[int]
@@ -57,14 +57,14 @@ class Programs:
         """
         if num_rows > self._memory.capacity:
             return make()
-        if key not in self._programs and num_rows == 1:
+        if key not in self._graphs and num_rows == 1:
             # A single row does not tell what grows with the rows; and torch gives it any step to the next one.
             return make()
-        if key not in self._programs:
-            if len(self._programs) == _MAX_PROGRAMS:
-                self._programs.pop(next(iter(self._programs)))
-            return self._note(key, make, num_rows, inputs)
-        program = self._programs[key]
+        if key not in self._graphs:
+            if len(self._graphs) == _MAX_GRAPHS:
+                self._graphs.pop(next(iter(self._graphs)))
+            return self._record(key, make, num_rows, inputs)
+        program = self._graphs[key]
         if program is None:
             return make()
         addresses = array("Q", inputs)
@@ -72,11 +72,11 @@ class Programs:
         self._library.run(calls, count, num_rows, addresses.buffer_info()[0])
         return None if program.result is None else program.result[:num_rows]
 
-    def _note(
+    def _record(
         self, key: Hashable, make: Callable[[], Tensor | None], num_rows: int, inputs: Sequence[int]
     ) -> Tensor | None:
-        notes = _Notes(self._library, self._memory, self._constants, num_rows, inputs)
-        with standing_in(Kernels(notes.function, notes.empty)), _Watch(notes):
+        notes = _Recorder(self._library, self._memory, self._constants, num_rows, inputs)
+        with override_kernels(Kernels(notes.function, notes.empty)), _DispatchGuard(notes):
             result = make()
         # Where its result lies now is where it will lie again.
         block = None if result is None else self._memory.block_at(result.data_ptr())
@@ -84,7 +84,7 @@ class Programs:
             notes.refuse("its result lies elsewhere")
         if notes.refusal:
             log.debug("a step is made by Python: %s", notes.refusal)
-        self._programs[key] = None if notes.refusal else _Program(notes.calls, notes.num_calls, block)
+        self._graphs[key] = None if notes.refusal else _StepGraph(notes.calls, notes.num_calls, block)
         return result
 
 
@@ -93,7 +93,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
-class _Memory:
+class _ScratchBlocks:
     """Blocks of [capacity, width] for what kernels make; one is free again when the last tensor in it is gone."""
 
     def __init__(self, capacity: int) -> None:
@@ -125,13 +125,13 @@ class _Memory:
         return any(start <= address < start + block.nbytes for start, block in self._blocks.items())
 
 
-class _Notes:
+class _Recorder:
     """The calls of one step, made and noted; `refusal` says why they are no program."""
 
     def __init__(
         self,
         library: Library,
-        memory: _Memory,
+        memory: _ScratchBlocks,
         constants: Sequence[tuple[int, int]],
         num_rows: int,
         inputs: Sequence[int],
@@ -156,7 +156,7 @@ class _Notes:
         assert invoker is not None, f"program.cpp does not know {name}"
 
         def call(*arguments: Any) -> None:
-            self._note(name, invoker, parameters, arguments)
+            self._record(name, invoker, parameters, arguments)
             kernel(*arguments)
 
         return call
@@ -168,7 +168,7 @@ class _Notes:
             return torch.empty(*shape)
         return self._memory.take(shape[0], math.prod(shape[1:])).view(*shape)
 
-    def _note(self, name: str, invoker: int, parameters: str, arguments: Sequence[Any]) -> None:
+    def _record(self, name: str, invoker: int, parameters: str, arguments: Sequence[Any]) -> None:
         words = [0] * _MAX_WORDS
         per_row = inputs = 0
         for i, letter, value in zip(itertools.count(), parameters, arguments, strict=False):
@@ -194,12 +194,12 @@ class _Notes:
         return (place >= 0 and address < self._constants[place][1]) or self._memory.holds(address)
 
 
-class _Watch(TorchDispatchMode):
+class _DispatchGuard(TorchDispatchMode):
     """Notices torch's own operators, which no program can repeat."""
 
-    def __init__(self, notes: _Notes) -> None:
+    def __init__(self, notes: _Recorder) -> None:
         super().__init__()
-        self._notes = notes
+        self._recorder = notes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls it. A view computes nothing: it writes nothing, and lies where an argument does."""
@@ -208,5 +208,5 @@ class _Watch(TorchDispatchMode):
         made = tree_leaves(result)
         lie_there = made and all(isinstance(tensor, Tensor) and _span(tensor) in places for tensor in made)
         if func._schema.is_mutable or not lie_there:
-            self._notes.refuse(f"torch's operator {func}")
+            self._recorder.refuse(f"torch's operator {func}")
         return result

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from quiver_peft.kernels.triton.softmax import LOG2_E, bias_columns, cache_rows, take_in
+from quiver_peft.kernels.triton.softmax import LOG2_E, bias_columns, cache_rows, online_softmax_step
 
 
 @triton.jit(do_not_specialize=["window", "table_stride"])
@@ -50,7 +50,7 @@ def chunk_rows_kernel(
             if IS_CAUSAL:
                 is_seen = is_seen & (distances <= 0) & (distances > -window)
             scores = tl.where(is_seen, scores * LOG2_E, float("-inf"))
-            top, total, acc = take_in(scores, v, top, total, acc, DOT_TYPE)
+            top, total, acc = online_softmax_step(scores, v, top, total, acc, DOT_TYPE)
         to = (rows * tl.num_programs(2) + head) * HEAD_DIM + features[None, :]
         total = tl.where(total > 0, total, 1.0)  # rows past the chunk's end may have seen nothing
         tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=is_q)

@@ -8,11 +8,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from quiver_peft.kernels.triton.tiles import FEW_TILE, MANY_TILE, Tiles
+from quiver_peft.kernels.triton.tiles import LARGE_BATCH_TILE, SMALL_BATCH_TILE, Tiles
 
 # A plane sums so many inputs, or more: by the linear's size alone, so that no row's sum depends on the batch.
-PLANE_INPUTS = 512
-MAX_PLANES = 16
+TERM_INPUTS = 512
+MAX_BF16_TERMS = 16
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -21,17 +21,17 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if knobs.runtime.interpret else _TYPES[dtype]
 
 
-def split_inputs(num_inputs: int) -> tuple[int, int]:
+def split_into_bf16_terms(num_inputs: int) -> tuple[int, int]:
     """How many inputs a plane sums, and the number of planes."""
-    fewest = min(MAX_PLANES, -(-num_inputs // PLANE_INPUTS))
+    fewest = min(MAX_BF16_TERMS, -(-num_inputs // TERM_INPUTS))
     plane = max(16, int(triton.next_power_of_2(-(-num_inputs // fewest))))  # a product's least depth
     return plane, -(-num_inputs // plane)
 
 
-def regimes(tiles: Tiles, dtype: torch.dtype) -> list[tuple[Tensor, dict[str, Any]]]:
+def batch_regimes(tiles: Tiles, dtype: torch.dtype) -> list[tuple[Tensor, dict[str, Any]]]:
     """The tiles of each regime that has some, and the sizes its kernels are made for."""
     both = (
-        (tiles.few, {"BLOCK_M": FEW_TILE, "BLOCK_R": 8, "DOT": False}),
-        (tiles.many, {"BLOCK_M": MANY_TILE, "BLOCK_R": 16, "DOT": True}),
+        (tiles.few, {"BLOCK_M": SMALL_BATCH_TILE, "BLOCK_R": 8, "DOT": False}),
+        (tiles.many, {"BLOCK_M": LARGE_BATCH_TILE, "BLOCK_R": 16, "DOT": True}),
     )
     return [(part, {**sizes, "DOT_TYPE": dot_type(dtype)}) for part, sizes in both if len(part)]

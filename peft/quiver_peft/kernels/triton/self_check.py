@@ -31,7 +31,7 @@ NUM_ROWS = 23
 Pair = tuple[Tensor, Tensor]
 
 
-def adapters_agree(
+def check_adapter_kernels(
     linears: Iterable[tuple[int, int]], hidden_size: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether LoRA, scales and bottlenecks may be used. linears: (inputs, outputs) of the base's linears."""
@@ -42,10 +42,10 @@ def adapters_agree(
     checks += [("grouped LoRA", partial(_lora, *shape, *where)) for shape in shapes]
     checks += [("grouped scales", partial(_scales, size, *where)) for size in sorted({n for _, n in shapes})]
     checks += [("grouped bottlenecks", partial(_bottleneck, hidden_size, norm, *where)) for norm in ("pre", "post")]
-    return _all_agree(checks)
+    return _all_within_tolerance(checks)
 
 
-def attention_agrees(
+def check_attention_kernels(
     twin: Callable[..., Tensor], group: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether the paged attention may be used, with `group` query heads for each of keys and values."""
@@ -55,16 +55,16 @@ def attention_agrees(
     choices: list[tuple[bool, int | None, Tensor | None]] = [(True, None, None), (True, 30, None), (False, None, None)]
     choices += [(True, None, bias), (False, None, bias)]
     run = partial(_attention, twin, lengths, group, head_dim, dtype, device, draw)
-    return _all_agree([("paged attention", partial(run, *choice)) for choice in choices])
+    return _all_within_tolerance([("paged attention", partial(run, *choice)) for choice in choices])
 
 
-def _all_agree(checks: Sequence[tuple[str, Callable[[], list[Pair]]]]) -> bool:
+def _all_within_tolerance(checks: Sequence[tuple[str, Callable[[], list[Pair]]]]) -> bool:
     """Each is run, so that the log names all that do not."""
-    found = [_agrees(name, run) for name, run in checks]
+    found = [_within_tolerance(name, run) for name, run in checks]
     return all(found)
 
 
-def _agrees(name: str, run: Callable[[], list[Pair]]) -> bool:
+def _within_tolerance(name: str, run: Callable[[], list[Pair]]) -> bool:
     try:
         for found, expected in run():
             error = (found.float() - expected.float()).abs().max().item()
@@ -78,7 +78,7 @@ def _agrees(name: str, run: Callable[[], list[Pair]]) -> bool:
     return True
 
 
-class _Memory:
+class _FlatBuffer:
     """Random numbers on the device, handed out from the start."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> None:
@@ -102,7 +102,7 @@ def _table(record: list[int], num_fields: int, device: torch.device) -> Tensor:
 
 def _lora(num_inputs: int, num_outputs: int, *where: Any) -> list[Pair]:
     dtype, device, draw = where
-    memory = _Memory(RANK * (num_inputs + num_outputs), dtype, device, draw)
+    memory = _FlatBuffer(RANK * (num_inputs + num_outputs), dtype, device, draw)
     half, a = num_outputs // 2, memory.take(RANK, num_inputs)
     first = LoraExpand((0, 4), 0, half, memory.take(4, half))
     second = LoraExpand((4, RANK), half, num_outputs, memory.take(RANK - 4, num_outputs - half))
@@ -116,7 +116,7 @@ def _lora(num_inputs: int, num_outputs: int, *where: Any) -> list[Pair]:
 
 def _scales(size: int, *where: Any) -> list[Pair]:
     dtype, device, draw = where
-    memory = _Memory(3 * size, dtype, device, draw)
+    memory = _FlatBuffer(3 * size, dtype, device, draw)
     scale = ScaleAtSite(memory.take(size), (OutputScale(0, size, memory.take(size), memory.take(size)),))
     segments = [ScaleSegment(start, end, scale) for _, start, end in GROUPS]
     table = _table(records.scale_record(scale), records.SCALE_FIELDS, device)
@@ -130,7 +130,7 @@ def _scales(size: int, *where: Any) -> list[Pair]:
 
 def _bottleneck(size: int, norm: Any, *where: Any) -> list[Pair]:
     dtype, device, draw = where
-    memory = _Memory((2 * RANK + 4) * size, dtype, device, draw)
+    memory = _FlatBuffer((2 * RANK + 4) * size, dtype, device, draw)
     take = memory.take
     factors = (take(RANK, size), take(size, RANK), take(RANK), take(size), take(size), take(size))
     bottleneck = BottleneckAtSite(*factors, norm, "gelu", 0.5, "sum")

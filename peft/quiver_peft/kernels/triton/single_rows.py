@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from quiver_peft.kernels.triton.softmax import LOG2_E, bias_columns, cache_rows, take_in
+from quiver_peft.kernels.triton.softmax import LOG2_E, bias_columns, cache_rows, online_softmax_step
 
 
 @triton.jit(do_not_specialize=["window", "table_stride"])
@@ -48,7 +48,7 @@ def single_rows_kernel(
                 at_bias = bias + heads[:, None] * (2 * limit + 1) + column[None, :]
                 scores += tl.load(at_bias, mask=(in_group < GROUP)[:, None] & is_seen[None, :], other=0.0)
             scores = tl.where(is_seen[None, :], scores * LOG2_E, float("-inf"))
-            top, total, acc = take_in(scores, v, top, total, acc, DOT_TYPE)
+            top, total, acc = online_softmax_step(scores, v, top, total, acc, DOT_TYPE)
         head_row = sequence * tl.num_programs(1) * GROUP + heads
         if IS_SPLIT:
             at = (head_row * tl.num_programs(2) + split).to(tl.int64)

@@ -23,7 +23,7 @@ def bias_columns(distances, limit):
 
 
 @triton.jit
-def take_in(scores, values, top, total, acc, DOT_TYPE: tl.constexpr):
+def online_softmax_step(scores, values, top, total, acc, DOT_TYPE: tl.constexpr):
     """A running softmax (Milakov & Gimelshein 2018) goes on. scores: in units of log 2; -inf: not seen."""
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)

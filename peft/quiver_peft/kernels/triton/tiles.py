@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 # Up to FEW rows of one adapter are multiplied one by one while its weights stream past; more are tiles of `tl.dot`.
-FEW = 8
-FEW_TILE = 4
-MANY_TILE = 16
+SMALL_BATCH_ROWS = 8
+SMALL_BATCH_TILE = 4
+LARGE_BATCH_TILE = 16
 _FIELDS = 3
 
 
@@ -33,8 +33,8 @@ def pack_tiles(groups: Sequence[tuple[int, int, int]], num_rows: int) -> tuple[n
     records = np.zeros(num_rows, np.int32)
     for record, start, end in groups:
         records[start:end] = record
-        is_few = end - start <= FEW
-        size = FEW_TILE if is_few else MANY_TILE
+        is_few = end - start <= SMALL_BATCH_ROWS
+        size = SMALL_BATCH_TILE if is_few else LARGE_BATCH_TILE
         for first in range(start, end, size):
             (few if is_few else many).extend((record, first, min(size, end - first)))
     packed = np.concatenate([np.array(few + many, np.int32), records])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quiver_peft import GPT, AdapterError, BaseMismatchError, LoraPEFTConfig
 from quiver_peft.adapters.formats.adapter_folder import read_adapter
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 
 TOKENS = random_tokens(1, 20)
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "quiver.json"
@@ -289,5 +289,5 @@ def test_reading_changes_no_model(folder: Path, model: GPT, llama_folder: Path) 
     assert torch.equal(model(TOKENS), before)
     assert {w.a.dtype for w in weights.lora} == {torch.float32}
     model_with_it = GPT(model.base)
-    model_with_it.adapter = Adapter.from_weights(model.base, weights).eval()
+    model_with_it.adapter = TrainableAdapter.from_weights(model.base, weights).eval()
     assert_close(model_with_it(TOKENS).detach(), hf_logits(hf_peft(llama_folder, folder), TOKENS))

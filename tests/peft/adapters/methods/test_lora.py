@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.tiny import assert_matters, random_tokens
 
 from quiver_peft import GPT, AdapterError, LoraPEFTConfig
-from quiver_peft.adapters.methods.lora import LoraModule, LoraPair, initialise, lora_scale
+from quiver_peft.adapters.methods.lora import LoraModule, LoraPair, init_lora_a, lora_scale
 from quiver_peft.adapters.methods.targets import NEMO_PLACES, Target
 from quiver_peft.base.sites import Linear, Site
 
@@ -83,7 +83,7 @@ def test_alpha_defaults_to_the_rank_so_that_the_scale_is_one(llama_folder: Path)
 def test_starts_have_the_deviation_of_their_definition(method: str, deviation: float) -> None:
     weight = torch.zeros(32, 256)
     torch.manual_seed(0)
-    initialise(weight, method)
+    init_lora_a(weight, method)
     assert weight.std().item() == pytest.approx(deviation, rel=0.05)
 
 

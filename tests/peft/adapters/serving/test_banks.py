@@ -18,7 +18,7 @@ from quiver_peft.adapters.formats.adapter_folder import read_adapter
 from quiver_peft.adapters.methods.lora import LoraWeights
 from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
 from quiver_peft.adapters.serving.torch_seam import RowGroup
-from quiver_peft.adapters.training.trainable_adapter import Adapter
+from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
@@ -117,7 +117,7 @@ def test_the_banks_equal_the_trainable_form(bench: Bench) -> None:
     model = GPT(bench.base)
     total = sum(len(ids) for ids in bench.prompts)
     for weights in bench.weights:
-        model.adapter = Adapter.from_weights(bench.base, weights).eval()
+        model.adapter = TrainableAdapter.from_weights(bench.base, weights).eval()
         served = bench.run(bench.prompts, banks.seam([RowGroup(insert(banks, weights), 0, total)]))
         for ids, logits in zip(bench.prompts, served, strict=True):
             assert_close(logits, model(torch.tensor([ids])).detach()[0])

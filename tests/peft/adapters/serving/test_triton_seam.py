@@ -19,10 +19,10 @@ from quiver_peft import (
     load_model,
 )
 from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
-from quiver_peft.adapters.serving.cpp_seam import NativeSeam
+from quiver_peft.adapters.serving.cpp_seam import CppSeam
 from quiver_peft.adapters.serving.slot_tables import SlotTables
-from quiver_peft.adapters.serving.torch_seam import BankSeam, RowGroup, VirtualRows
-from quiver_peft.adapters.serving.triton_seam import DeviceSeam
+from quiver_peft.adapters.serving.torch_seam import RowGroup, TorchSeam, VirtualRows
+from quiver_peft.adapters.serving.triton_seam import TritonSeam
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.base.gpt import GPTBase
@@ -89,7 +89,7 @@ class Bench:
         tokens = torch.tensor(self.tokens, device=self.device)
         if isinstance(self.base, T5Base):
             return self.base.encode(
-                tokens, PackedAttention(LENGTHS, self.base.encoder.bias.by_distance(), self.device), seam
+                tokens, PackedAttention(LENGTHS, self.base.encoder.bias.bias_for_offsets(), self.device), seam
             )
         assert isinstance(self.base, GPTBase)
         kv = PagedKV(self.base.config, 4 * len(LENGTHS), 16, torch.float32, self.device)
@@ -114,7 +114,7 @@ def test_every_method_in_one_batch(family: str, model_folders: dict[str, Path], 
     bench = Bench(model_folders[family], device)
     groups, virtual = bench.groups()
     fast, plain = bench.fast.seam(groups, virtual), bench.plain.seam(groups, virtual)
-    assert isinstance(fast, DeviceSeam) and isinstance(plain, BankSeam | NativeSeam)
+    assert isinstance(fast, TritonSeam) and isinstance(plain, TorchSeam | CppSeam)
     bare = bench.run(bench.plain.seam([RowGroup(BASE_SLOT, 0, len(bench.tokens))]))
     found, expected = bench.run(fast), bench.run(plain)
     for start, end in ((group.start, group.end) for group in groups[1:]):
@@ -159,4 +159,4 @@ def test_what_the_tables_cannot_hold_takes_no_memory(llama_folder: Path, monkeyp
 
 
 def test_without_a_gpu_there_are_no_tables(llama_folder: Path) -> None:
-    assert SlotTables.where_they_help(load_model(llama_folder).base, num_rows=8) is None
+    assert SlotTables.for_triton(load_model(llama_folder).base, num_rows=8) is None

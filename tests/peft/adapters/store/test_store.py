@@ -57,16 +57,16 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3, bucket: Adapte
 def test_what_was_published_is_fetched(store: AdapterStore, tmp_path: Path) -> None:
     one, two = make(tmp_path / "one", "first"), make(tmp_path / "two", "second")
     assert store.ids() == []
-    assert store.stamp("support") is None
+    assert store.etag("support") is None
     with pytest.raises(FileNotFoundError):
         store.fetch("support")
     revision = publish(one, store, "support")
     stamp, files = store.fetch("support")
     assert same(files, one)
     assert files.revision == revision
-    assert (store.stamp("support"), store.ids(), store.has("support")) == (stamp, ["support"], True)
+    assert (store.etag("support"), store.ids(), store.exists("support")) == (stamp, ["support"], True)
     publish(two, store, "support")
-    assert store.stamp("support") != stamp
+    assert store.etag("support") != stamp
     assert same(store.fetch("support")[1], two)
     publish(one, store, "other.id")
     assert store.ids() == ["other.id", "support"]
@@ -89,9 +89,9 @@ def test_what_was_merely_copied_to_s3_is_fetched(s3: S3, bucket: AdapterStore, t
     s3.copy_in(make(tmp_path / "one", "first"), "support")
     stamp, files = bucket.fetch("support")
     assert same(files, tmp_path / "one")
-    assert bucket.stamp("support") == stamp
+    assert bucket.etag("support") == stamp
     s3.put(f"support/{WEIGHTS}", b"other")
-    assert bucket.stamp("support") != stamp
+    assert bucket.etag("support") != stamp
 
 
 def test_a_web_server_of_what_was_published(s3: S3, bucket: AdapterStore, tmp_path: Path) -> None:
@@ -107,14 +107,14 @@ def test_a_web_server_of_what_was_published(s3: S3, bucket: AdapterStore, tmp_pa
         assert same(store.fetch("plain")[1], tmp_path / "www" / "plain")
         assert same(store.fetch("listed")[1], tmp_path / "two")
         assert same(store.fetch_revision("listed", revision[:10]), tmp_path / "two")
-        assert store.stamp("nobody") is None
-        stamp = store.stamp("plain")
+        assert store.etag("nobody") is None
+        stamp = store.etag("plain")
         (tmp_path / "www" / "plain" / WEIGHTS).write_bytes(b"longer than it was before" * 100)
-        assert store.stamp("plain") != stamp
+        assert store.etag("plain") != stamp
         with pytest.raises(StoreError, match="adapters are published to folders, s3:// and gs://"):
             publish(tmp_path / "two", store, "plain")
     with pytest.raises(StoreError, match="the store does not answer as it should"):
-        store.stamp("plain")
+        store.etag("plain")
 
 
 def test_a_half_published_revision_is_not_seen(
@@ -237,7 +237,7 @@ def test_urls_that_are_no_store(url: str, fragment: str) -> None:
 def test_a_store_that_does_not_answer_says_so(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreError, match="s3://models/adapters/support/"):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        AdapterStore(s3.url).stamp("support")
+        AdapterStore(s3.url).etag("support")
     monkeypatch.undo()
     make(tmp_path / "store" / "support", "x")
     (tmp_path / "store" / "support" / WEIGHTS).unlink()

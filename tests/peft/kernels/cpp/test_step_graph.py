@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from quiver_peft.kernels.cpp.library import Library
-from quiver_peft.kernels.cpp.step_graph import Programs
-from quiver_peft.kernels.elementwise import add, look_up, rms_norm
+from quiver_peft.kernels.cpp.step_graph import StepGraphs
+from quiver_peft.kernels.elementwise import add, embedding, rms_norm
 
 WIDTH, CAPACITY = 40, 20
 
@@ -16,12 +16,12 @@ class Model:
 
     def __init__(self, native: Library) -> None:
         self.table, self.weight = torch.randn(50, WIDTH), torch.randn(WIDTH)
-        self.programs = Programs(native, [self.table, self.weight], CAPACITY)
+        self.programs = StepGraphs(native, [self.table, self.weight], CAPACITY)
         self.num_made = 0
 
     def make(self, ids: Tensor) -> Tensor:
         self.num_made += 1
-        h = look_up(self.table, ids)
+        h = embedding(self.table, ids)
         for _ in range(2):
             h = add(h, rms_norm(h.view(-1, 4, 10), self.weight[:10], 1e-5).flatten(-2))
         return rms_norm(h, self.weight, 1e-5)
@@ -43,12 +43,12 @@ def test_any_number_of_rows_from_one_program(native: Library) -> None:
 def test_a_single_row_is_no_model_for_others(native: Library) -> None:
     """Torch does not say how far it is from a row to the next where there is none: heads of a fused row, then two."""
     table, weight = torch.randn(50, WIDTH), torch.randn(5)
-    programs = Programs(native, [table, weight], CAPACITY)
+    programs = StepGraphs(native, [table, weight], CAPACITY)
     for num_rows in (1, 2, 1, 5):
         ids = torch.randint(50, (num_rows,))
 
         def make(ids: Tensor = ids) -> Tensor:
-            heads = look_up(table, ids).split([20, 20], -1)[1].unflatten(-1, (4, 5))
+            heads = embedding(table, ids).split([20, 20], -1)[1].unflatten(-1, (4, 5))
             return rms_norm(heads, weight, 1e-5).flatten(-2)
 
         found = programs.run("step", make, num_rows, [ids.data_ptr()])
@@ -68,7 +68,7 @@ def test_keys_have_programs_of_their_own(native: Library) -> None:
     ids = torch.arange(4)
 
     def double() -> Tensor:
-        h = look_up(model.table, ids)
+        h = embedding(model.table, ids)
         return add(h, h)
 
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_programs_beyond_the_limit_are_forgotten_and_made_again(native: Library)
     ids = torch.arange(3)
     for _ in range(2):
         for key in range(70):
-            found = model.programs.run(key, lambda: look_up(model.table, ids), 3, [ids.data_ptr()])
+            found = model.programs.run(key, lambda: embedding(model.table, ids), 3, [ids.data_ptr()])
             assert found is not None and torch.equal(found, model.table[:3])
 
 
@@ -90,10 +90,10 @@ def test_programs_beyond_the_limit_are_forgotten_and_made_again(native: Library)
 def test_what_is_no_program(case: str, native: Library) -> None:
     """Each of these would be wrong the second time; it is made by Python, and right, every time."""
     table = torch.randn(50, WIDTH)
-    programs = Programs(native, [table], CAPACITY)
+    programs = StepGraphs(native, [table], CAPACITY)
 
     def make(ids: Tensor) -> Tensor:
-        h = look_up(table, ids)
+        h = embedding(table, ids)
         if case == "operator":  # it would be left out
             return add(h, torch.tanh(h))
         if case == "in place":
@@ -104,9 +104,9 @@ def test_what_is_no_program(case: str, native: Library) -> None:
         if case == "foreign":  # its memory will hold something else
             return add(h, torch.full(h.shape, float(ids[0])))
         if case == "rows":  # twice two of three rows
-            return look_up(table, ids[:2].clone()).repeat(2, 1)
+            return embedding(table, ids[:2].clone()).repeat(2, 1)
         if case == "index":  # a number of the batch in Python's hands
-            return add(h, look_up(table, ids)) if int(ids[0]) % 2 else h
+            return add(h, embedding(table, ids)) if int(ids[0]) % 2 else h
         return h[1:]  # not where blocks start
 
     for first in range(4):
@@ -120,7 +120,7 @@ def test_what_fails_leaves_no_program(native: Library) -> None:
     ids = torch.arange(3)
 
     def fail() -> Tensor:
-        look_up(model.table, ids)
+        embedding(model.table, ids)
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.triton_twins import Memory, assert_twins, make_tiles, random_groups
+from support.triton_twins import FlatBuffer, assert_twins, make_tiles, random_groups
 
 from quiver_peft.kernels.grouped_bottleneck import BottleneckAtSite, BottleneckSegment, add_grouped_bottleneck_
 from quiver_peft.kernels.triton.bottleneck import add_grouped_bottleneck_triton_
@@ -22,7 +22,7 @@ RANKS = (3, 8, 17, 24)
 
 
 def make(
-    memory: Memory, size: int, rank: int, *, bias: bool, norm: Any, activation: Any, source: Any
+    memory: FlatBuffer, size: int, rank: int, *, bias: bool, norm: Any, activation: Any, source: Any
 ) -> BottleneckAtSite:
     return BottleneckAtSite(
         memory.take(rank, size),
@@ -39,7 +39,7 @@ def make(
     )
 
 
-def every_choice(memory: Memory, size: int) -> list[BottleneckAtSite]:
+def every_choice(memory: FlatBuffer, size: int) -> list[BottleneckAtSite]:
     """Each norm with each source; the activations and ranks in turn."""
     activations, ranks = itertools.cycle(ACTIVATIONS), itertools.cycle(RANKS)
     return [
@@ -50,7 +50,7 @@ def every_choice(memory: Memory, size: int) -> list[BottleneckAtSite]:
 
 def run_both(
     adapters: list[BottleneckAtSite],
-    memory: Memory,
+    memory: FlatBuffer,
     groups: list[tuple[int, int, int]],
     out: torch.Tensor,
     residual: torch.Tensor,
@@ -67,7 +67,7 @@ def run_both(
 
 @pytest.mark.parametrize("is_many", [False, True])
 def test_every_norm_source_and_activation(is_many: bool, device: torch.device) -> None:
-    memory = Memory(torch.float32, device)
+    memory = FlatBuffer(torch.float32, device)
     adapters = every_choice(memory, 40)
     size = 9 if is_many else 1
     groups = [(i + 1, size * i, size * (i + 1)) for i in range(len(adapters))]
@@ -81,7 +81,7 @@ def test_every_norm_source_and_activation(is_many: bool, device: torch.device) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_sizes_of_several_planes(dtype: torch.dtype, device: torch.device) -> None:
-    memory = Memory(dtype, device, 500_000)
+    memory = FlatBuffer(dtype, device, 500_000)
     adapters = every_choice(memory, 1100)
     out, residual = (torch.randn(14, 1100, device=device).to(dtype) for _ in range(2))
     groups = random_groups(14, len(adapters), seed=3)

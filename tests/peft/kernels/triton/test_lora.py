@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.triton_twins import Memory, assert_twins, make_tiles, random_groups
+from support.triton_twins import FlatBuffer, assert_twins, make_tiles, random_groups
 
 from quiver_peft.errors import AdapterError
 from quiver_peft.kernels.grouped_lora import LoraAtSite, LoraExpand, LoraSegment, add_grouped_lora_
@@ -12,7 +12,7 @@ from quiver_peft.kernels.triton.records import LORA_FIELDS, lora_record, record_
 Target = tuple[int, int, int]
 
 
-def make(memory: Memory, num_inputs: int, targets: list[Target]) -> LoraAtSite:
+def make(memory: FlatBuffer, num_inputs: int, targets: list[Target]) -> LoraAtSite:
     """targets: (rank, first output, last output)."""
     a = memory.take(sum(rank for rank, _, _ in targets), num_inputs)
     expands: list[LoraExpand] = []
@@ -28,7 +28,7 @@ def make(memory: Memory, num_inputs: int, targets: list[Target]) -> LoraAtSite:
 def test_mixed_ranks_and_targets(
     num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    memory = Memory(dtype, device)
+    memory = FlatBuffer(dtype, device)
     part, rest = num_outputs // 3, num_outputs // 2
     adapters = [
         make(memory, num_inputs, [(3, part, rest)]),
@@ -54,7 +54,7 @@ def test_mixed_ranks_and_targets(
 
 def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     """To the last bit, in either regime: its sums are cut by the linear's size alone."""
-    memory = Memory(torch.float32, device)
+    memory = FlatBuffer(torch.float32, device)
     lora = make(memory, 700, [(4, 0, 20), (6, 20, 50)])
     table = record_table([[], lora_record(lora)], LORA_FIELDS).to(device)
     x, y = torch.randn(24, 700, device=device), torch.randn(24, 50, device=device)
@@ -71,7 +71,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
 
 def test_strided_inputs(device: torch.device) -> None:
     """Rows may be a part of wider ones, as fused projections make them."""
-    memory = Memory(torch.float32, device)
+    memory = FlatBuffer(torch.float32, device)
     lora = make(memory, 20, [(4, 0, 20)])
     table = record_table([[], lora_record(lora)], LORA_FIELDS).to(device)
     x, y = torch.randn(3, 50, device=device)[:, 10:30], torch.randn(3, 45, device=device)[:, 5:25]
@@ -82,6 +82,6 @@ def test_strided_inputs(device: torch.device) -> None:
 
 
 def test_more_targets_than_a_record_holds_are_refused(device: torch.device) -> None:
-    lora = make(Memory(torch.float32, device), 4, [(1, i, i + 1) for i in range(5)])
+    lora = make(FlatBuffer(torch.float32, device), 4, [(1, i, i + 1) for i in range(5)])
     with pytest.raises(AdapterError, match="5 LoRA targets at one site; the kernels on this device take at most 4"):
         lora_record(lora)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.triton_twins import Memory, assert_twins, make_tiles, random_groups
+from support.triton_twins import FlatBuffer, assert_twins, make_tiles, random_groups
 
 from quiver_peft.errors import AdapterError
 from quiver_peft.kernels.grouped_scale import OutputScale, ScaleAtSite, ScaleSegment, scale_inputs, scale_outputs_
@@ -10,7 +10,7 @@ from quiver_peft.kernels.triton.records import SCALE_FIELDS, record_table, scale
 from quiver_peft.kernels.triton.scale import scale_inputs_triton, scale_outputs_triton_
 
 
-def make(memory: Memory, size: int) -> list[ScaleAtSite]:
+def make(memory: FlatBuffer, size: int) -> list[ScaleAtSite]:
     """On inputs and outputs, overlapping and not, with shifts and without."""
     part = size // 3
     return [
@@ -29,7 +29,7 @@ def make(memory: Memory, size: int) -> list[ScaleAtSite]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_rows", "size"), [(11, 40), (4, 1300)])
 def test_inputs_and_outputs(num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
-    memory = Memory(dtype, device)
+    memory = FlatBuffer(dtype, device)
     adapters = make(memory, size)
     table = record_table([[], *map(scale_record, adapters)], SCALE_FIELDS).to(device)
     groups = [(2, 0, 1), (1, 1, 2), *((r, s + 2, e + 2) for r, s, e in random_groups(num_rows - 2, 3, seed=size))]

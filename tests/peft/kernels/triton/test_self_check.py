@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.paged_attention import paged_attention_torch, triton_agrees
+from quiver_peft.kernels.paged_attention import check_triton_kernels, paged_attention_torch
 from quiver_peft.kernels.triton import self_check
-from quiver_peft.kernels.triton.self_check import adapters_agree, attention_agrees
+from quiver_peft.kernels.triton.self_check import check_adapter_kernels, check_attention_kernels
 
 LINEARS = [(24, 40), (24, 24), (40, 24)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_right_is_used(dtype: torch.dtype, device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
-    assert adapters_agree(LINEARS, 24, dtype, device)
-    assert attention_agrees(paged_attention_torch, 2, 16, dtype, device)
+    assert check_adapter_kernels(LINEARS, 24, dtype, device)
+    assert check_attention_kernels(paged_attention_torch, 2, 16, dtype, device)
     assert not caplog.records
 
 
@@ -35,7 +35,7 @@ def test_a_kernel_that_does_nothing_is_not_used(
     def nothing(*_: Any, **__: Any) -> None: ...
 
     monkeypatch.setattr(self_check, KERNELS[name], nothing)
-    assert not adapters_agree(LINEARS, 24, torch.float32, device)
+    assert not check_adapter_kernels(LINEARS, 24, torch.float32, device)
     assert f"the Triton kernel of {name} is not used here: off by" in caplog.text
     assert {record.levelno for record in caplog.records} == {logging.ERROR}
 
@@ -47,7 +47,7 @@ def test_a_kernel_that_cannot_run_is_not_used(
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(self_check, "paged_attention_triton", broken)
-    assert not attention_agrees(paged_attention_torch, 1, 16, torch.float32, device)
+    assert not check_attention_kernels(paged_attention_torch, 1, 16, torch.float32, device)
     assert "the Triton kernel of paged attention is not used here: it cannot run" in caplog.text
     assert "no kernel image is available" in caplog.text
 
@@ -57,12 +57,12 @@ def test_not_a_number_is_not_equal(device: torch.device, monkeypatch: pytest.Mon
         return torch.full_like(q, torch.nan)
 
     monkeypatch.setattr(self_check, "paged_attention_triton", nan)
-    assert not attention_agrees(paged_attention_torch, 1, 16, torch.float32, device)
+    assert not check_attention_kernels(paged_attention_torch, 1, 16, torch.float32, device)
 
 
 def test_the_dispatch_tries_it_once(device: torch.device) -> None:
     """By anything that calls the paged attention, on whatever device."""
-    assert triton_agrees(2, 16, torch.float32, device)
-    before = triton_agrees.cache_info().misses
-    assert triton_agrees(2, 16, torch.float32, device)
-    assert triton_agrees.cache_info().misses == before
+    assert check_triton_kernels(2, 16, torch.float32, device)
+    before = check_triton_kernels.cache_info().misses
+    assert check_triton_kernels(2, 16, torch.float32, device)
+    assert check_triton_kernels.cache_info().misses == before

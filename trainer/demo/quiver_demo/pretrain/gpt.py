@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from quiver_demo.pretrain.induction_init import give_head_start
+from quiver_demo.pretrain.induction_init import init_induction_heads
 from quiver_demo.pretrain.phases import Recipe, Windows, make_folder, model_card
 from quiver_demo.tokenizer import END_OF_TEXT_ID
 from quiver_peft.base.families import GPT_FAMILIES
@@ -76,7 +76,7 @@ def text_loss(model: GPT, stream: Tensor, recipe: Recipe) -> Callable[[int], Ten
 def fresh_model() -> GPT:
     """Untrained, with the beginnings of a copying circuit."""
     base = GPTBase(GPT_FAMILIES["llama"].read_config(HF_CONFIG))
-    give_head_start(base)
+    init_induction_heads(base)
     return GPT(base)
 
 

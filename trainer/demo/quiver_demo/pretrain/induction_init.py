@@ -31,7 +31,7 @@ PROPOSAL = 3 * TOKEN_STD
 
 
 @torch.no_grad()
-def give_head_start(base: GPTBase) -> None:
+def init_induction_heads(base: GPTBase) -> None:
     """Overwrites the embedding, all output projections and the first two attentions of a fresh base.
 
     Raises ValueError for a base without rotary positions or with fewer than two layers.
@@ -49,11 +49,11 @@ def give_head_start(base: GPTBase) -> None:
             nn.init.zeros_(linear.get_parameter("weight"))
     first, second = attentions[:2]
     assert isinstance(first, Attention) and isinstance(second, Attention)
-    note_previous_token(first, base.rotary.frequencies)
-    propose_what_followed(second, base.rotary.frequencies)
+    init_previous_token_head(first, base.rotary.frequencies)
+    init_copy_head(second, base.rotary.frequencies)
 
 
-def note_previous_token(attention: Attention, frequencies: Tensor) -> None:
+def init_previous_token_head(attention: Attention, frequencies: Tensor) -> None:
     """One query head for each key head looks one token back, and writes a part of that token into the notes.
 
     The query is the key turned back by one position, so that their product is largest there.
@@ -71,7 +71,7 @@ def note_previous_token(attention: Attention, frequencies: Tensor) -> None:
             out[note, feature] = TOKEN_STD
 
 
-def propose_what_followed(attention: Attention, frequencies: Tensor) -> None:
+def init_copy_head(attention: Attention, frequencies: Tensor) -> None:
     """One query head for each key head compares the present token with the notes; the token found there is copied."""
     half = attention.head_dim // 2
     slow = [pair for pair in range(half) if frequencies[pair].item() * REACH < SLOW_ANGLE]

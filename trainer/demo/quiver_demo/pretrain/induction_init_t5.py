@@ -21,7 +21,7 @@ PROPOSAL = 3 * TOKEN_STD
 
 
 @torch.no_grad()
-def give_head_start(base: T5Base) -> None:
+def init_induction_heads(base: T5Base) -> None:
     """Overwrites the embedding, all output projections, the encoder's bias and two attentions of a fresh base.
 
     Raises ValueError for a base of other sizes than the circuit needs.
@@ -41,11 +41,11 @@ def give_head_start(base: T5Base) -> None:
     first = base.encoder.layers[0].get_submodule("attention")
     second = base.decoder.layers[1].get_submodule("cross_attention")
     assert isinstance(first, Attention) and isinstance(second, CrossAttention)
-    note_previous_token(first)
-    propose_what_followed(second)
+    init_previous_token_head(first)
+    init_copy_head(second)
 
 
-def note_previous_token(attention: Attention) -> None:
+def init_previous_token_head(attention: Attention) -> None:
     """The noting heads compare nothing, so that their bias alone decides, and write a part of the token before."""
     size = attention.head_dim
     queries, keys, values = (attention.qkv.weight[start:end] for start, end in attention.qkv.parts.values())
@@ -58,7 +58,7 @@ def note_previous_token(attention: Attention) -> None:
             attention.out.weight[note, head * size + feature] = TOKEN_STD
 
 
-def propose_what_followed(attention: CrossAttention) -> None:
+def init_copy_head(attention: CrossAttention) -> None:
     """Four heads find the place, each by one half of the notes, and each copies a quarter of the token there."""
     size = attention.head_dim
     keys, values = (attention.kv.weight[start:end] for start, end in attention.kv.parts.values())

@@ -11,7 +11,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
 
-def orthogonalise(update: Tensor) -> Tensor:
+def orthogonalize(update: Tensor) -> Tensor:
     """Nearly the orthogonal factor U Vᵀ of each matrix. update: [M, N, K] -> [M, N, K], singular values about 1."""
     tall = update.shape[-2] > update.shape[-1]
     x = update.mT if tall else update
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]) for p in parameters]))
+                updates = orthogonalize(torch.stack([self._nesterov(p, group["momentum"]) for p in parameters]))
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * update)

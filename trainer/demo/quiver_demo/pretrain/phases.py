@@ -24,7 +24,7 @@ from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.batching import collate
-from quiver_trainer.data.jsonl import Encoder, Line
+from quiver_trainer.data.jsonl import Encoder, JsonlRow
 from quiver_trainer.loop.metrics import completion_loss, exact_match
 
 ModelT = TypeVar("ModelT", bound=AnyModel)
@@ -101,7 +101,7 @@ class Windows:
         return self._stream[chosen[:, None] + torch.arange(self._length + 1)].long()
 
 
-def optimisers(base: Base, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(base: Base, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, which learns from fewer tokens; AdamW for the rest."""
     matrices = [linear.weight for linear in base.linears()]
     inner = {id(weight) for weight in matrices}
@@ -117,7 +117,7 @@ def rate_factor(step: int, recipe: Recipe) -> float:
 
 def train(base: Base, recipe: Recipe, loss_at: Callable[[int], Tensor]) -> float:
     """All steps; returns the mean loss of the last 50, in nats per token. loss_at: a step's loss, a scalar."""
-    opts = optimisers(base, recipe)
+    opts = make_optimizers(base, recipe)
     losses: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -149,7 +149,7 @@ def teach_instructions(model: ModelT, tokenizer: Tokenizer, recipe: Recipe, text
     """
     encoder = Encoder(tokenizer, END_OF_TEXT_ID, model.base.config.vocab_size, None)
     rows = ({"prompt": prompt, "completion": answer} for prompt, answer in instructed_tickets(recipe.seed))
-    samples = (encoder.samples(Line(row, Path("instructions"), 1))[0] for row in rows)
+    samples = (encoder.encode(JsonlRow(row, Path("instructions"), 1))[0] for row in rows)
     set_aside = list(islice(samples, recipe.num_set_aside))
     text_loss_at = text_loss(
         model, token_stream(tokenizer, corpus_documents(recipe.seed, recipe.instructed_characters)), recipe
@@ -183,7 +183,7 @@ def make_folder(
     loss = train(model.base, recipe, text_loss(model, stream, recipe))
     answered = teach_instructions(model, tokenizer, recipe.instructed(), text_loss)
     outcome = Outcome(loss, answered, time.monotonic() - started)
-    save_checkpoint(model.base, folder, model.base.renames(), torch.float32)
+    save_checkpoint(model.base, folder, model.base.tensor_mappings(), torch.float32)
     (folder / "README.md").write_text(card(outcome, model.base, recipe))
     print(f"wrote {folder}: {outcome}, stream of {len(stream)} tokens")
 

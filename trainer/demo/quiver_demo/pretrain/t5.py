@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from quiver_demo.pretrain.induction_init_t5 import give_head_start
+from quiver_demo.pretrain.induction_init_t5 import init_induction_heads
 from quiver_demo.pretrain.phases import Recipe, Windows, make_folder, model_card
 from quiver_demo.tokenizer import END_OF_TEXT_ID
 from quiver_peft.base.families import T5_FAMILIES
@@ -91,7 +91,7 @@ def text_loss(model: T5, stream: Tensor, recipe: Recipe) -> Callable[[int], Tens
 def fresh_model() -> T5:
     """Untrained, with the beginnings of a copying circuit."""
     base = T5Base(T5_FAMILIES["t5"].read_config(HF_CONFIG))
-    give_head_start(base)
+    init_induction_heads(base)
     return T5(base)
 
 

@@ -34,7 +34,7 @@ from quiver_peft.adapters.methods.bottleneck import (
 from quiver_peft.adapters.methods.configs import METHOD_ORDER, method_name
 from quiver_peft.adapters.methods.ia3 import IA3PEFTConfig, IA3Weights, scaled_targets
 from quiver_peft.adapters.methods.prompt import PromptWeights, PtuningPEFTConfig
-from quiver_peft.adapters.methods.tensors import host_copy
+from quiver_peft.adapters.methods.tensors import to_host_fp32
 from quiver_peft.adapters.methods.virtual_tokens import require_room
 from quiver_peft.adapters.weights import AdapterWeights, fold_scales
 from quiver_peft.base.base import Base
@@ -164,5 +164,5 @@ def _read_prompt(base: Base, settings: Settings, tensors: NemoTensors) -> tuple[
     z = F.gelu(z, approximate="tanh")
     table = F.linear(z, take("second.weight", hidden, inner), take("second.bias", hidden))
     if isinstance(base, GPTBase) and base.position_embedding is not None:
-        table = table - host_copy(base.position_embedding.weight[:n])
+        table = table - to_host_fp32(base.position_embedding.weight[:n])
     return config, PromptWeights(table)

@@ -15,18 +15,18 @@ from torch import Tensor
 from quiver_peft.adapters.formats.nemo.archive import CONFIG_MEMBER, Archive
 from quiver_peft.base.base import Base
 from quiver_peft.base.config import T5Config
-from quiver_peft.base.sites import Stack
+from quiver_peft.base.sites import StackName
 from quiver_peft.errors import AdapterError
 
 _LAYER = re.compile(
     r"(?P<stack>.+)\.layers\.(?P<layer>\d+)\.(?P<module>(?:\w+\.)?)adapter_layer\.(?P<rest>.+)", re.ASCII
 )
 # Where the layers and P-Tuning's network lie: in Megatron-Core's models, and in NeMo's own before them.
-_MCORE_STACKS: dict[bool, dict[str, Stack]] = {
+_MCORE_STACKS: dict[bool, dict[str, StackName]] = {
     False: {"decoder": ""},
     True: {"encoder": "encoder", "decoder": "decoder"},
 }
-_LEGACY_STACKS: dict[bool, dict[str, Stack]] = {
+_LEGACY_STACKS: dict[bool, dict[str, StackName]] = {
     False: {"language_model.encoder": ""},
     True: {"enc_dec_model.encoder.model": "encoder", "enc_dec_model.decoder.model": "decoder"},
 }
@@ -130,7 +130,7 @@ def _renamed(archive: Archive, base: Base, shard: int, stage: int, styles: set[b
     return found
 
 
-def _layer_number(archive: Archive, base: Base, stack: Stack, stage: int, local: int) -> int | None:
+def _layer_number(archive: Archive, base: Base, stack: StackName, stage: int, local: int) -> int | None:
     """A layer's number in its whole stack (`ParallelTransformer`, its `offset`); None: there is no such layer."""
     num_layers, num_stages = base.config.num_layers, archive.num_stages
     if isinstance(base.config, T5Config):
