@@ -68,7 +68,7 @@ __all__ = [
 _RESULTS = frozenset(
     {
         *("Adapter", "AdapterChanges", "AdapterState", "Alias", "FinishReason", "Generation", "Model", "Piece"),
-        *("Running", "Score", "Scoring", "Tier"),
+        *("Score", "Scoring", "Tier", "UnloadPolicy"),
     }
 )
 

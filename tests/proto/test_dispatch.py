@@ -23,10 +23,12 @@ def main(argv):
 
 def _install(folder: Path, module: str, source: str) -> None:
     """Writes a package that stands in for a room of Quiver."""
-    package, _, name = module.partition(".")
-    (folder / package).mkdir(exist_ok=True)
-    (folder / package / "__init__.py").touch()
-    (folder / package / f"{name}.py").write_text(source)
+    *packages, name = module.split(".")
+    for package in packages:
+        folder = folder / package
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").touch()
+    (folder / f"{name}.py").write_text(source)
 
 
 def _quiver(folder: Path, *arguments: str, only_standard_library: bool = False) -> subprocess.CompletedProcess[str]:

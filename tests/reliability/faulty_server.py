@@ -53,8 +53,8 @@ def _replace(module: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    "step": _replace(components, "Runner", FailingRunner),
-    "slow": _replace(components, "Runner", SlowRunner),
+    "step": _replace(components, "ModelRunner", FailingRunner),
+    "slow": _replace(components, "ModelRunner", SlowRunner),
     "engine": _replace(components, "Scheduler", FailingScheduler),
     "impatient": _replace(error_interceptor, "READER_SECONDS", 1.0),
 }

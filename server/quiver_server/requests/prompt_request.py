@@ -50,7 +50,7 @@ class PromptRequest:
         """The same prompt, of which is told how likely it is; nothing is generated."""
         asked = self.params
         params = replace(SCORING_PARAMS, num_top_logprobs=asked.num_top_logprobs, prompt_logprobs=asked.prompt_logprobs)
-        return replace(self, params=params, stop_strings=(), draws=False)
+        return replace(self, params=params, stop_strings=(), is_generation=False)
 
 
 def fairness_key_of(adapter_id: str) -> str:
