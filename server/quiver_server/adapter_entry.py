@@ -12,7 +12,8 @@ from quiver_server.adapter_sources import Place
 from quiver_server.disk_cache import Exact
 from quiver_server.errors import InvalidRequestError, RequestError
 
-_PREFIX = re.compile(r"[0-9a-f]{6,64}")
+MIN_REVISION_DIGITS = 6  # of "id@revision"; `GenerateRequest.adapter_id` in the contract says so too
+_PREFIX = re.compile(rf"[0-9a-f]{{{MIN_REVISION_DIGITS},64}}")
 
 
 class State(Enum):
@@ -155,5 +156,7 @@ def parse_name(name: str, field_name: str = "adapter_id") -> tuple[str, str]:
             field_name,
         )
     if at and not _PREFIX.fullmatch(prefix):
-        raise InvalidRequestError(f"revision {prefix!r} is malformed: 6 to 64 hexadecimal digits", field_name)
+        raise InvalidRequestError(
+            f"revision {prefix!r} is malformed: {MIN_REVISION_DIGITS} to 64 hexadecimal digits", field_name
+        )
     return adapter_id, prefix
