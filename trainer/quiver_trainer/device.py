@@ -2,14 +2,14 @@
 
 import torch
 
+from quiver_peft import device
+from quiver_peft.errors import QuiverError
 from quiver_trainer.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU. Raises ConfigError for a device not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
-    return device
+    try:
+        return device.choose_device(name)
+    except QuiverError as error:
+        raise ConfigError(str(error)) from None

@@ -28,7 +28,7 @@ from quiver_peft.adapters.adapter_files import (
 )
 from quiver_peft.adapters.folders import replace_folder
 from quiver_peft.adapters.store_files import LocalFiles, RemoteFiles, Stamp, StoreFiles, open_files
-from quiver_peft.errors import AdapterError, StoreError
+from quiver_peft.errors import AdapterError, StoreUrlError
 
 ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 REVISION = re.compile(r"[0-9a-f]{64}")
@@ -153,7 +153,7 @@ def publish(folder: Path, store: AdapterStore, adapter_id: str) -> str:
         replace_folder(files.root / adapter_id, content)
         return revision
     if not isinstance(files, RemoteFiles) or not files.url.startswith(("s3://", "gs://")):
-        raise StoreError(f"{files.url}: adapters are published to folders, s3:// and gs://")
+        raise StoreUrlError(f"{files.url}: adapters are published to folders, s3:// and gs://")
     for name, data in content.items():
         files.write(f"{adapter_id}/{revision}/{name}", data)
     manifest = _write_manifest(revision, content)
