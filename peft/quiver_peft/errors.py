@@ -4,7 +4,8 @@
     ├── CheckpointError            a base folder cannot be read as a model we know
     ├── ChatError                  a base's chat template refuses messages: mend these
     ├── DeviceError                the device that was asked for is not there: choose another
-    ├── StoreError                 a store of adapters does not answer, or is none: try again, or mend its URL
+    ├── StoreError                 a store of adapters does not answer: try again
+    │   └── StoreUrlError          a URL names no store that can be used: mend it, or install what it needs
     └── AdapterError               an adapter folder or configuration is malformed: mend the adapter
         └── BaseMismatchError      a well-formed adapter, but made for another base: choose the other base
 
@@ -29,7 +30,11 @@ class DeviceError(QuiverError):
 
 
 class StoreError(QuiverError):
-    """A store of adapters cannot be reached or written, or its URL is not one of a store."""
+    """A store of adapters cannot be reached or written."""
+
+
+class StoreUrlError(StoreError):
+    """A URL is not one of a store, or not of one that this installation can use."""
 
 
 class AdapterError(QuiverError):

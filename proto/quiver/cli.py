@@ -6,7 +6,7 @@ from quiver.dispatch import COMMANDS, run_command
 
 
 def main() -> int:
-    """Runs the command in `sys.argv` and returns the exit code: 0 done, 1 refused or failed, 2 misused."""
+    """Runs the command in `sys.argv` and returns the exit code: see `quiver.exit_codes`."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         return run_command(arguments[0], arguments[1:])

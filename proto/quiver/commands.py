@@ -11,9 +11,10 @@ from quiver import channel, terminal
 from quiver.adapter_commands import AsJson, Server, adapters_app
 from quiver.client import Client
 from quiver.dispatch import run_command
+from quiver.exit_codes import EXIT_CODES, FAILED
 from quiver.request_messages import GenerateOptions
 
-_EXAMPLES = """
+_EXAMPLES = f"""
 Examples:
 
   quiver train recipes/routing.yaml
@@ -26,7 +27,8 @@ Examples:
 
 Environment of the commands that talk to a server: QUIVER_SERVER, QUIVER_TOKEN, and for TLS QUIVER_TLS_CA,
 QUIVER_TLS_CERT, QUIVER_TLS_KEY (PEM files).
-"""
+
+{EXIT_CODES}"""
 
 app = typer.Typer(
     help="One frozen base model, many hot-swappable adapters, one batch.",
@@ -192,4 +194,4 @@ def health(server: Server = channel.DEFAULT_TARGET) -> None:
     with terminal.connected(server) as client:
         healthy = client.is_healthy()
     print(f"{server} is {'serving' if healthy else 'not serving'}", file=sys.stdout if healthy else sys.stderr)
-    raise typer.Exit(0 if healthy else 1)
+    raise typer.Exit(0 if healthy else FAILED)

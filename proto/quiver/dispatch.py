@@ -8,6 +8,8 @@ import importlib
 import sys
 from typing import NamedTuple
 
+from quiver.exit_codes import MISUSED
+
 
 class Command(NamedTuple):
     """A package that implements commands, and the extra of `pip install` that brings what it needs."""
@@ -28,7 +30,7 @@ COMMANDS = {
 
 
 def run_command(command: str, arguments: list[str]) -> int:
-    """Runs `command` with `arguments` untouched. Returns its exit code; 2 when a package is not installed."""
+    """Runs `command` with `arguments` untouched. Returns its exit code; MISUSED when a package is not installed."""
     room = COMMANDS[command]
     try:
         exit_code: int = importlib.import_module(room.module).main(arguments)
@@ -39,7 +41,7 @@ def run_command(command: str, arguments: list[str]) -> int:
             f"quiver {command} needs the {room.extra} packages: pip install 'quiver[{room.extra}]' ({error})",
             file=sys.stderr,
         )
-        return 2
+        return MISUSED
     return exit_code
 
 

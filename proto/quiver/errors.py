@@ -32,7 +32,7 @@ class QuiverClientError(Exception):
 
     @property
     def reason(self) -> str:
-        """The server's constant for this failure, such as "QUEUE_FULL"; "" when it sent none."""
+        """The server's constant for this failure, such as "BUSY"; "" when it sent none."""
         return self._details.reason
 
 

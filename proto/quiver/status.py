@@ -37,7 +37,7 @@ class StatusDetails:
 
     field_violations: tuple[FieldViolation, ...] = ()
     retry_after_seconds: float | None = None
-    reason: str = ""  # a constant such as "QUEUE_FULL", for programs
+    reason: str = ""  # a constant such as "BUSY", for programs
 
 
 def shorten(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:

@@ -18,7 +18,8 @@ from rich.text import Text
 
 from quiver.channel import Tls
 from quiver.client import Client
-from quiver.errors import QuiverClientError
+from quiver.errors import InvalidRequest, QuiverClientError
+from quiver.exit_codes import FAILED, MISUSED
 from quiver.results import Adapter, AdapterChanges, AdapterState, Score
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _PIPE_WIDTH = 2000
 
 @contextmanager
 def connected(server: str) -> Generator[Client, None, None]:
-    """A client of `server`; a failed call ends the command with its message and exit code 1.
+    """A client of `server`; a failed call ends the command with its message and an exit code of `exit_codes`.
 
     Token and certificates come from the environment, where neither `ps` nor a shell's history shows them.
     """
@@ -44,13 +45,13 @@ def connected(server: str) -> Generator[Client, None, None]:
         client = Client(server, token=os.environ.get("QUIVER_TOKEN", ""), tls=_tls())
     except (OSError, ValueError) as error:
         typer.echo(f"quiver: {error}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(MISUSED) from None
     with client:
         try:
             yield client
         except QuiverClientError as error:
             typer.echo(f"quiver: {error}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(MISUSED if isinstance(error, InvalidRequest) else FAILED) from None
 
 
 def _tls() -> Tls | None:

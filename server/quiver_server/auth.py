@@ -122,8 +122,8 @@ def current_caller() -> Caller:
 class Authenticator:
     """The tokens of a file; with no file everybody may do everything.
 
-    Raises QuiverError when the file breaks a rule at the start; later such a file is logged and the tokens before it
-    stay.
+    Raises QuiverError when the file is missing or breaks a rule at the start; later such a file is logged and the
+    tokens before it stay.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -133,8 +133,11 @@ class Authenticator:
         self._checked_seconds = time.monotonic()
         self._grants: tuple[Grant, ...] = ()
         if path is not None:
-            self._seen = file_stamp(path)
-            self._grants = read_grants(path)
+            try:
+                self._seen = file_stamp(path)
+                self._grants = read_grants(path)
+            except OSError as error:
+                raise QuiverError(f"--token-file {path}: cannot be read: {error.strerror}") from None
 
     def authenticate(self, authorization: str) -> None:
         """Make the bearer of an Authorization header the current caller. Raises UnauthenticatedError."""

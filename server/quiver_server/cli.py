@@ -5,16 +5,18 @@ from typing import Annotated
 
 import typer
 
+from quiver.exit_codes import EXIT_CODES, FAILED
 from quiver_server.config import ServerConfig
 from quiver_server.telemetry.logs import LogFormat, configure_logging
 
-_EPILOG = """
+_EPILOG = f"""
 Example:  quiver serve --base models/llama --adapters adapters/   then   quiver generate --adapter mine 'Hello'
 
 A token in --token-file is a table [[token]] with name, token or its sha256, and if wanted role ("user"; "admin" may
 load and unload), adapters (patterns of ids), base (false: only adapters), requests_per_second, max_concurrent. The
 file is read again when it changes.
-"""
+
+{EXIT_CODES}"""
 
 
 def _serve(
@@ -77,12 +79,12 @@ def _serve(
 
 
 def run(argv: list[str]) -> int:
-    """Parse and serve; returns the exit code: 0 drained, 1 could not start, 2 misused."""
+    """Parse and serve; returns the exit code, of `quiver.exit_codes`; 0 after a drain."""
     # Without markup: it would cut long options' names short and take [[token]] for a style.
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=_EPILOG)(_serve)
     try:
         app(argv, prog_name="quiver serve")
     except SystemExit as stop:  # typer's way to return an exit code
-        return stop.code if isinstance(stop.code, int) else 1
+        return stop.code if isinstance(stop.code, int) else FAILED
     return 0

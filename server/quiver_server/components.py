@@ -17,6 +17,7 @@ from quiver_peft.base.load import load_base
 from quiver_peft.base.packing import pack
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
+from quiver_peft.device import choose_device
 from quiver_peft.errors import QuiverError
 from quiver_peft.kernels.cpp.library import configure_process
 from quiver_peft.kernels.paged_attention import check_triton_kernels
@@ -60,16 +61,14 @@ def load(config: ServerConfig) -> tuple[GPTBase | T5Base, Tokenizer]:
     """The base, on its device. Raises QuiverError or OSError."""
     for place in config.adapters:
         if not is_url(place) and not Path(place).is_dir():
-            raise NotADirectoryError(f"--adapters {place}: no such folder; make it, it may be empty")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+            raise QuiverError(f"--adapters {place}: no such folder; make it, it may be empty")
+    device = choose_device(config.device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
+    dtypes["auto"] = torch.float32 if device.type == "cpu" else torch.bfloat16
     if config.dtype not in dtypes:
         raise QuiverError(f"--dtype {config.dtype}: must be one of {', '.join(dtypes)}")
     base = load_base(config.base, dtype=dtypes[config.dtype], device=device)
-    if device == "cpu":
+    if device.type == "cpu":
         pack(base)
         configure_process()
     return base, Tokenizer(config.base)

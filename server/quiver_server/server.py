@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from quiver.exit_codes import FAILED, MISUSED
 from quiver.v1 import model_pb2
 from quiver_peft.adapters.methods.configs import METHOD_ORDER
 from quiver_peft.base.gpt import GPTBase
@@ -30,13 +31,16 @@ log = logging.getLogger(__name__)
 
 
 def serve(config: ServerConfig) -> int:
-    """Serve until SIGTERM or SIGINT. Returns 0 after a drain, 1 when the server could not start or go on."""
+    """Serve until SIGTERM or SIGINT. Returns 0 after a drain, else an exit code of `quiver.exit_codes`."""
     try:
         base, tokenizer = load(config)
         return asyncio.run(_serve(config, base, tokenizer))
-    except (QuiverError, OSError, RuntimeError) as error:
+    except QuiverError as error:
         log.error("cannot serve: %s", error)
-        return 1
+        return MISUSED
+    except (OSError, RuntimeError) as error:
+        log.error("cannot serve: %s", error)
+        return FAILED
 
 
 @dataclass
@@ -103,7 +107,7 @@ async def _serve_components(config: ServerConfig, parts: Components, ending: _Sh
     await _drain(config, parts, over_grpc, over_http)
     if tracing is not None:
         tracing.close()
-    return int(ending.failed)
+    return FAILED if ending.failed else 0
 
 
 async def _start_http(

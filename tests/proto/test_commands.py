@@ -158,7 +158,7 @@ def test_wrong_usage_ends_with_2(tmp_path: Path) -> None:
         assert (run.returncode, message in run.stderr) == (2, True), (arguments, run.stderr)
 
 
-def test_a_refusal_ends_with_1_and_its_message_alone(server: ScriptedServer) -> None:
+def test_a_refusal_ends_with_2_and_its_message_alone(server: ScriptedServer) -> None:
     code, message = grpc.StatusCode.INVALID_ARGUMENT, "the request is malformed"
     details = status_details(code, message, field_violations={"sampling.temperature": "-1 is below 0"})
     server.script.failure = Failure(code, message, details)
@@ -166,14 +166,14 @@ def test_a_refusal_ends_with_1_and_its_message_alone(server: ScriptedServer) -> 
     for stream in ("--stream", "--no-stream"):
         run = _quiver("generate", "hello", stream, server=server)
         assert run.stderr == "quiver: the request is malformed; sampling.temperature: -1 is below 0\n"
-        assert run.returncode == 1
+        assert run.returncode == 2
 
 
-def test_a_value_that_cannot_be_sent_ends_with_1_and_its_name(server: ScriptedServer) -> None:
+def test_a_value_that_cannot_be_sent_ends_with_2_and_its_name(server: ScriptedServer) -> None:
     run = _quiver("generate", "hello", "--max-new-tokens", "-1", server=server)
 
     assert "max_new_tokens is -1" in run.stderr and "Traceback" not in run.stderr
-    assert run.returncode == 1
+    assert run.returncode == 2
 
 
 def test_a_stream_that_fails_halfway_shows_what_came(server: ScriptedServer) -> None:

@@ -94,13 +94,13 @@ def test_a_violation_that_the_message_says_already_is_not_said_twice(client: Cli
 
 def test_a_busy_server_says_when_to_try_again(client: Client, script: Script) -> None:
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    details = status_details(code, "the queue is full", retry_after_seconds=1.5, reason="QUEUE_FULL")
+    details = status_details(code, "the queue is full", retry_after_seconds=1.5, reason="BUSY")
     script.failure = Failure(code, "the queue is full", details)
 
     with pytest.raises(errors.ServerBusy) as caught:
         client.generate("hello")
     assert caught.value.retry_after_seconds == 1.5
-    assert caught.value.reason == "QUEUE_FULL"
+    assert caught.value.reason == "BUSY"
     assert str(caught.value) == "the queue is full (try again in 1.5 s)"
 
 

@@ -105,7 +105,7 @@ def test_sigterm_while_starting(llama_base: Path, tmp_path: Path, moment: str) -
 
 def test_the_process_that_cannot_serve(tmp_path: Path) -> None:
     code, log = run_refused(tmp_path / "log", "--base", str(tmp_path / "nowhere"), "--adapters", str(tmp_path))
-    assert code == 1, log
+    assert code == 2, log
     assert "nowhere/config.json: no such file; a base is a Hugging Face folder" in log
     assert "Traceback" not in log
 
@@ -113,16 +113,16 @@ def test_the_process_that_cannot_serve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "fragment"),
     [
-        (["--base", "{tmp}"], 1, "config.json: no such file"),
-        (["--adapters", "{tmp}/nowhere"], 1, "nowhere: no such folder; make it, it may be empty"),
-        (["--dtype", "float8"], 1, "--dtype float8: must be one of float32, bfloat16, float16, auto"),
-        (["--device", "quantum"], 1, "quantum"),
+        (["--base", "{tmp}"], 2, "config.json: no such file"),
+        (["--adapters", "{tmp}/nowhere"], 2, "nowhere: no such folder; make it, it may be empty"),
+        (["--dtype", "float8"], 2, "--dtype float8: must be one of float32, bfloat16, float16, auto"),
+        (["--device", "quantum"], 2, "quantum"),
         (["--port", "{taken}"], 1, "{taken}"),
         (["--port", "0", "--metrics-port", "{taken}"], 1, "in use"),
         (["--port", "70000"], 2, "--port"),
-        (["--adapters", "ftp://host/x"], 1, "stores are folders or URLs of s3://, gs://, http://, https://"),
-        (["--adapters", "https://me:secret@host/x"], 1, "no user, query or '#'"),
-        (["--state", "{state}"], 1, "another server uses it (process {pid}); each server needs its own"),
+        (["--adapters", "ftp://host/x"], 2, "stores are folders or URLs of s3://, gs://, http://, https://"),
+        (["--adapters", "https://me:secret@host/x"], 2, "no user, query or '#'"),
+        (["--state", "{state}"], 2, "another server uses it (process {pid}); each server needs its own"),
         (["--dtypo", "float32"], 2, "No such option"),
     ],
 )
@@ -135,7 +135,7 @@ def test_what_cannot_be_served(
     code: int,
     fragment: str,
 ) -> None:
-    """Exit code 1, or 2 where the command line itself is wrong, and words that say why. In this process: faster."""
+    """Exit code 2, or 1 where what is given is right, and words that say why. In this process: faster."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         others = Registry(tmp_path / "state")
         values = {"tmp": str(tmp_path), "taken": str(taken.getsockname()[1])}

@@ -117,7 +117,7 @@ def test_a_client_certificate_needs_its_key(files: Files) -> None:
     [
         (["--tls-cert", "{cert}"], 2, "--tls-cert and --tls-key go together"),
         (["--tls-client-ca", "{cert}"], 2, "--tls-client-ca"),
-        (["--tls-cert", "{cert}", "--tls-key", "{cert}"], 1, "not usable for TLS"),
+        (["--tls-cert", "{cert}", "--tls-key", "{cert}"], 2, "not usable for TLS"),
     ],
 )
 def test_files_that_cannot_be_used(

@@ -22,6 +22,7 @@ class AdapterWeights:
     """All tensors of one adapter, fp32 on the CPU, ready to be placed in the banks.
 
     scales: what IA3 and DoRA's gates together do at a site, folded for serving; follows from `lora` and `ia3`.
+    base_fingerprint: of the base it was made for, as its files say; "" where they do not.
     """
 
     revision: str
@@ -33,6 +34,7 @@ class AdapterWeights:
     prefix: PrefixWeights | None = None
     scales: Mapping[str, ScaleAtSite] = field(default_factory=dict[str, ScaleAtSite])
     training: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    base_fingerprint: str = ""
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ class Adapter(_message.Message):
     failure_reason: _builtins.str
     """Why loading failed, when state is STATE_FAILED."""
     base_fingerprint: _builtins.str
-    """The fingerprint of the base model it was made for. "" when its files do not say."""
+    """The fingerprint of the base model it was made for. "" when its files do not say, and before its first load."""
     rank: _builtins.int
     """The largest rank of its low-rank matrices. 0 when it has none."""
     virtual_tokens: _builtins.int

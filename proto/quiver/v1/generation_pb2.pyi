@@ -66,7 +66,7 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     adapter_id: _builtins.str
-    """Which adapter answers: an id, "id@revision" (the revision may be shortened to 8 or more leading
+    """Which adapter answers: an id, "id@revision" (the revision may be shortened to 6 or more leading
     characters), or an alias. "" is the base model without any adapter. An adapter that is registered but not
     in memory is loaded first; the request waits for it.
     """

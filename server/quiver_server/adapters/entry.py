@@ -25,6 +25,7 @@ class State(Enum):
 class LoadedRevision:
     """One revision of an adapter in memory. num_leases: requests that use it; a retired one goes when that is 0.
 
+    base_fingerprint: "" where its files do not say. description: one line for people.
     reload_seconds: what it would take to bring it back. worth, num_uses: what decides whether it gives way to others
     (eviction.py). num_remaining_tokens: what its requests may still generate. enders: each ends one of them.
     """
@@ -38,6 +39,8 @@ class LoadedRevision:
     max_rank: int
     num_prefix_tokens: int
     num_prompt_tokens: int
+    base_fingerprint: str
+    description: str
     reload_seconds: float
     priority: float = 0.0
     num_uses: int = 0

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from quiver_peft.adapters.serving.banks import BASE_SLOT, AdapterBanks
+from quiver_peft.adapters.summary import summary
 from quiver_peft.adapters.weights import AdapterWeights
 from quiver_server.adapters.entry import LoadedRevision, Revision
 from quiver_server.adapters.eviction import GdsfPolicy, ResidentRange, choose_victims
@@ -159,6 +160,8 @@ class AdapterMemory:
             max_rank=weights.max_rank,
             num_prefix_tokens=weights.num_prefix_tokens,
             num_prompt_tokens=weights.num_prompt_tokens,
+            base_fingerprint=weights.base_fingerprint,
+            description=summary(weights),
             reload_seconds=read_seconds + time.monotonic() - started,
         )
         resident.priority = self._policy.priority(0, resident.reload_seconds, resident.num_bytes)

@@ -17,7 +17,8 @@ class RevisionKey(NamedTuple):
         return f"{self.id}@{self.revision}"
 
 
-_PREFIX = re.compile(r"[0-9a-f]{6,64}")
+MIN_REVISION_DIGITS = 6  # of "id@revision"; `GenerateRequest.adapter_id` in the contract says so too
+_PREFIX = re.compile(rf"[0-9a-f]{{{MIN_REVISION_DIGITS},64}}")
 
 
 def parse_name(name: str, field_name: str = "adapter_id") -> tuple[str, str]:
@@ -29,5 +30,7 @@ def parse_name(name: str, field_name: str = "adapter_id") -> tuple[str, str]:
             field_name,
         )
     if at and not _PREFIX.fullmatch(prefix):
-        raise InvalidRequestError(f"revision {prefix!r} is malformed: 6 to 64 hexadecimal digits", field_name)
+        raise InvalidRequestError(
+            f"revision {prefix!r} is malformed: {MIN_REVISION_DIGITS} to 64 hexadecimal digits", field_name
+        )
     return adapter_id, prefix

@@ -49,6 +49,8 @@ def adapter_message(entry: KnownAdapter, store: AdapterManager) -> adapters_pb2.
         message.parameters = resident.num_parameters
         message.rank = resident.max_rank
         message.virtual_tokens = resident.num_virtual_tokens
+        message.base_fingerprint = resident.base_fingerprint
+        message.description = resident.description
     return message
 
 

@@ -8,6 +8,7 @@ import torch
 from support.ranks import Processes, rank_processes
 from support.tiny import hf_model, random_tokens, tiny_flan, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
 
+CONVERT = "python -m quiver_trainer.parallel.convert"
 MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5, "flan": tiny_flan}
 
 
@@ -60,9 +61,9 @@ def test_the_command_converts_there_and_back(processes: Processes, tmp_path: Pat
     assert (back / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
     code, printed, told = convert(*read, back)
     assert (code, printed) == (2, "")
-    assert told == f"quiver convert: {back}: is there already; remove it, or choose another folder\n"
+    assert told == f"{CONVERT}: {back}: is there already; remove it, or choose another folder\n"
     code, printed, told = convert("read", "--base", tmp_path / "base", tmp_path / "nothing", tmp_path / "out")
-    assert (code, printed) == (2, "") and told.startswith(f"quiver convert: {tmp_path / 'nothing'}: ")
+    assert (code, printed) == (2, "") and told.startswith(f"{CONVERT}: {tmp_path / 'nothing'}: ")
     assert not (tmp_path / "out").exists()
-    assert convert("write", "--base", tmp_path / "nothing", tmp_path / "out")[0] in (1, 2)
+    assert convert("write", "--base", tmp_path / "nothing", tmp_path / "out")[0] == 2
     assert convert("write")[0] == 2

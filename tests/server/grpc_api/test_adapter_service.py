@@ -13,6 +13,7 @@ from support.server_fixture import LLAMA_ADAPTERS, ServerFixture
 from support.tiny import MAX_POSITIONS, VOCAB_SIZE
 
 from quiver import Client
+from quiver_peft import GPT, CanonicalAdaptersPEFTConfig, LoraPEFTConfig, PrefixPEFTConfig
 from quiver_peft.adapters.methods.configs import METHOD_ORDER
 from quiver_peft.tokenizer import Tokenizer
 
@@ -63,6 +64,25 @@ def test_list_and_get_adapters(llama: ServerFixture, client: Client) -> None:
     assert set(LLAMA_ADAPTERS) <= {adapter.id for adapter in listed}
     assert loaded in listed
     assert client.get_adapter("pattern-r3") == loaded
+
+
+def test_adapter_names_its_base_and_describes_itself(llama: ServerFixture, client: Client) -> None:
+    model = GPT.from_pretrained(llama.base)
+    lora = LoraPEFTConfig(adapter_dim=3, target_modules=["attention_qkv", "mlp_fc2"])
+    model.add_adapter([PrefixPEFTConfig(virtual_tokens=2), lora, CanonicalAdaptersPEFTConfig(adapter_dim=4)])
+    model.save_adapter(llama.adapters / "described")
+    assert client.get_adapter("described").description == "", "before its first load"
+    loaded = client.load_adapter("described")
+    assert loaded.base_fingerprint == client.get_model().fingerprint
+    assert loaded.description == (
+        "prefix of 2 tokens, lora rank 3 on attention.qkv, mlp.down, canonical width 4 after attention, mlp"
+    )
+    assert client.get_adapter("described") == loaded
+    foreign = client.load_adapter("pattern-r3")
+    assert (foreign.base_fingerprint, foreign.description) == (
+        "",
+        "lora rank 3 to 7 on attention.qkv, mlp.up",
+    ), "Hugging Face's folders do not name a base"
 
 
 def test_health(llama: ServerFixture, client: Client) -> None:

@@ -102,4 +102,4 @@ def test_admission_counts_what_is_inside(share: float) -> None:
 def test_a_default_that_nobody_may_ask_for(llama_base: Path, tmp_path: Path) -> None:
     options = ("--base", str(llama_base), "--adapters", str(tmp_path), "--max-new-tokens", "100")
     code, log = run_refused(tmp_path / "log", *options)
-    assert (code, "--default-max-new-tokens 128: must be at most --max-new-tokens 100" in log) == (1, True), log
+    assert (code, "--default-max-new-tokens 128: must be at most --max-new-tokens 100" in log) == (2, True), log

@@ -49,7 +49,7 @@ def test_print_config_is_a_recipe(recipe: Path, tmp_path: Path) -> None:
 
 def test_help_teaches() -> None:
     printed = quiver("train", "--help").stdout
-    for text in ("quiver train routing.yaml epochs=5", "adapter_dim", "exit codes:", "--restart"):
+    for text in ("quiver train routing.yaml epochs=5", "adapter_dim", "Exit codes:", "--restart"):
         assert text in printed
 
 

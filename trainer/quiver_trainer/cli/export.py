@@ -18,7 +18,7 @@ folder for each, since Hugging Face PEFT cannot combine them. Canonical adapters
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 reading or writing failed, 2 something given is wrong."""
+    """Run the command and return its exit code."""
     return run_on_adapter("export", _DESCRIPTION, _run, argv)
 
 

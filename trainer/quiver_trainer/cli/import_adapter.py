@@ -18,7 +18,7 @@ importing.
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 reading or writing failed, 2 something given is wrong."""
+    """Run the command and return its exit code."""
     return run_on_adapter("import", _DESCRIPTION, _run, argv)
 
 

@@ -19,7 +19,7 @@ are no change of weights. Serving adapters beside their base needs no merging.
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 reading or writing failed, 2 something given is wrong."""
+    """Run the command and return its exit code."""
     return run_on_adapter("merge", _DESCRIPTION, _run, argv)
 
 

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quiver_peft.base.packing import pack
 from quiver_peft.device import choose_device
-from quiver_peft.errors import QuiverError
 from quiver_peft.files.atomic_file import write_atomically
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.command import command_parser, run_command
 from quiver_trainer.data.jsonl import EXAMPLE, JsonlRow, read_lines
 from quiver_trainer.errors import DataError
 from quiver_trainer.loop.predict import is_exact_match, predict_tokens
@@ -46,29 +46,12 @@ class _Row:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 reading or writing failed, 2 something given is wrong."""
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed help or what is wrong
-        return int(stop.code or 0)
-    try:
-        _run(options)
-    except QuiverError as error:
-        print(f"quiver predict: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"quiver predict: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("quiver predict: stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command and return its exit code."""
+    return run_command(_parser(), argv, _run)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="quiver predict", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("quiver predict", _DESCRIPTION)
     parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of the base")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter folder; none: the base alone")
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="most per answer (64)")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ from quiver_peft import T5
 from quiver_peft.adapters.store.store import AdapterStore, publish
 from quiver_peft.chat_template import read_chat_template
 from quiver_peft.device import choose_device
-from quiver_peft.errors import QuiverError
+from quiver_peft.errors import AdapterError
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
+from quiver_trainer.command import command_parser, run_command
 from quiver_trainer.data.batching import BatchLimits
 from quiver_trainer.data.dataset import file_sha256, read_dataset
 from quiver_trainer.data.jsonl import Encoder
 from quiver_trainer.data.span_corruption import SpanCorruptor
-from quiver_trainer.errors import DataError, TrainingError
+from quiver_trainer.errors import DataError
 from quiver_trainer.loop.run_directory import RECORD_FILE
 from quiver_trainer.loop.validation import Validator
 from quiver_trainer.recipe.config import EvaluationSection
@@ -40,27 +40,12 @@ _TOLERANCE = 2e-3
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code: 0 published, 1 it could not be written, 2 it must not be published."""
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed help or what is wrong
-        return int(stop.code or 0)
-    try:
-        revision = _run(options)
-    except QuiverError as error:
-        print(f"quiver publish: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"quiver publish: {error.filename or options.store}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    print(f"published {_id(options)} as revision {revision[:12]} in {options.store}")
-    return 0
+    """Run the command and return its exit code."""
+    return run_command(_parser(), argv, _run)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="quiver publish", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("quiver publish", _DESCRIPTION)
     parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of the base")
     parser.add_argument("--validation", type=Path, metavar="FILE", help="the rows that it was validated on")
     parser.add_argument("--unmeasured", action="store_true", help="only load it; needed where it has no record")
@@ -75,7 +60,8 @@ def _id(options: argparse.Namespace) -> str:
     return options.id or options.adapter.resolve().name
 
 
-def _run(options: argparse.Namespace) -> str:
+def _run(options: argparse.Namespace) -> None:
+    store = AdapterStore(options.store)  # before the base is loaded: a URL that is none is told at once
     record = _training_record(options.adapter)
     dtype = record.get("settings", {}).get("dtype", "float32")
     model = load_model(options.base, dtype=getattr(torch, dtype), device=choose_device(options.device))
@@ -84,7 +70,8 @@ def _run(options: argparse.Namespace) -> str:
     if not options.unmeasured:
         _require_record(options, record)
         _compare(record, _measure(options, model, record["settings"]))
-    return publish(options.adapter, AdapterStore(options.store), _id(options))
+    revision = publish(options.adapter, store, _id(options))
+    print(f"published {_id(options)} as revision {revision[:12]} in {options.store}")
 
 
 def _training_record(adapter: Path) -> Mapping[str, Any]:
@@ -134,7 +121,7 @@ def _measure(options: argparse.Namespace, model: AnyModel, settings: Mapping[str
 
 
 def _compare(record: Mapping[str, Any], measured: ValidationRecord) -> None:
-    """Raises TrainingError when an adapter is not as good as it says."""
+    """Raises AdapterError when an adapter is not as good as it says."""
     for name, recorded, now in (
         ("validation loss", record["validation_loss"], measured.validation_loss),
         ("exact match", record["exact_match"], measured.exact_match),
@@ -144,7 +131,7 @@ def _compare(record: Mapping[str, Any], measured: ValidationRecord) -> None:
         # One answer of many may turn with the last bit of a logit.
         tolerance = _TOLERANCE * max(1.0, recorded) if name == "validation loss" else 0.021
         if abs(recorded - now) > tolerance:
-            raise TrainingError(
+            raise AdapterError(
                 f"{name} is {now:.4f}, recorded {recorded:.4f}: not the adapter that was measured, or another base; "
                 "nothing was published"
             )

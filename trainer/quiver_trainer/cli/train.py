@@ -14,7 +14,8 @@ from quiver_peft.errors import QuiverError
 from quiver_peft.model import AnyModel, load_model
 from quiver_trainer.cli.signals import StopRequest, stop_on_signals
 from quiver_trainer.cli.train_many import train_many
-from quiver_trainer.errors import ConfigError, TrainingError, TrainingInterrupted
+from quiver_trainer.command import command_parser, report
+from quiver_trainer.errors import ConfigError, TrainingInterrupted
 from quiver_trainer.loop.fingerprint import run_settings
 from quiver_trainer.loop.output import CURVE_FILE
 from quiver_trainer.loop.run_directory import RunDirectory
@@ -65,11 +66,6 @@ Relative paths start at the folder of the YAML file; in key=value, at the shell'
 A run that was stopped or killed goes on from its last checkpoint when the same command is given again.
 """
 
-_EXIT_CODES = """\
-exit codes: 0 done (or done before), 1 the training failed, 2 the recipe, the data or the base is wrong and nothing
-was started, 130 and 143 stopped by SIGINT and SIGTERM with a checkpoint saved.
-"""
-
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
@@ -81,26 +77,15 @@ def main(argv: list[str]) -> int:
         try:
             return _run(options, stop)
         except TrainingInterrupted as error:
-            _say(f"{error}; the same command goes on from there:\n  {_command(argv)}")
+            print(f"quiver train: {error}; the same command goes on from there:\n  {_command(argv)}", file=sys.stderr)
             return stop.exit_code
-        except TrainingError as error:
-            _say(str(error))
-            return 1
-        except QuiverError as error:
-            _say(str(error))
-            return 2
-        except OSError as error:
-            _say(f"{error.filename or 'reading or writing a file'}: {error.strerror or error}")
-            return 1
+        except (QuiverError, OSError) as error:
+            return report("quiver train", error)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="quiver train",
-        description=_DESCRIPTION,
-        epilog=f"keys of a recipe, their defaults and meanings:\n\n{list_settings()}\n\n{_EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    settings = f"keys of a recipe, their defaults and meanings:\n\n{list_settings()}\n\n"
+    parser = command_parser("quiver train", _DESCRIPTION, settings)
     parser.add_argument("recipe", type=Path, metavar="CONFIG.yaml", help="the recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe; dots go down")
     parser.add_argument("--print-config", action="store_true", help="print the whole recipe with its defaults, and end")
@@ -183,10 +168,6 @@ def _conclude(config: TrainConfig, result: TrainingResult, reporter: Reporter) -
     if result.revision:
         rows["revision"] = result.revision[:12]
     reporter.table(f"{config.output.name} is trained", rows)
-
-
-def _say(text: str) -> None:
-    print(f"quiver train: {text}", file=sys.stderr)
 
 
 def _command(argv: list[str]) -> str:

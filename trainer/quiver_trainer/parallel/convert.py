@@ -12,6 +12,7 @@ from quiver_peft.errors import QuiverError
 from quiver_peft.model import load_model
 from quiver_peft.parallel.megatron_checkpoint import read_megatron, write_megatron
 from quiver_peft.parallel.mesh import start_mesh
+from quiver_trainer.command import command_parser, run_command
 from quiver_trainer.loop.output import write_base
 
 _DESCRIPTION = """\
@@ -26,30 +27,12 @@ of any tensor- and pipeline-parallel layout are read; the state of an optimiser 
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code: 0 done, 1 reading or writing failed, 2 something given is wrong."""
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed help or what is wrong
-        return int(stop.code or 0)
-    _single_rank_group()
-    try:
-        with start_mesh(device="cpu"):
-            _run(options)
-    except QuiverError as error:
-        print(f"quiver convert: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"quiver convert: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+    """Run the command and return its exit code."""
+    return run_command(_parser(), argv, _run)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m quiver_trainer.parallel.convert",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m quiver_trainer.parallel.convert", _DESCRIPTION)
     directions = parser.add_subparsers(dest="direction", required=True)
     for name, what in (("write", "from Hugging Face to Megatron"), ("read", "from Megatron to Hugging Face")):
         direction = directions.add_parser(name, help=what)
@@ -61,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    _single_rank_group()
+    with start_mesh(device="cpu"):
+        _convert(options)
+
+
+def _convert(options: argparse.Namespace) -> None:
     model = load_model(options.base, dtype=torch.float32)
     if options.direction == "write":
         write_megatron(model.base, options.checkpoint)

@@ -103,7 +103,13 @@ def parse_adapter(files: AdapterFiles, base: Base, tokenizer_digest: str = "") -
         configs = _with_dropout_position(weights.configs, record)
     except AdapterError as error:
         raise type(error)(f"{files.folder}: {error}") from None
-    return replace(weights, revision=revision, configs=configs, training=record.get("training", {}))
+    return replace(
+        weights,
+        revision=revision,
+        configs=configs,
+        training=record.get("training", {}),
+        base_fingerprint=str(record.get("base_fingerprint") or ""),
+    )
 
 
 def _with_dropout_position(configs: Sequence[PEFTConfig], record: Mapping[str, Any]) -> tuple[PEFTConfig, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from quiver_peft.errors import StoreError
+from quiver_peft.errors import StoreError, StoreUrlError
 from quiver_peft.files.file_state import file_stamp
 
 Stamp = tuple[object, ...]  # another one when the content is another
@@ -156,15 +156,17 @@ def open_files(place: str) -> StoreFiles:
 def _file_system(url: str) -> tuple[Any, str]:
     parts = urlsplit(url)
     if parts.scheme not in _PACKAGES:
-        raise StoreError(f"{url}: stores are folders or URLs of {', '.join(f'{name}://' for name in _PACKAGES)}")
+        raise StoreUrlError(f"{url}: stores are folders or URLs of {', '.join(f'{name}://' for name in _PACKAGES)}")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise StoreError(f"a store's URL ({parts.scheme}://{parts.hostname}/...) is a plain one: no user, query or '#'")
+        raise StoreUrlError(
+            f"a store's URL ({parts.scheme}://{parts.hostname}/...) is a plain one: no user, query or '#'"
+        )
     try:
         fsspec: Any = importlib.import_module("fsspec")
         importlib.import_module(_PACKAGES[parts.scheme])
     except ImportError as error:
         extra = "gcs" if parts.scheme == "gs" else "stores"
-        raise StoreError(f"{url}: {error}; pip install 'quiver[{extra}]'") from None
+        raise StoreUrlError(f"{url}: {error}; pip install 'quiver[{extra}]'") from None
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, **_OPTIONS[parts.scheme]}
     if parts.scheme in ("http", "https"):
         timeout: Any = importlib.import_module("aiohttp").ClientTimeout(

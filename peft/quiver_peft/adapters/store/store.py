@@ -27,7 +27,7 @@ from quiver_peft.adapters.formats.adapter_files import (
     weights_file,
 )
 from quiver_peft.adapters.store.files import LocalFiles, RemoteFiles, Stamp, StoreFiles, open_files
-from quiver_peft.errors import AdapterError, StoreError
+from quiver_peft.errors import AdapterError, StoreUrlError
 from quiver_peft.files.atomic_folder import replace_folder
 
 ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -157,7 +157,7 @@ def publish(folder: Path, store: AdapterStore, adapter_id: str) -> str:
         replace_folder(files.root / adapter_id, content)
         return revision
     if not isinstance(files, RemoteFiles) or not files.url.startswith(("s3://", "gs://")):
-        raise StoreError(f"{files.url}: adapters are published to folders, s3:// and gs://")
+        raise StoreUrlError(f"{files.url}: adapters are published to folders, s3:// and gs://")
     for name, data in content.items():
         files.write(f"{adapter_id}/{revision}/{name}", data)
     manifest = _write_manifest(revision, content)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quiver_peft.errors import QuiverError
 from quiver_peft.kernels.cpp.build import BuildError, built_library
 
 log = logging.getLogger(__name__)
@@ -74,15 +75,21 @@ class Library(Kernels):
 _override: ContextVar[Kernels | None] = ContextVar("standing_in", default=None)
 
 
+def kernel_choice() -> str:
+    """Which kernels the environment asks for: auto, avx2 or torch. Raises QuiverError for anything else."""
+    choice = os.environ.get(ENV_KERNELS, "auto")
+    if choice not in ("auto", "avx2", "torch"):
+        raise QuiverError(f"{ENV_KERNELS}={choice}: must be auto, avx2 or torch")
+    return choice
+
+
 @functools.cache
 def library() -> Library | None:
     """The compiled kernels, made at the first call; None, and one line in the log, where there can be none."""
-    choice = os.environ.get(ENV_KERNELS, "auto")
+    choice = kernel_choice()
     if choice == "torch":
         log.info("%s=torch: torch's operators serve", ENV_KERNELS)
         return None
-    if choice not in ("auto", "avx2"):
-        raise ValueError(f"{ENV_KERNELS}={choice}: must be auto, avx2 or torch")
     try:
         return Library(built_library(avx512=choice == "auto"))
     except (BuildError, OSError, AttributeError) as error:
