@@ -6,8 +6,8 @@ struct Layout;
 struct Groups;
 
 extern "C" {
-void quiver_linear(const float* x, int64_t ldx, const float* packed, const float* bias, float* y, int64_t ldy,
-                   int64_t rows, int64_t n, int64_t k);
+void quiver_linear(const float* x, int64_t ldx, const void* packed, int64_t storage, const float* bias, float* y,
+                   int64_t ldy, int64_t rows, int64_t n, int64_t k);
 void quiver_add_lora(float* y, int64_t ldy, const float* x, int64_t ldx, int64_t k, const Groups* groups, int64_t site);
 void quiver_paged_attention(const float* q, int64_t q_step, const float* keys, const float* values, int64_t token_step,
                             int64_t value_step, float* out, const Layout* layout, int64_t num_heads,
@@ -25,7 +25,8 @@ void quiver_rotate(const float* x, int64_t ldx, float* out, int64_t rows, int64_
 void quiver_rotary(const int64_t* positions, const float* frequencies, float factor, float* cos, float* sin,
                    int64_t rows, int64_t half);
 void quiver_add(const float* x, const float* y, float* out, int64_t rows, int64_t width);
-void quiver_gather(const float* table, int64_t size, const int64_t* ids, float* out, int64_t rows, int64_t width);
+void quiver_gather(const void* table, int64_t storage, int64_t panel, int64_t size, const int64_t* ids, float* out,
+                   int64_t rows, int64_t width);
 void quiver_best(const float* x, int64_t* out, int64_t rows, int64_t width);
 void quiver_scale_inputs(const float* x, int64_t ldx, float* out, int64_t rows, int64_t k, const Groups* groups,
                          int64_t site);
