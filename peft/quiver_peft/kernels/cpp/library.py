@@ -32,8 +32,8 @@ class Kernels:
         self.empty = empty
         self.linear = function("linear", "pipippinii")
         self.add_lora = function("add_lora", "pipiipi")
-        self.paged_attention = function("paged_attention", "pippiippiiifiipi")
-        self.store_rows = function("store_rows", "ppipipipn")
+        self.paged_attention = function("paged_attention", "pippiiippiiifiipi")
+        self.store_rows = function("store_rows", "ppiipipipn")
         self.rms_norm = function("rms_norm", "pipfpnii")
         self.layer_norm = function("layer_norm", "pppffpni")
         self.activate = function("activate", "pipniii")

@@ -1,4 +1,4 @@
-// The types that weights are stored in, widened to fp32 where they are used. Widening is exact.
+// The types that weights, keys and values are stored in, widened to fp32 where they are used. Widening is exact.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -43,6 +43,33 @@ inline Register reg_widen(const Fp16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 #endif
+
+// Sixteen of them, or the first n and zeros after.
+inline Lanes widen(const float* p) { return load(p); }
+inline Lanes widen_first(const float* p, int n) { return load_first(p, n); }
+template <typename Narrow>
+inline Lanes widen(const Narrow* p) {
+#ifdef __AVX512F__
+    return {reg_widen(p)};
+#else
+    return {reg_widen(p), reg_widen(p + WIDTH)};
+#endif
+}
+template <typename Narrow>
+inline Lanes widen_first(const Narrow* p, int n) {
+    alignas(64) float first[LANES] = {};
+    for (int i = 0; i < n; i++) first[i] = widened(p[i]);
+    return load(first);
+}
+
+// The nearest number of the type, ties to even; as torch rounds.
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, Fp16& out) { out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void narrow(float x, Bf16& out) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    out.bits = x != x ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
 
 // Calls body(pointer) with the weights' own type.
 template <typename Body>
