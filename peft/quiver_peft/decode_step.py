@@ -33,13 +33,12 @@ class _Step:
     """What both kinds share: the one adapter that answers, in banks of its own, and the cache."""
 
     def __init__(self, base: Base, weights: AdapterWeights | None, blocks_per_row: int, max_rows: int) -> None:
-        reference = base.embedding.weight
-        self.device = reference.device
+        self.device = base.embedding.weight.device
         self.num_prefix = 0 if weights is None else weights.num_prefix_tokens
         self.num_prompt = 0 if weights is None else weights.num_prompt_tokens
-        self.kv = PagedKV(base.config, max_rows * blocks_per_row, BLOCK_TOKENS, reference.dtype, self.device)
+        self.kv = PagedKV(base.config, max_rows * blocks_per_row, BLOCK_TOKENS, base.compute_dtype, self.device)
         self._blocks_per_row = blocks_per_row
-        self._banks = None if weights is None else AdapterBanks.for_one(weights, reference.dtype, self.device)
+        self._banks = None if weights is None else AdapterBanks.for_one(weights, base.compute_dtype, self.device)
 
     def block_tables(self, max_rows: int) -> list[list[int]]:
         """The blocks that each of so many rows may have."""

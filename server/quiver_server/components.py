@@ -83,9 +83,10 @@ def build(
     weight = base.embedding.weight
     if weight.is_cuda:
         group = base.config.num_heads // base.config.num_kv_heads
-        check_triton_kernels(group, base.config.head_dim, weight.dtype, weight.device)  # now, not at the first request
+        # Now, not at the first request.
+        check_triton_kernels(group, base.config.head_dim, base.compute_dtype, weight.device)
     tables = SlotTables.for_triton(base, MAX_RESIDENT_ADAPTERS)
-    banks = AdapterBanks(config.adapter_memory_mib * _MIB, weight.dtype, weight.device, tables)
+    banks = AdapterBanks(config.adapter_memory_mib * _MIB, base.compute_dtype, weight.device, tables)
     blocks = BlockPool(kv.num_blocks, BLOCK_TOKENS, share=config.prefix_cache)
     metrics = Metrics()
     scheduler = Scheduler(blocks, config.max_running, config.max_step_tokens)
@@ -133,13 +134,13 @@ def build(
 def _make_kv(config: ServerConfig, base: GPTBase | T5Base) -> PagedKV:
     """As many blocks as --kv-memory-mib holds. Raises QuiverError where that is none."""
     weight = base.embedding.weight
-    block_bytes = BLOCK_TOKENS * PagedKV.bytes_per_token(base.config, weight.dtype)
+    block_bytes = BLOCK_TOKENS * PagedKV.bytes_per_token(base.config, base.compute_dtype)
     num_blocks = config.kv_memory_mib * _MIB // block_bytes
     if not num_blocks:
         raise QuiverError(
             f"--kv-memory-mib {config.kv_memory_mib}: one block of {BLOCK_TOKENS} tokens takes {block_bytes} bytes"
         )
-    return PagedKV(base.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
+    return PagedKV(base.config, num_blocks, BLOCK_TOKENS, base.compute_dtype, weight.device)
 
 
 def _limits(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, kv_tokens: int) -> Limits:

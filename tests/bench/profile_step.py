@@ -29,7 +29,7 @@ from quiver_peft.base.packing import pack
 from quiver_peft.base.paged import PagedKV
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.kernels.cpp.library import configure_process, library
-from quiver_server import engine as engine_module
+from quiver_server.engine import engine as engine_module
 from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.engine import Engine
 from quiver_server.engine.model_runner import ModelRunner
@@ -113,12 +113,12 @@ def make_sequences(base: Base, running: int, slots: list[int], virtual: list[int
 
 
 def make_engine(
-    base: Base, banks: AdapterBanks, running: int, clock: Clock, *, by_kernel: bool
+    base: Base, banks: AdapterBanks, running: int, clock: Clock, *, by_kernel: bool, kv_dtype: torch.dtype
 ) -> tuple[Engine, Scheduler]:
     """An engine whose parts report to the clock."""
     assert hasattr(base, "logits")
     num_blocks = running * (2 * (256 + 20 + NEW_TOKENS) // BLOCK_TOKENS + 2)
-    kv = PagedKV(base.config, num_blocks, BLOCK_TOKENS, torch.float32, base.embedding.weight.device)
+    kv = PagedKV(base.config, num_blocks, BLOCK_TOKENS, kv_dtype, base.embedding.weight.device)
     blocks = BlockPool(num_blocks, BLOCK_TOKENS)
     scheduler = Scheduler(blocks, running, 512)
     runner: Any = ModelRunner(base, banks, kv, 512)  # pyright: ignore[reportArgumentType]
@@ -132,7 +132,7 @@ def make_engine(
         on_dead=lambda: None,
     )
     if by_kernel:
-        runner._programs = None
+        runner._step_graphs = None
     runner.run = clock.timed("model", runner.run)
     engine._postprocess = clock.timed("sample and deliver", engine._postprocess)
     module: Any = engine_module
@@ -189,16 +189,19 @@ def profile(
     threads: Annotated[int, typer.Option(help="Threads of the compiled kernels.", min=1)] = 2,
     repeats: Annotated[int, typer.Option(help="Times the whole batch is run.", min=1)] = 2,
     by_kernel: Annotated[bool, typer.Option(help="Python makes every call: each kernel's share.")] = False,
+    widen: Annotated[bool, typer.Option(help="Store 16-bit weights as fp32.")] = False,
+    kv_dtype: Annotated[str, typer.Option(help="Of cached keys and values: float32, bfloat16, float16.")] = "float32",
 ) -> None:
     """Profile the engine's step in this process."""
     torch.set_num_threads(threads)
-    loaded = load_base(base)
+    loaded = load_base(base, keep_storage=not widen)
     banks, slots, virtual = random_adapters(loaded, methods.split(","), adapters)
     with torch.inference_mode():
         pack(loaded)
     configure_process()
     clock = Clock()
-    engine, scheduler = make_engine(loaded, banks, running, clock, by_kernel=by_kernel)
+    cache_type: torch.dtype = getattr(torch, kv_dtype)
+    engine, scheduler = make_engine(loaded, banks, running, clock, by_kernel=by_kernel, kv_dtype=cache_type)
     best: tuple[Steps, Steps, int] | None = None
     for repeat in range(repeats):
         found = run(engine, scheduler, make_sequences(loaded, running, slots, virtual, repeat), clock)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quiver_peft.base.checkpoint import ShardSlice, fingerprint, load_checkpoint, read_config
+from quiver_peft.base.checkpoint import ShardSlice, fingerprint, load_checkpoint, narrow_parameters, read_config
 from quiver_peft.base.config import BaseConfig
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.family import Family, TensorMapping
+from quiver_peft.base.layers import Embedding
 from quiver_peft.base.sites import Linear, Site
 from quiver_peft.base.spread import SINGLE_DEVICE, TensorParallelHooks
 from quiver_peft.errors import CheckpointError
@@ -27,12 +28,13 @@ class Base(nn.Module):
     sublayers: the sites of its attention and feed-forward sub-layers, in order.
     head: None when the embedding is the head too.
     recomputes: whether what is inside of its layers is computed again for gradients instead of kept.
-    spread: how it lies over devices; on one, unless `quiver_peft.parallel` has made it.
+    parallel_hooks: how it lies over devices; on one, unless `quiver_peft.parallel` has made it.
+    compute_dtype: of hidden states, keys and values, and what adapters are served in; weights may be stored in another.
     """
 
     families: ClassVar[Mapping[str, Family[Any]]]
     hf_task_type: ClassVar[str]
-    embedding: nn.Embedding
+    embedding: Embedding
     head: nn.Linear | None
     sublayers: list[Site]
 
@@ -42,6 +44,7 @@ class Base(nn.Module):
         self.packed_head: PackedWeight | None = None
         self.parallel_hooks: TensorParallelHooks = SINGLE_DEVICE
         self.recomputes = False
+        self.compute_dtype = torch.float32
 
     @property
     def config(self) -> BaseConfig:
@@ -87,8 +90,8 @@ class Base(nn.Module):
     def num_parameters(self) -> int:
         """Weights and biases, a tied head counted once; packed or not."""
         packed = sum(linear.in_features * linear.out_features for linear in self.linears() if linear.packed is not None)
-        if self.packed_head is not None and self.head is not None:
-            packed += self.head.in_features * self.head.out_features
+        if self.packed_head is not None:
+            packed += self.packed_head.out_features * self.config.hidden_size
         return packed + sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
@@ -101,10 +104,21 @@ class Base(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        keep_storage: bool = False,
+        device: str | torch.device = "cpu",
     ) -> Self:
-        """Read a Hugging Face folder (config.json and safetensors). Raises CheckpointError."""
+        """Read a Hugging Face folder (config.json and safetensors). Raises CheckpointError.
+
+        dtype: what is computed in. keep_storage: where that is fp32, embeddings, linears and the head stay in the
+        checkpoint's 16-bit type, if they have one, and are widened where they are used.
+        """
         base = cls.on_meta_device(folder, dtype=dtype)
+        if keep_storage and dtype == torch.float32:
+            base.store_as(narrow_parameters(Path(folder), base.tensor_mappings()))
         base.to_empty(device=device)
         base.load_tensors(folder)
         return base.eval()
@@ -127,7 +141,23 @@ class Base(nn.Module):
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path / 'config.json'}: a field is malformed: {error}") from None
         with torch.device("meta"):
-            return cls._construct(config, path).to(dtype)
+            base = cls._construct(config, path).to(dtype)
+        base.compute_dtype = dtype
+        return base
+
+    def store_as(self, types: Mapping[str, torch.dtype]) -> None:
+        """Change what weights are stored in, before they are filled. types: by the name of the parameter.
+
+        Embeddings, linears and the head alone: norms and biases are small, and are read as fp32.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, Embedding):
+                module.compute_dtype = self.compute_dtype
+            if (
+                isinstance(module, Linear | Embedding | nn.Linear)
+                and (dtype := types.get(f"{name}.weight")) is not None
+            ):
+                module.weight = nn.Parameter(module.weight.to(dtype))
 
     def load_tensors(self, folder: str | Path, cut: ShardSlice | None = None) -> None:
         """Read the weights of a folder into what was made of its skeleton. cut: see `load_checkpoint`."""
@@ -141,6 +171,8 @@ class Base(nn.Module):
         for linear in self.linears():
             if linear.packed is not None:
                 yield linear.packed.panels
+        if self.packed_head is not None:
+            yield self.packed_head.panels
 
     def tensor_mappings(self) -> list[TensorMapping]:
         """Every tensor of its checkpoint and the parameter that it fills."""

@@ -22,6 +22,7 @@ from quiver_peft.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HEAD = "lm_head.weight"
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors names them
 
 ShardSlice = Callable[[TensorMapping, Tensor], Tensor]
 
@@ -95,6 +96,21 @@ def tensor_names(paths: Iterable[Path]) -> Iterator[str]:
                 yield from file.keys()
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def narrow_parameters(folder: Path, mappings: Iterable[TensorMapping]) -> dict[str, torch.dtype]:
+    """The parameters whose every tensor in a checkpoint is of one 16-bit type, and that type. Reads headers alone."""
+    prefix = FAMILIES[read_config(folder)["model_type"]].prefix
+    ours = {mapping.theirs: mapping.ours for mapping in mappings}
+    found: dict[str, set[torch.dtype | None]] = {}
+    for path in shard_paths(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                parameter = ours.get(name) or ours.get(prefix + name)
+                if parameter is not None:
+                    found.setdefault(parameter, set()).add(_NARROW.get(file.get_slice(name).get_dtype()))
+    single = {parameter: next(iter(types)) for parameter, types in found.items() if len(types) == 1}
+    return {parameter: dtype for parameter, dtype in single.items() if dtype is not None}
 
 
 def _target(model: nn.Module, rename: TensorMapping) -> Tensor:

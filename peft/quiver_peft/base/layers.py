@@ -22,14 +22,24 @@ from quiver_peft.kernels.elementwise import (
     rms_norm,
     rope_cos_sin,
 )
+from quiver_peft.kernels.packed_linear import PackedWeight, packed_rows
 
 
 class Embedding(nn.Embedding):
-    """A row of the weight for each id."""
+    """A row of the weight for each id.
+
+    compute_dtype: of the rows that come out; None: the weight's own. packed: the weight as the head has it packed,
+    where the two are one; the plain one is then empty.
+    """
+
+    compute_dtype: torch.dtype | None = None
+    packed: PackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[*] int64 -> [*, D]."""
-        return embedding(self.weight, input)
+        if self.packed is not None:
+            return packed_rows(self.packed, input)
+        return embedding(self.weight, input, self.compute_dtype or self.weight.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -1,5 +1,7 @@
 """Rearranges a base's weights for the processor that will serve it."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,21 +15,33 @@ def pack(base: Base) -> None:
     """Pack every linear and the head; nothing where that brings nothing. The base can then no longer be trained.
 
     Packed weights take the place of the plain ones, one after another: memory never holds two of all. A tied head is
-    packed beside the embedding, whose rows are still looked up.
+    packed once, and the embedding's rows are looked up in it.
     """
     linears = list(base.linears())
     head = base.head_weight
+    if base.compute_dtype != torch.float32:
+        return
     if not all(can_pack(weight) for weight in (head, *(linear.weight for linear in linears))):
         return
-    sizes = [packed_size(linear.weight) for linear in linears]
-    memory = empty_huge([sum(sizes) + packed_size(head)], head.dtype, head.device)
-    *pieces, last = memory.split([*sizes, packed_size(head)])
-    for linear, piece in zip(linears, pieces, strict=True):
-        linear.packed = pack_weight(linear.weight, piece)
+    memory = _allocate([*(linear.weight for linear in linears), head])
+    for linear in linears:
+        linear.packed = pack_weight(linear.weight, next(memory))
         linear.weight = _empty_weight(linear.weight)
-    base.packed_head = pack_weight(head, last)
+    base.packed_head = pack_weight(head, next(memory))
     if base.head is not None:
         base.head.weight = _empty_weight(head)
+    else:
+        base.embedding.packed = base.packed_head
+        base.embedding.weight = _empty_weight(head)
+
+
+def _allocate(weights: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Memory for the panels of each weight, in its type; all of one type in one piece."""
+    pieces: dict[torch.dtype, Iterator[Tensor]] = {}
+    for dtype in {weight.dtype for weight in weights}:
+        sizes = [packed_size(weight) for weight in weights if weight.dtype == dtype]
+        pieces[dtype] = iter(empty_huge([sum(sizes)], dtype, weights[0].device).split(sizes))
+    return (next(pieces[weight.dtype]) for weight in weights)
 
 
 def _empty_weight(like: Tensor) -> nn.Parameter:

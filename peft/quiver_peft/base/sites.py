@@ -47,8 +47,8 @@ class Site:
 class Linear(nn.Module):
     """y = x Wᵀ + b at a site; several projections of one input may be fused into its rows.
 
-    weight: [N, K]; empty once packed for inference. bias: [N] or None. parts: {name: (first row, end row)} of the fused
-    projections, in order; a linear that is not fused has one part.
+    weight: [N, K] in the type it is stored in; empty once packed for inference. bias: [N] or None. parts: {name: (first
+    row, end row)} of the fused projections, in order; a linear that is not fused has one part.
     """
 
     def __init__(self, site: Site, in_features: int, parts: dict[str, int], bias: bool) -> None:
@@ -69,7 +69,7 @@ class Linear(nn.Module):
         """x: [*, K] -> [*, N]."""
         if self.packed is not None:
             return packed_linear(x, self.packed, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
 
     def gather_input(self, x: Tensor) -> Tensor:
         """What `multiply` takes: x itself, unless the linear lies over several devices. x: [*, K]."""

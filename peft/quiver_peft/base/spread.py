@@ -42,11 +42,11 @@ class SingleDevice:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: [*, D], weight: [V, D] -> [*, V]."""
-        return F.linear(hidden, weight)
+        return F.linear(hidden, weight.to(hidden.dtype))
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """hidden: [R, D], weight: [V, D], targets: [R] -> [R]."""
-        return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+        return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)).float(), targets, reduction="none")
 
 
 SINGLE_DEVICE: TensorParallelHooks = SingleDevice()

@@ -7,18 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quiver_peft.kernels.cpp.library import library_for
+from quiver_peft.kernels.storage import storage_number
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 _CPP_KINDS: dict[Activation, int] = {"silu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}
 
 
-def embedding(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows of an embedding. table: [V, D], ids: [*] int64 -> [*, D]. An id that is none raises, or gives NaN."""
-    native = library_for(table)
-    if native is None or not (table.is_contiguous() and ids.is_contiguous()):
-        return F.embedding(ids, table)
+def embedding(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of an embedding, widened to `dtype`. table: [V, D], ids: [*] int64 -> [*, D].
+
+    An id that is none raises, or gives NaN.
+    """
+    native, storage = library_for(), storage_number(table)
+    is_plain = table.is_contiguous() and ids.is_contiguous() and dtype == torch.float32
+    if native is None or storage is None or not is_plain:
+        return F.embedding(ids, table).to(dtype)
     out = native.empty((*ids.shape, table.shape[1]))
-    native.gather(table.data_ptr(), len(table), ids.data_ptr(), out.data_ptr(), ids.numel(), table.shape[1])
+    address, width = table.data_ptr(), table.shape[1]
+    native.gather(address, storage, 1, len(table), ids.data_ptr(), out.data_ptr(), ids.numel(), width)
     return out
 
 

@@ -12,20 +12,28 @@ from torch import Tensor
 
 from quiver_peft.kernels.cpp.library import library_for
 from quiver_peft.kernels.paged_layout import PagedLayout
+from quiver_peft.kernels.storage import storage_number
 
 _MAX_SHARING = 32  # query heads of one key head, by the compiled kernel
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> None:
-    """Put new keys and values into a layer's cache. keys, values: [C, G, E]; k, v: [T, G, E]; rows: [T] int64."""
-    native = library_for(keys, values, k, v)
-    if native is None or not (_packs_heads(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous()):
-        keys[rows] = k
-        values[rows] = v
+    """Put new keys and values into a layer's cache, rounded to its type.
+
+    keys, values: [C, G, E]; k, v: [T, G, E]; rows: [T] int64.
+    """
+    native, storage = library_for(k, v), storage_number(keys)
+    if (
+        native is None
+        or storage is None
+        or not (_packs_heads(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous())
+    ):
+        keys[rows] = k.to(keys.dtype)
+        values[rows] = v.to(values.dtype)
         return
     native.store_rows(
-        keys.data_ptr(), values.data_ptr(), keys.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
-        rows.data_ptr(), len(rows),
+        keys.data_ptr(), values.data_ptr(), storage, keys.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(),
+        v.stride(0), rows.data_ptr(), len(rows),
     )  # fmt: skip
 
 
@@ -47,7 +55,7 @@ def paged_attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ + bias) v of each row over its own sequence in the cache. q: [T, H, E] -> [T, H, E].
 
-    keys, values: [C, G, E], one layer's cache.
+    keys, values: [C, G, E], one layer's cache, widened to q's type.
     causal: a row sees itself and what is before it; else its whole sequence.
     window: it looks back so many tokens, itself included; only with `causal`.
     bias: [H, 2 · limit + 1] fp32, added to the scores; column limit + d is for keys d positions after the query,
@@ -57,12 +65,17 @@ def paged_attention(
         from quiver_peft.kernels.triton.paged_attention import paged_attention_triton
 
         return paged_attention_triton(q, keys, values, layout, scale, causal, window, bias)
-    native = library_for(q, keys, values)
-    if native is None or not _packs_heads(q, keys, values) or q.shape[1] // keys.shape[1] > _MAX_SHARING:
+    native, storage = library_for(q), storage_number(keys)
+    if (
+        native is None
+        or storage is None
+        or not _packs_heads(q, keys, values)
+        or q.shape[1] // keys.shape[1] > _MAX_SHARING
+    ):
         return paged_attention_torch(q, keys, values, layout, scale, causal, window, bias)
     out = native.empty(q.shape)
     native.paged_attention(
-        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), keys.stride(0), values.stride(0),
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), storage, keys.stride(0), values.stride(0),
         out.data_ptr(), layout.address, q.shape[1], keys.shape[1], q.shape[2], scale, causal, window or 0,
         0 if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1] // 2,
     )  # fmt: skip
@@ -99,7 +112,7 @@ def paged_attention_torch(
         cached = layout.cache_rows(sequence)
         rows = slice(row, row + num_new)
         mask = _mask(num_new, length, causal, window, bias, q)
-        k, v = (part[cached].transpose(0, 1)[None] for part in (keys, values))
+        k, v = (part[cached].to(q.dtype).transpose(0, 1)[None] for part in (keys, values))
         # Query heads that share a key-value head stand together, which is what enable_gqa means.
         attended = F.scaled_dot_product_attention(
             q[rows].transpose(0, 1)[None], k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != keys.shape[1]

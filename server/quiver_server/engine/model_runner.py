@@ -27,7 +27,7 @@ class ModelRunner:
         self._base = base
         self._banks = banks
         self._kv = kv
-        native = library() if kv.keys.is_cpu and kv.keys.dtype == torch.float32 else None
+        native = library() if kv.keys.is_cpu and base.compute_dtype == torch.float32 else None
         self._position_biases = _relative_position_biases(base)
         self._step_graphs = None if native is None else StepGraphs(native, self._constants(), max_step_tokens)
 

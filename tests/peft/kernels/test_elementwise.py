@@ -50,12 +50,22 @@ def test_layer_norm(size: tuple[int, int], offset: float, native: Library) -> No
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_look_up_and_sum(size: tuple[int, int], native: Library) -> None:
     table, ids = torch.randn(11, size[1]), torch.randint(11, (size[0],))
-    rows = embedding(table, ids)
+    rows = embedding(table, ids, torch.float32)
     assert torch.equal(rows, table[ids])
-    assert embedding(table, torch.tensor([11, -1])).isnan().all(), "no memory but the table's is read"
+    assert embedding(table, torch.tensor([11, -1]), torch.float32).isnan().all(), "no memory but the table's is read"
     x = torch.randn(size)
     assert torch.equal(add(x, rows), x + rows)
     assert torch.equal(add(x.T, rows.T), (x + rows).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_a_narrow_embedding_are_widened(dtype: torch.dtype, native: Library) -> None:
+    table = torch.randn(11, 37).to(dtype)
+    ids = torch.tensor([3, 10, 0])
+    by_cpp = embedding(table, ids, torch.float32)
+    assert torch.equal(by_cpp, table[ids].float())
+    with torch.enable_grad():  # which the compiled kernels leave to torch
+        assert torch.equal(embedding(table, ids, torch.float32), by_cpp)
 
 
 def test_angles(native: Library) -> None:

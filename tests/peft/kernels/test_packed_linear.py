@@ -10,6 +10,7 @@ from quiver_peft.kernels.packed_linear import (
     pack_weight,
     packed_linear,
     packed_linear_torch,
+    packed_rows,
     packed_size,
 )
 
@@ -18,7 +19,7 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 63, 300]
 
 
 def packed(weight: Tensor) -> PackedWeight:
-    return pack_weight(weight, torch.empty(packed_size(weight)))
+    return pack_weight(weight, torch.empty(packed_size(weight), dtype=weight.dtype))
 
 
 def make(num_outputs: int, num_inputs: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,3 +97,50 @@ def test_other_types_and_gradients_are_torch_s(native: Library) -> None:
         y.sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, weight.sum(0).expand(4, 9))
+
+
+NARROW = [torch.bfloat16, torch.float16]
+
+
+def narrow_weight(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    """Of every size that the type has, its smallest and largest numbers among them."""
+    weight = make(num_outputs, num_inputs, 1)[0] * 10.0 ** torch.linspace(-6, 2, num_inputs)
+    limits = torch.finfo(dtype)
+    weight[0, 0], weight[-1, -1], weight[0, -1] = limits.smallest_normal / 4, -limits.max / 4, -0.0
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_narrow_weights_give_the_bits_of_the_same_weights_in_fp32(
+    shape: tuple[int, int], dtype: torch.dtype, native: Library
+) -> None:
+    weight = narrow_weight(*shape, dtype)
+    _, bias, _ = make(*shape, 1)
+    for num_rows in ROWS:
+        _, _, x = make(*shape, num_rows)
+        assert torch.equal(packed_linear(x, packed(weight), bias), packed_linear(x, packed(weight.float()), bias))
+        assert_same(
+            packed_linear_torch(x, packed(weight), bias), torch.nn.functional.linear(x, weight.float(), bias), shape[1]
+        )
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_narrow_weights_are_packed_alike_by_both_ways(dtype: torch.dtype, native: Library) -> None:
+    weight = narrow_weight(37, 21, dtype)
+    by_cpp = packed(weight).panels
+    with torch.enable_grad():  # which the compiled kernels leave to torch
+        by_torch = packed(weight).panels
+    assert torch.equal(by_cpp, by_torch)
+    assert torch.equal(packed(weight).plain(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+def test_rows_of_a_packed_weight(dtype: torch.dtype, native: Library) -> None:
+    weight = narrow_weight(37, 21, dtype)
+    ids = torch.tensor([[0, 36, 15], [16, 17, 3]])
+    by_cpp = packed_rows(packed(weight), ids)
+    assert torch.equal(by_cpp, weight.float()[ids])
+    with torch.enable_grad():
+        assert torch.equal(packed_rows(packed(weight), ids), by_cpp)
+    assert packed_rows(packed(weight), torch.tensor([37, -1])).isnan().all()

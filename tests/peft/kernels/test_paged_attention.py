@@ -178,3 +178,32 @@ def test_rows_are_stored_where_the_layout_says(native: Library) -> None:
         case.layout.cache_rows(0)[-1].item(),
         *case.layout.cache_rows(1).tolist(),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_narrow_keys_and_values_give_the_bits_of_the_same_ones_in_fp32(
+    heads: tuple[int, int, int], dtype: torch.dtype, native: Library
+) -> None:
+    case = make(heads, [1, 9, 1, 70, 3, 1], [1, 9, 66, 140, 200, 64])
+    keys, values = case.keys.to(dtype), case.values.to(dtype)
+    by_cpp = paged_attention(case.q, keys, values, case.layout, scale=0.3)
+    assert torch.equal(by_cpp, paged_attention(case.q, keys.float(), values.float(), case.layout, scale=0.3))
+    expected = formula(Case(case.q, keys.float(), values.float(), case.layout), 0.3)
+    by_torch = paged_attention_torch(case.q, keys, values, case.layout, 0.3, True, None, None)
+    for found in (by_cpp, by_torch):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keys_and_values_are_rounded_as_torch_rounds(dtype: torch.dtype, native: Library) -> None:
+    k = torch.randn(6, 2, 24) * 10.0 ** torch.linspace(-9, 3, 24)
+    k[0, 0, :6] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1 + 2**-9, 1 + 3 * 2**-9])
+    v, rows = -k.flip(0), torch.tensor([7, 0, 3, 11, 5, 1])
+    keys, values = (torch.zeros(12, 2, 24, dtype=dtype) for _ in range(2))
+    write_kv(keys, values, k, v, rows)
+    for cache, new in ((keys, k), (values, v)):
+        expected = torch.zeros_like(cache)
+        expected[rows] = new.to(dtype)
+        assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert torch.equal(cache.isnan(), expected.isnan())

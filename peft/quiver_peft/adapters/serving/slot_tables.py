@@ -71,7 +71,7 @@ class SlotTables:
         from quiver_peft.kernels.triton.self_check import check_adapter_kernels
 
         shapes = [(linear.in_features, linear.out_features) for linear in base.linears()]
-        agree = check_adapter_kernels(shapes, base.config.hidden_size, base.embedding.weight.dtype, device)
+        agree = check_adapter_kernels(shapes, base.config.hidden_size, base.compute_dtype, device)
         return cls.of(base, num_rows) if agree else None
 
     def insert(self, placed: ResidentWeights) -> TableRow | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-w")
-_AVX2 = ("-mavx2", "-mfma")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _TIMEOUT_SECONDS = 300
 _DIGEST_BYTES = 32

@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "pool.h"
 #include "rows.h"
+#include "storage.h"
 
 namespace {
 
@@ -117,14 +118,23 @@ extern "C" void quiver_add(const float* x, const float* y, float* out, int64_t r
     });
 }
 
-// out[r] = table[ids[r]], all of `width`; NaN where there is no such row of its `size`.
-extern "C" void quiver_gather(const float* table, int64_t size, const int64_t* ids, float* out, int64_t rows,
-                              int64_t width) {
-    for_rows(rows, width, [&](int64_t r) {
-        if (ids[r] < 0 || ids[r] >= size)
-            std::fill(out + r * width, out + (r + 1) * width, NAN);
-        else
-            std::copy(table + ids[r] * width, table + (ids[r] + 1) * width, out + r * width);
+// out[r] = row ids[r] of a table [size, width], as fp32; NaN where there is no such row. panel: how many rows lie
+// interleaved, as [size / panel][width][panel]: 16 in a packed weight, 1 in a plain table.
+extern "C" void quiver_gather(const void* table, int64_t storage, int64_t panel, int64_t size, const int64_t* ids,
+                              float* out, int64_t rows, int64_t width) {
+    with_storage(table, storage, [&](auto* from) {
+        for_rows(rows, width, [&](int64_t r) {
+            float* to = out + r * width;
+            if (ids[r] < 0 || ids[r] >= size) {
+                std::fill(to, to + width, NAN);
+                return;
+            }
+            auto* row = from + ids[r] / panel * panel * width + ids[r] % panel;
+            if (panel == 1)
+                for (int64_t i = 0; i < width; i++) to[i] = widened(row[i]);
+            else
+                for (int64_t i = 0; i < width; i++) to[i] = widened(row[i * panel]);
+        });
     });
 }
 

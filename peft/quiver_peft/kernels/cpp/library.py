@@ -31,17 +31,17 @@ class Kernels:
 
     def __init__(self, function: Callable[[str, str], Callable[..., None]], empty: Callable[..., Tensor]) -> None:
         self.empty = empty
-        self.linear = function("linear", "pipppinii")
+        self.linear = function("linear", "pipippinii")
         self.add_lora = function("add_lora", "pipiipi")
-        self.paged_attention = function("paged_attention", "pippiippiiifiipi")
-        self.store_rows = function("store_rows", "ppipipipn")
+        self.paged_attention = function("paged_attention", "pippiiippiiifiipi")
+        self.store_rows = function("store_rows", "ppiipipipn")
         self.rms_norm = function("rms_norm", "pipfpnii")
         self.layer_norm = function("layer_norm", "pppffpni")
         self.activate = function("activate", "pipniii")
         self.rotate = function("rotate", "pipniippi")
         self.rotary = function("rotary", "ppfppni")
         self.add = function("add", "pppni")
-        self.gather = function("gather", "pippni")
+        self.gather = function("gather", "piiippni")
         self.best = function("best", "ppni")
         self.scale_inputs = function("scale_inputs", "pipnipi")
         self.scale_outputs = function("scale_outputs", "pipi")
@@ -64,7 +64,7 @@ class Library(Kernels):
         self.set_num_threads = function("set_num_threads", "i")
         self.keep_freed_memory = function("keep_freed_memory", "")
         self.use_large_pages = function("use_large_pages", "pi")
-        self.pack = function("pack", "piiip")
+        self.pack = function("pack", "piiipi")
         self.run = function("run", "piip")
         self.invoker: Callable[[bytes], int | None] = dll.quiver_invoker
         dll.quiver_invoker.argtypes = [ctypes.c_char_p]

@@ -21,7 +21,7 @@ class Model:
 
     def make(self, ids: Tensor) -> Tensor:
         self.num_made += 1
-        h = embedding(self.table, ids)
+        h = embedding(self.table, ids, torch.float32)
         for _ in range(2):
             h = add(h, rms_norm(h.view(-1, 4, 10), self.weight[:10], 1e-5).flatten(-2))
         return rms_norm(h, self.weight, 1e-5)
@@ -48,7 +48,7 @@ def test_a_single_row_is_no_model_for_others(native: Library) -> None:
         ids = torch.randint(50, (num_rows,))
 
         def make(ids: Tensor = ids) -> Tensor:
-            heads = embedding(table, ids).split([20, 20], -1)[1].unflatten(-1, (4, 5))
+            heads = embedding(table, ids, torch.float32).split([20, 20], -1)[1].unflatten(-1, (4, 5))
             return rms_norm(heads, weight, 1e-5).flatten(-2)
 
         found = programs.run("step", make, num_rows, [ids.data_ptr()])
@@ -68,7 +68,7 @@ def test_keys_have_programs_of_their_own(native: Library) -> None:
     ids = torch.arange(4)
 
     def double() -> Tensor:
-        h = embedding(model.table, ids)
+        h = embedding(model.table, ids, torch.float32)
         return add(h, h)
 
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_programs_beyond_the_limit_are_forgotten_and_made_again(native: Library)
     ids = torch.arange(3)
     for _ in range(2):
         for key in range(70):
-            found = model.programs.run(key, lambda: embedding(model.table, ids), 3, [ids.data_ptr()])
+            found = model.programs.run(key, lambda: embedding(model.table, ids, torch.float32), 3, [ids.data_ptr()])
             assert found is not None and torch.equal(found, model.table[:3])
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_program(case: str, native: Library) -> None:
     programs = StepGraphs(native, [table], CAPACITY)
 
     def make(ids: Tensor) -> Tensor:
-        h = embedding(table, ids)
+        h = embedding(table, ids, torch.float32)
         if case == "operator":  # it would be left out
             return add(h, torch.tanh(h))
         if case == "in place":
@@ -104,9 +104,9 @@ def test_what_is_no_program(case: str, native: Library) -> None:
         if case == "foreign":  # its memory will hold something else
             return add(h, torch.full(h.shape, float(ids[0])))
         if case == "rows":  # twice two of three rows
-            return embedding(table, ids[:2].clone()).repeat(2, 1)
+            return embedding(table, ids[:2].clone(), torch.float32).repeat(2, 1)
         if case == "index":  # a number of the batch in Python's hands
-            return add(h, embedding(table, ids)) if int(ids[0]) % 2 else h
+            return add(h, embedding(table, ids, torch.float32)) if int(ids[0]) % 2 else h
         return h[1:]  # not where blocks start
 
     for first in range(4):
@@ -120,7 +120,7 @@ def test_what_fails_leaves_no_program(native: Library) -> None:
     ids = torch.arange(3)
 
     def fail() -> Tensor:
-        embedding(model.table, ids)
+        embedding(model.table, ids, torch.float32)
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
