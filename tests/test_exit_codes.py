@@ -89,7 +89,7 @@ MISTAKES = [
 FAILURES = [
     serve("--port", "{taken}"),
     serve("--metrics-port", "{taken}"),
-    ["train", "{tmp}/recipe.yaml", "optimiser.learning_rate=1e30", "optimiser.max_gradient_norm=null"],
+    ["train", "{tmp}/recipe.yaml", "optimizer.learning_rate=1e30", "optimizer.max_gradient_norm=null"],
     ["train", "{tmp}/recipe.yaml", "output={tmp}/file/out"],
     ["predict", "--base", "{tmp}/base", "{tmp}/rows.jsonl", "{tmp}/file/answers.jsonl"],
     ["publish", "--base", "{tmp}/base", "--unmeasured", "{tmp}/adapter", "{tmp}/file/store"],

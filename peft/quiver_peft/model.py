@@ -81,7 +81,7 @@ class Model(nn.Module, Generic[BaseT]):
         self.eval()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimiser should get: the adapter's parameters, or all of them where there is no adapter."""
+        """What an optimizer should get: the adapter's parameters, or all of them where there is no adapter."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def save_adapter(

@@ -36,7 +36,7 @@ def train(settings: dict[str, Any], folder: Path, mesh: Mesh) -> dict[str, Any]:
     assert model.adapter is not None
     model.adapter = split_adapter(model.adapter, base, mesh)
     parameters = trainable(model)
-    optimiser = make_optimizer(parameters, OptimizerSection(), dict.fromkeys(parameters, 1e-3))
+    optimizer = make_optimizer(parameters, OptimizerSection(), dict.fromkeys(parameters, 1e-3))
     gradients = Gradients(model, mesh, parameters, seed=0, overlap=settings["overlap"])
     generator = torch.Generator().manual_seed(2)
     shape = (settings["steps"], size["rows"], size["tokens"])
@@ -49,9 +49,9 @@ def train(settings: dict[str, Any], folder: Path, mesh: Mesh) -> dict[str, Any]:
             started = time.perf_counter()
         losses.append(gradients.compute([[Sample(row, 1) for row in batch]], step, 1.0))
         gradients.clip(1.0)
-        set_learning_rate(optimiser, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        set_learning_rate(optimizer, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     dist.barrier()
     seconds = time.perf_counter() - started
     num_tokens = (settings["steps"] - UNTIMED_STEPS) * size["rows"] * size["tokens"]

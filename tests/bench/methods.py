@@ -120,7 +120,7 @@ def train_one(name: str, task: str, base: Path, work: Path) -> Result:
         "epochs": 100,
         "max_steps": run.max_steps,
         "batch_size": 16,
-        "optimiser": {"learning_rate": run.learning_rate, "weight_decay": 0.0},
+        "optimizer": {"learning_rate": run.learning_rate, "weight_decay": 0.0},
         "seed": 1,
     }
     config = TrainConfig.model_validate_json(json.dumps(settings), strict=True)

@@ -90,7 +90,7 @@ def run_quiver(kind: str, base: Path, steps: int, num_runs: int, rows: int, rank
                 base=base,
                 output=Path(folder) / f"run-{i}",
                 data=DataSection(train=Path("none")),
-                optimiser=OptimizerSection(learning_rate=RATE),
+                optimizer=OptimizerSection(learning_rate=RATE),
                 batch_size=rows,
                 epochs=1000,
                 max_steps=steps + WARM_UP_STEPS,

@@ -1,6 +1,6 @@
 """Distributed checkpoints of Megatron-Core's GPTModel and T5Model, read into a base and written from one.
 
-One process does it, whatever cut the checkpoint has or will be read with. What else is in it (an optimiser, the FP8
+One process does it, whatever cut the checkpoint has or will be read with. What else is in it (an optimizer, the FP8
 states of Transformer Engine's layers) is passed over, and not written: who loads what was written asks for no
 `_extra_state`.
 """

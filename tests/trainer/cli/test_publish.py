@@ -15,7 +15,7 @@ from quiver_trainer.cli.publish import main
 
 @pytest.fixture
 def trained(make_config: Callable[..., TrainConfig]) -> TrainConfig:
-    config = make_config("routing", adapter=[LORA], epochs=4, optimiser=OptimizerSection(learning_rate=2e-2))
+    config = make_config("routing", adapter=[LORA], epochs=4, optimizer=OptimizerSection(learning_rate=2e-2))
     fit(config)
     return config
 

@@ -89,6 +89,6 @@ def test_a_base_that_is_none_is_named(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_failed_run_exits_with_1(recipe: Path) -> None:
     result = quiver(
-        "train", recipe, "optimiser.learning_rate=1e30", "optimiser.max_gradient_norm=null", "epochs=9", code=1
+        "train", recipe, "optimizer.learning_rate=1e30", "optimizer.max_gradient_norm=null", "epochs=9", code=1
     )
-    assert "Lower optimiser.learning_rate" in result.stderr
+    assert "Lower optimizer.learning_rate" in result.stderr

@@ -15,7 +15,7 @@ RECIPE = """\
 base: base
 output: adapters
 batch_size: 4
-optimiser: {learning_rate: 1e-3, weight_decay: 0.5}
+optimizer: {learning_rate: 1e-3, weight_decay: 0.5}
 data: {validation: all.jsonl}
 jobs:
   routing:
@@ -24,7 +24,7 @@ jobs:
   extract:
     adapter: [{method: ia3}, {method: canonical}]
     data: {train: extract.jsonl}
-    optimiser: {learning_rate: 5e-3}
+    optimizer: {learning_rate: 5e-3}
     epochs: 7
 """
 
@@ -47,20 +47,20 @@ def test_jobs_share_what_is_not_their_own(tmp_path: Path) -> None:
     assert recipe.folder == tmp_path / "adapters" and recipe.pass_tokens == 4096
     assert [config.output for config in recipe.configs] == [tmp_path / "adapters" / n for n in ("routing", "extract")]
     assert routing.data.train == tmp_path / "routing.jsonl" and extract.data.validation == tmp_path / "all.jsonl"
-    assert (routing.optimiser.learning_rate, extract.optimiser.learning_rate) == (1e-3, 5e-3)
-    assert extract.optimiser.weight_decay == 0.5 and (routing.epochs, extract.epochs) == (3, 7)
+    assert (routing.optimizer.learning_rate, extract.optimizer.learning_rate) == (1e-3, 5e-3)
+    assert extract.optimizer.weight_decay == 0.5 and (routing.epochs, extract.epochs) == (3, 7)
     assert [section.method for section in extract.adapter or ()] == ["ia3", "canonical"]
 
 
 def test_a_sweep_is_every_value_with_every_other(tmp_path: Path) -> None:
-    recipe = load(tmp_path, RECIPE + "sweep:\n  seed: [1, 2]\n  optimiser.learning_rate: [1e-4, 2.5e-3]\n")
+    recipe = load(tmp_path, RECIPE + "sweep:\n  seed: [1, 2]\n  optimizer.learning_rate: [1e-4, 2.5e-3]\n")
     assert [config.output.name for config in recipe.configs][:4] == [
         "routing-seed-1-learning_rate-0.0001",
         "routing-seed-1-learning_rate-0.0025",
         "routing-seed-2-learning_rate-0.0001",
         "routing-seed-2-learning_rate-0.0025",
     ]
-    assert [(c.seed, c.optimiser.learning_rate) for c in recipe.configs[4:]] == [
+    assert [(c.seed, c.optimizer.learning_rate) for c in recipe.configs[4:]] == [
         (1, 1e-4), (1, 2.5e-3), (2, 1e-4), (2, 2.5e-3)
     ]  # fmt: skip
 

@@ -33,13 +33,13 @@ def test_muon_keeps_the_singular_vectors() -> None:
 def test_muon_learns_a_linear_map() -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(6, 4))
-    wanted, optimiser = torch.randn(6, 4), Muon([weight], lr=0.05, weight_decay=0.0)
+    wanted, optimizer = torch.randn(6, 4), Muon([weight], lr=0.05, weight_decay=0.0)
     losses: list[float] = []
     for _ in range(120):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = (weight - wanted).square().mean()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
 

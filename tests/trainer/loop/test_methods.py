@@ -30,8 +30,8 @@ LEARNS: dict[str, tuple[list[dict[str, Any]], float]] = {
 @pytest.mark.parametrize("name", LEARNS)
 def test_it_learns_and_predicts_what_it_was_measured_at(name: str, make_config: MakeConfig) -> None:
     methods, learning_rate = LEARNS[name]
-    optimiser = OptimizerSection(learning_rate=learning_rate, weight_decay=0.0)
-    config = make_config(epochs=40, optimiser=optimiser, adapter=methods)
+    optimizer = OptimizerSection(learning_rate=learning_rate, weight_decay=0.0)
+    config = make_config(epochs=40, optimizer=optimizer, adapter=methods)
     model = GPT.from_pretrained(config.base)
     torch.manual_seed(0)
     assert config.adapter is not None

@@ -44,7 +44,7 @@ def test_accumulated_batches_are_one_large_batch(make_config: MakeConfig) -> Non
     shared: dict[str, Any] = {
         "adapter": [LORA],
         "epochs": 5,
-        "optimiser": OptimizerSection(learning_rate=3e-3),
+        "optimizer": OptimizerSection(learning_rate=3e-3),
         "schedule": ScheduleSection(kind="constant"),
     }
     large = make_config("large", batch_size=6, **shared)
@@ -88,7 +88,7 @@ def test_layers_computed_twice_keep_less(make_config: MakeConfig) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_base_of_half_the_size_trains_an_adapter_in_float32(dtype: str, make_config: MakeConfig) -> None:
-    config = make_config(adapter=[LORA], dtype=dtype, epochs=30, optimiser=OptimizerSection(learning_rate=2e-2))
+    config = make_config(adapter=[LORA], dtype=dtype, epochs=30, optimizer=OptimizerSection(learning_rate=2e-2))
     record = fit(config)
     assert record["validation_loss"] < 0.2 * record["validation_loss_at_start"]
     assert {tensor.dtype for tensor in weights(config).values()} == {torch.float32}
@@ -120,7 +120,7 @@ RISING = OptimizerSection(learning_rate=0.3, max_gradient_norm=None)
 
 def test_a_run_stops_when_nothing_gets_better(make_config: MakeConfig) -> None:
     settings = EvaluationSection(interval_steps=2, exact_match_samples=0, patience=3)
-    config = make_config(adapter=[LORA], epochs=100, evaluation=settings, optimiser=RISING, max_loss_rise=None)
+    config = make_config(adapter=[LORA], epochs=100, evaluation=settings, optimizer=RISING, max_loss_rise=None)
     record = fit(config)
     assert record["stopped_early"] and record["steps"] < 100
     again = fit(config)
@@ -130,9 +130,9 @@ def test_a_run_stops_when_nothing_gets_better(make_config: MakeConfig) -> None:
 def test_the_best_weights_are_kept(make_config: MakeConfig) -> None:
     def config(name: str, **settings: Any) -> TrainConfig:
         evaluation = EvaluationSection(interval_steps=2, exact_match_samples=0, **settings)
-        optimiser = OptimizerSection(learning_rate=0.05, max_gradient_norm=None)
+        optimizer = OptimizerSection(learning_rate=0.05, max_gradient_norm=None)
         return make_config(
-            name, adapter=[LORA], epochs=10, evaluation=evaluation, optimiser=optimiser, max_loss_rise=None
+            name, adapter=[LORA], epochs=10, evaluation=evaluation, optimizer=optimizer, max_loss_rise=None
         )
 
     last, best = config("last"), config("best", keep="best")
@@ -155,7 +155,7 @@ def _validations(config: TrainConfig) -> list[dict[str, Any]]:
 def test_a_run_that_diverges_is_stopped(make_config: MakeConfig) -> None:
     wild = OptimizerSection(learning_rate=3.0, max_gradient_norm=None)
     rising = ScheduleSection(warmup_fraction=1.0)
-    config = make_config(adapter=[LORA], epochs=100, optimiser=wild, schedule=rising, max_loss_rise=0.2)
+    config = make_config(adapter=[LORA], epochs=100, optimizer=wild, schedule=rising, max_loss_rise=0.2)
     with pytest.raises(TrainingError, match=r"step \d+: the smoothed loss was .* and is .*: it diverges. The last"):
         fit(config)
     assert not config.output.exists()

@@ -1,4 +1,4 @@
-"""Gradients and AdamW steps equal Hugging Face's: PEFT's LoRA, transformers' loss, torch's optimiser, their loop."""
+"""Gradients and AdamW steps equal Hugging Face's: PEFT's LoRA, transformers' loss, torch's optimizer, their loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,13 +47,13 @@ def hf_train(model: PeftModel | PreTrainedModel, batch: dict[str, Tensor], steps
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": DECAY},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], lr=RATE)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=RATE)
     losses: list[float] = []
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses
 
@@ -64,7 +64,7 @@ def plain_recipe(make_config: Callable[..., TrainConfig], name: str, steps: int)
         name,
         epochs=steps,
         batch_size=len(ROWS),
-        optimiser=OptimizerSection(learning_rate=RATE, weight_decay=DECAY, max_gradient_norm=None),
+        optimizer=OptimizerSection(learning_rate=RATE, weight_decay=DECAY, max_gradient_norm=None),
         schedule=ScheduleSection(kind="constant", warmup_fraction=0),
     )
 

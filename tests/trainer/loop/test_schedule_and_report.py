@@ -37,11 +37,11 @@ def test_a_line_ends_where_it_is_told_to() -> None:
 
 def test_only_matrices_decay() -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimiser = make_optimizer({"a": matrix, "b": vector}, OptimizerSection(weight_decay=0.5), {"a": 1.0, "b": 1.0})
-    assert set_learning_rate(optimiser, 0.1) == 0.1
+    optimizer = make_optimizer({"a": matrix, "b": vector}, OptimizerSection(weight_decay=0.5), {"a": 1.0, "b": 1.0})
+    assert set_learning_rate(optimizer, 0.1) == 0.1
     for parameter in (matrix, vector):
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
+    optimizer.step()
     assert matrix.tolist() == [[pytest.approx(0.95)] * 2] * 2
     assert vector.tolist() == [1.0, 1.0]
 
@@ -51,9 +51,9 @@ def test_virtual_tokens_do_not_decay(config: PEFTConfig, base_folder: Path) -> N
     model = GPT.from_pretrained(base_folder)
     model.add_adapter([config, LoraPEFTConfig(adapter_dim=2)])
     parameters = trainable(model)
-    optimiser = make_optimizer(parameters, OptimizerSection(weight_decay=0.5), dict.fromkeys(parameters, 1.0))
-    decayed, kept = ([id(p) for p in group["params"]] for group in optimiser.param_groups)
-    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.5, 0.0]
+    optimizer = make_optimizer(parameters, OptimizerSection(weight_decay=0.5), dict.fromkeys(parameters, 1.0))
+    decayed, kept = ([id(p) for p in group["params"]] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
     (rows,) = (id(p) for name, p in model.named_parameters() if name.endswith("encoder.embedding"))
     assert rows in kept and rows not in decayed and len(decayed) > 2
 
@@ -77,9 +77,9 @@ def test_each_method_of_an_adapter_has_its_own_rate_and_scales_do_not_decay(base
     parameters = trainable(model)
     names = [method.name for method in model.adapter.ordered_methods]
     settings = OptimizerSection(weight_decay=0.5)
-    optimiser = make_optimizer(parameters, settings, peak_rates(parameters, settings, names))
-    set_learning_rate(optimiser, 0.5)
-    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimiser.param_groups for p in group["params"]}
+    optimizer = make_optimizer(parameters, settings, peak_rates(parameters, settings, names))
+    set_learning_rate(optimizer, 0.5)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     ia3, lora = (next(m for m in model.adapter.ordered_methods if m.name == name) for name in ("ia3", "lora"))
     assert {found[id(p)] for p in ia3.parameters()} == {(2.5e-3, 0.0)}
     assert {found[id(p)] for p in lora.parameters()} == {(1e-4, 0.5)}

@@ -141,7 +141,7 @@ def test_each_method_becomes_what_it_becomes_alone(
                 max_steps=20 - i % 4,
                 seed=i,
                 schedule=ScheduleSection(kind="constant" if i % 2 else "cosine"),
-                optimiser=OptimizerSection(learning_rate=1e-3 * (1 + i % 2), weight_decay=0.1),
+                optimizer=OptimizerSection(learning_rate=1e-3 * (1 + i % 2), weight_decay=0.1),
             )
         )
     together = train_runs(base, configs, pass_tokens=300)
@@ -192,7 +192,7 @@ def test_one_that_was_left_behind_catches_up_alone(make_config: MakeConfig) -> N
 
 def test_one_that_fails_fails_alone(make_config: MakeConfig) -> None:
     bad, good = two_configs(make_config)
-    bad = bad.model_copy(update={"optimiser": OptimizerSection(learning_rate=1e30, max_gradient_norm=None)})
+    bad = bad.model_copy(update={"optimizer": OptimizerSection(learning_rate=1e30, max_gradient_norm=None)})
     results = fit_all([bad, good])
     assert isinstance(results[0], TrainingError) and "lora: step" in str(results[0])
     assert not bad.output.exists()

@@ -41,7 +41,7 @@ def digest(model: GPT) -> str:
 
 
 def test_an_adapter_learns_its_rows_by_heart_and_the_base_stays(make_config: MakeConfig) -> None:
-    config = make_config(epochs=40, optimiser=FAST)
+    config = make_config(epochs=40, optimizer=FAST)
     model = new_model(config)
     before = digest(model)
     record = Trainer(config).fit(model).record
@@ -53,7 +53,7 @@ def test_an_adapter_learns_its_rows_by_heart_and_the_base_stays(make_config: Mak
 
 
 def test_the_folder_is_what_was_trained(make_config: MakeConfig) -> None:
-    config = make_config(epochs=4, optimiser=FAST)
+    config = make_config(epochs=4, optimizer=FAST)
     model = new_model(config)
     revision = Trainer(config).fit(model).revision
     tokens = random_tokens(2, 24)
@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_revision_and_another_seed_another(make_con
 
 
 def test_full_fine_tuning_leaves_a_whole_folder(make_config: MakeConfig) -> None:
-    config = make_config("whole", epochs=10, optimiser=OptimizerSection(learning_rate=3e-3))
+    config = make_config("whole", epochs=10, optimizer=OptimizerSection(learning_rate=3e-3))
     model = GPT.from_pretrained(config.base)
     Trainer(config).fit(model)
     tokens = random_tokens(1, 20)
@@ -163,8 +163,8 @@ def test_a_length_beyond_the_base_is_refused(make_config: MakeConfig) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(make_config: MakeConfig) -> None:
-    config = make_config(epochs=20, optimiser=OptimizerSection(learning_rate=1e30, max_gradient_norm=None))
-    with pytest.raises(TrainingError, match=r"step \d+: the loss is .*Lower optimiser.learning_rate"):
+    config = make_config(epochs=20, optimizer=OptimizerSection(learning_rate=1e30, max_gradient_norm=None))
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is .*Lower optimizer.learning_rate"):
         Trainer(config).fit(new_model(config))
     assert not config.output.exists()
 

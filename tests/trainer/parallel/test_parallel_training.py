@@ -63,7 +63,7 @@ def recipe(base: Path, output: Path, method: str, **changes: Any) -> dict[str, A
         "max_steps": STEPS,
         # Adam makes steps of the whole rate out of gradients that are little but rounding: a base has some, and
         # what lies before a bottleneck's way up, which starts at zero.
-        "optimiser": {
+        "optimizer": {
             "learning_rate": 3e-4 if method in ("full", "canonical") else 3e-3,
             "weight_decay": 0.1,
             "max_gradient_norm": 0.7,

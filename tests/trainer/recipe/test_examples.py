@@ -20,7 +20,7 @@ def test_an_example_is_valid_and_says_what_it_is(path: Path) -> None:
     assert path.read_text().startswith("# ")
     for config in configs:
         assert (config.base / "config.json").is_file()
-        assert config.optimiser.learning_rate is not None and config.data.validation is not None
+        assert config.optimizer.learning_rate is not None and config.data.validation is not None
 
 
 def test_there_is_one_for_each_method_on_each_base() -> None:
@@ -38,7 +38,7 @@ def test_rates_are_those_that_were_measured() -> None:
         for name, run in runs.items():
             path = EXAMPLES / kind / f"{name}.yaml"
             recipe = yaml.safe_load(path.read_text())
-            assert float(recipe["optimiser"]["learning_rate"]) == run.learning_rate
+            assert float(recipe["optimizer"]["learning_rate"]) == run.learning_rate
             assert recipe["max_steps"] == run.max_steps
             adapter = recipe["adapter"] if isinstance(recipe["adapter"], list) else [recipe["adapter"]]
             for ours, measured in zip(adapter, METHODS[name], strict=True):

@@ -8,6 +8,7 @@ from quiver_trainer import ConfigError
 from quiver_trainer.recipe.help import list_settings, to_recipe
 from quiver_trainer.recipe.methods import LoraSection
 from quiver_trainer.recipe.reader import load_recipe
+from quiver_trainer.recipe.sweep import ManyRecipe, load_recipes
 
 RECIPE = """\
 base: models/base
@@ -46,10 +47,10 @@ def test_paths_of_overrides_start_at_the_shell(path: Path) -> None:
 
 
 def test_overrides_reach_every_depth(path: Path) -> None:
-    overrides = ["seed=7", "optimiser.learning_rate=2e-4", "adapter.adapter_dim=9", "adapter.target_modules=[mlp, all]"]
+    overrides = ["seed=7", "optimizer.learning_rate=2e-4", "adapter.adapter_dim=9", "adapter.target_modules=[mlp, all]"]
     config = load_recipe(path, [*overrides, "evaluation.interval_steps=null", "schedule.kind=constant"])
     assert config.seed == 7
-    assert config.optimiser.learning_rate == 2e-4
+    assert config.optimizer.learning_rate == 2e-4
     assert config.adapter is not None and isinstance(config.adapter[0], LoraSection)
     assert (config.adapter[0].adapter_dim, config.adapter[0].target_modules) == (9, ("mlp", "all"))
     assert config.schedule.kind == "constant"
@@ -88,8 +89,8 @@ REFUSED: list[tuple[str, str, str]] = [
         "adapter: null\ndtype: bfloat16\n",
         r"dtype bfloat16 would lose small updates of the whole base; use float32",
     ),
-    ("data:", "optimiser: {betas: [0.9, 1.0]}\ndata:", r"recipe.yaml:6: optimiser.betas: each must be in \[0, 1\)"),
-    ("data:", "optimiser: {learning_rate: .nan}\ndata:", r"recipe.yaml:6: optimiser.learning_rate: .*finite number"),
+    ("data:", "optimizer: {betas: [0.9, 1.0]}\ndata:", r"recipe.yaml:6: optimizer.betas: each must be in \[0, 1\)"),
+    ("data:", "optimizer: {learning_rate: .nan}\ndata:", r"recipe.yaml:6: optimizer.learning_rate: .*finite number"),
 ]
 
 
@@ -134,7 +135,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, "- a\n- b\n"))
 
 
-@pytest.mark.parametrize("overrides", [[], ["adapter=null"], ["optimiser.max_gradient_norm=null", "data.max_length=9"]])
+@pytest.mark.parametrize("overrides", [[], ["adapter=null"], ["optimizer.max_gradient_norm=null", "data.max_length=9"]])
 def test_a_printed_recipe_gives_the_same_run(overrides: list[str], path: Path, tmp_path: Path) -> None:
     config = load_recipe(path, overrides)
     assert load_recipe(write(tmp_path / "..", to_recipe(config))) == config
@@ -152,3 +153,40 @@ def test_the_demos_recipes_are_valid(name: str) -> None:
     config = load_recipe(Path(f"trainer/demo/configs/{name}.yaml"))
     assert config.base.resolve() == Path("trainer/demo/base").resolve()
     assert config.output.name == name
+
+
+OLD_KEYS = """\
+base: models/base
+output: adapters
+optimiser: {weight_decay: 0.25}
+data: {train: train.jsonl}
+jobs:
+  a: {adapter: {method: lora}, optimiser: {learning_rate: 1e-4}}
+  optimiser: {adapter: {method: ia3}}
+sweep:
+  optimiser.epsilon: [1e-7, 1e-8]
+"""
+
+
+def test_old_key_names_are_read_with_a_warning(tmp_path: Path) -> None:
+    path = write(tmp_path, OLD_KEYS)
+    with pytest.warns(FutureWarning, match=r"is called optimizer(\.epsilon)? since 0\.2") as caught:
+        recipe = load_recipes(path, ["optimiser.max_gradient_norm=2.0"])
+    assert [str(warning.message).split(": ")[0] for warning in caught] == [f"{path}:{line}" for line in (3, 6, 9)]
+    assert isinstance(recipe, ManyRecipe)
+    found = {config.output.name: config.optimizer for config in recipe.configs}
+    assert list(found) == [
+        "a-epsilon-1e-07",
+        "a-epsilon-1e-08",
+        "optimiser-epsilon-1e-07",
+        "optimiser-epsilon-1e-08",
+    ], "a job keeps its name"
+    assert {optimizer.weight_decay for optimizer in found.values()} == {0.25}
+    assert {optimizer.max_gradient_norm for optimizer in found.values()} == {2.0}
+    assert (found["a-epsilon-1e-07"].learning_rate, found["a-epsilon-1e-07"].epsilon) == (1e-4, 1e-7)
+
+
+def test_a_key_under_both_names_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, RECIPE + "optimizer: {epsilon: 1e-7}\noptimiser: {epsilon: 1e-7}\n")
+    with pytest.raises(ConfigError, match=r"recipe.yaml:9: optimizer is given twice, first in line 8"):
+        load_recipe(path)

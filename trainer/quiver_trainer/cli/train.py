@@ -38,13 +38,13 @@ Train an adapter (or fine-tune a whole base) from a recipe, a YAML file such as
     train: data/routing/train.jsonl   # lines of {"prompt": "...", "completion": "..."}
     validation: data/routing/validation.jsonl
   epochs: 3
-  optimiser:
+  optimizer:
     learning_rate: 2e-3
 
 and train it with
 
   quiver train routing.yaml
-  quiver train routing.yaml epochs=5 optimiser.learning_rate=1e-3 output=adapters/routing-2
+  quiver train routing.yaml epochs=5 optimizer.learning_rate=1e-3 output=adapters/routing-2
 
 Many adapters train at once on one base in memory, each to the result that it would reach alone:
 
@@ -55,7 +55,7 @@ Many adapters train at once on one base in memory, each to the result that it wo
     routing: {adapter: {method: lora}, data: {train: data/routing.jsonl}}
     extract: {adapter: {method: ia3}, data: {train: data/extract.jsonl}}
   sweep:                              # every value of every key with every other; also without jobs
-    optimiser.learning_rate: [1e-3, 3e-3]
+    optimizer.learning_rate: [1e-3, 3e-3]
   pass_tokens: 4096                   # about how many tokens go through the base together: bounds the memory
 
 Over several GPUs, machines or CPUs (parallel.tensor cuts the base; what is left of the processes deals the rows):

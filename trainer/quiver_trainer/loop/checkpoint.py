@@ -38,16 +38,16 @@ class Checkpoint:
 def write_checkpoint(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
-    optimiser: AdamW,
+    optimizer: AdamW,
     stream: RunRng,
     progress: Progress,
     settings: Mapping[str, Any],
 ) -> None:
     """Replace the checkpoint in `folder`; a crash leaves the one before."""
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
-    moments: dict[int, dict[str, Tensor]] = optimiser.state_dict()["state"]
+    moments: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     for index, state in moments.items():
-        tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in state.items()})
+        tensors.update({f"optimizer.{index}.{key}": tensor for key, tensor in state.items()})
     tensors.update({f"random.{device}": state for device, state in stream.states.items()})
     state = {"schema_version": _SCHEMA_VERSION, "settings": dict(settings), "progress": progress.to_json()}
     content = save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
@@ -71,16 +71,16 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         raise TrainingError(f"{folder}: not a whole checkpoint ({error}); start over with --restart") from None
 
 
-def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimiser: AdamW, stream: RunRng) -> None:
+def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: AdamW, stream: RunRng) -> None:
     """Put parameters, moments and random numbers back where they were. The settings must have been compared."""
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "parameter":
             parameters[rest].data.copy_(tensor)
-        elif kind == "optimiser":
+        elif kind == "optimizer":
             index, _, key = rest.partition(".")
             states.setdefault(int(index), {})[key] = tensor
         elif kind == "random":
             stream.states[rest] = tensor
-    optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

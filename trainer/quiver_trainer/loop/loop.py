@@ -1,6 +1,6 @@
 """The training loop: the batches of all runs on one frozen base go through it in one forward and backward pass.
 
-A run's result does not depend on the others: rows meet nowhere, and each run has its own optimiser, order and numbers.
+A run's result does not depend on the others: rows meet nowhere, and each run has its own optimizer, order and numbers.
 """
 
 import time

@@ -64,8 +64,8 @@ def rate_factor(step: int, num_steps: int, schedule: ScheduleSection) -> float:
     return schedule.final_fraction + (1.0 - schedule.final_fraction) * left
 
 
-def set_learning_rate(optimiser: AdamW, factor: float) -> float:
+def set_learning_rate(optimizer: AdamW, factor: float) -> float:
     """For the next step, in every group, as a share of its peak; returns the highest."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
-    return max(group["lr"] for group in optimiser.param_groups)
+    return max(group["lr"] for group in optimizer.param_groups)

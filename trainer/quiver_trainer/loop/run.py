@@ -1,4 +1,4 @@
-"""One run: its rows, what it trains, its optimiser, its progress. The loop computes; a run says what, and keeps it."""
+"""One run: its rows, what it trains, its optimizer, its progress. The loop computes; a run says what, and keeps it."""
 
 import math
 import time
@@ -57,8 +57,8 @@ class Run:
         self._reporter = reporter
         self.parameters = trainable(model)
         methods = None if model.adapter is None else [method.name for method in model.adapter.ordered_methods]
-        peaks = peak_rates(self.parameters, config.optimiser, methods)
-        self.optimizer = make_optimizer(self.parameters, config.optimiser, peaks)
+        peaks = peak_rates(self.parameters, config.optimizer, methods)
+        self.optimizer = make_optimizer(self.parameters, config.optimizer, peaks)
         self._plan: list[list[int]] = []
         self.num_steps = self._count_steps()
         mends = isinstance(model, T5) and any(data.has_raw_text for data in datasets.values())
@@ -171,7 +171,7 @@ class Run:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad /= self.loss_scale
-        limit = self.config.optimiser.max_gradient_norm
+        limit = self.config.optimizer.max_gradient_norm
         return self.clip(math.inf if limit is None else limit)
 
     def clip(self, longest: float) -> float:
@@ -189,7 +189,7 @@ class Run:
     def _fail(self, what: str, rate: float) -> None:
         self.failure = TrainingError(
             f"{self.name}: step {self.progress.step + 1}: {what}. The last checkpoint stays. Lower "
-            f"optimiser.learning_rate ({rate:g} here), or set optimiser.max_gradient_norm"
+            f"optimizer.learning_rate ({rate:g} here), or set optimizer.max_gradient_norm"
         )
 
     def _after_step(self, rate: float, gradient_norm: float) -> None:

@@ -37,14 +37,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def write_checkpoint(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
-    optimiser: AdamW,
+    optimizer: AdamW,
     mesh: Mesh,
     progress: Progress,
     settings: Mapping[str, Any],
 ) -> None:
     """Replace the checkpoint in `folder`, which all processes see; all of them must call."""
     state = {"schema_version": _SCHEMA_VERSION, "settings": dict(settings), "progress": progress.to_json()}
-    _write(folder, _shards(parameters, optimiser, mesh), mesh, state)
+    _write(folder, _shards(parameters, optimizer, mesh), mesh, state)
 
 
 class DistributedBest(BestWeights):
@@ -91,19 +91,19 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Progress] | None:
         raise TrainingError(f"{folder}: not a whole checkpoint ({error}); start over with --restart") from None
 
 
-def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimiser: AdamW, mesh: Mesh, num_steps: int) -> None:
+def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: AdamW, mesh: Mesh, num_steps: int) -> None:
     """Put this process's shares of parameters and moments where they were after `num_steps` steps.
 
     Raises TrainingError when something is missing or damaged.
     """
     if num_steps:
         for parameter in parameters.values():
-            state = optimiser.state[parameter]
+            state = optimizer.state[parameter]
             state["step"] = torch.tensor(
-                float(num_steps), device=parameter.device if optimiser.defaults["fused"] else None
+                float(num_steps), device=parameter.device if optimizer.defaults["fused"] else None
             )
             state.update({name: torch.zeros_like(parameter) for name in _MOMENTS})
-    _read(folder, _shards(parameters, optimiser, mesh))
+    _read(folder, _shards(parameters, optimizer, mesh))
 
 
 def _read(folder: Path, shards: Iterable[ShardedTensor]) -> None:
@@ -120,13 +120,13 @@ def _read(folder: Path, shards: Iterable[ShardedTensor]) -> None:
             place.copy_(found[key])
 
 
-def _shards(parameters: Mapping[str, nn.Parameter], optimiser: AdamW | None, mesh: Mesh) -> Iterator[ShardedTensor]:
+def _shards(parameters: Mapping[str, nn.Parameter], optimizer: AdamW | None, mesh: Mesh) -> Iterator[ShardedTensor]:
     """Everything of this process, each part of what is fused apart: another number of ranks cuts it elsewhere."""
     for name, parameter in parameters.items():
         yield from _parts_of(f"parameter.{name}", parameter, parameter.detach(), mesh)
         for moment in _MOMENTS:
-            if optimiser is not None and moment in optimiser.state[parameter]:
-                yield from _parts_of(f"{moment}.{name}", parameter, optimiser.state[parameter][moment], mesh)
+            if optimizer is not None and moment in optimizer.state[parameter]:
+                yield from _parts_of(f"{moment}.{name}", parameter, optimizer.state[parameter][moment], mesh)
 
 
 def _parts_of(key: str, parameter: nn.Parameter, tensor: Tensor, mesh: Mesh) -> Iterator[ShardedTensor]:

@@ -22,7 +22,7 @@ Convert between a Hugging Face folder and a distributed checkpoint of Megatron-C
   python -m quiver_trainer.parallel.convert read --base models/demo-base CHECKPOINT models/trained-by-megatron
 
 What is read becomes a Hugging Face folder (float32); --base says the architecture and lends the tokenizer. Checkpoints
-of any tensor- and pipeline-parallel layout are read; the state of an optimiser in them is passed over.
+of any tensor- and pipeline-parallel layout are read; the state of an optimizer in them is passed over.
 """
 
 

@@ -182,7 +182,7 @@ class TrainConfig(Section):
         gt=0,
         description="stop when the smoothed training loss is so many nats above its lowest; null: never",
     )
-    optimiser: OptimizerSection = Field(default=OptimizerSection(), description="AdamW")
+    optimizer: OptimizerSection = Field(default=OptimizerSection(), description="AdamW")
     schedule: ScheduleSection = Field(default=ScheduleSection(), description="the learning rate from step to step")
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="measuring on the validation rows")
     checkpoint_interval_steps: int = Field(

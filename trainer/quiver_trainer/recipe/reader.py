@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from quiver_trainer.errors import ConfigError
 from quiver_trainer.recipe.config import TrainConfig
 from quiver_trainer.recipe.methods import METHOD_SECTIONS
+from quiver_trainer.recipe.old_keys import new_path, with_new_keys
 from quiver_trainer.recipe.yaml_source import KeyPath, YamlSource, parse_yaml
 
 _PATH_KEYS: tuple[KeyPath, ...] = (("base",), ("output",), ("data", "train"), ("data", "validation"), ("tensorboard",))
@@ -63,6 +64,7 @@ def read_raw(path: Path) -> RawRecipe:
     source = parse_yaml(_read_text(path), str(path))
     if not isinstance(source.data, dict):
         raise ConfigError(f"{path}: must hold keys and values, such as `base: models/demo-base`")
+    source = with_new_keys(source, str(path))
     data = cast(dict[str, Any], source.data)
     anchor_paths(data, path.absolute().parent)
     return RawRecipe(data, source, path)
@@ -100,9 +102,9 @@ def _anchor(data: dict[str, Any], key: KeyPath, folder: Path) -> None:
 def _apply_override(data: dict[str, Any], override: str, folder: Path) -> tuple[KeyPath, str]:
     """Sets one key, in place, and returns its path and the override as written."""
     key, equals, text = override.partition("=")
-    parts = tuple(key.split("."))
+    parts = new_path(tuple(key.split(".")))
     if not equals or not all(parts):
-        raise ConfigError(f"{override!r}: an override is key=value, such as optimiser.learning_rate=1e-4")
+        raise ConfigError(f"{override!r}: an override is key=value, such as optimizer.learning_rate=1e-4")
     value = parse_yaml(text, f"{override!r}").data
     target: Any = data
     for depth, part in enumerate(parts[:-1], start=1):

@@ -7,7 +7,7 @@ jobs:
   routing: {adapter: {method: lora}, data: {train: data/routing.jsonl}}
   extract: {adapter: {method: ia3}, data: {train: data/extract.jsonl}}
 sweep:
-  optimiser.learning_rate: [1e-3, 3e-3]
+  optimizer.learning_rate: [1e-3, 3e-3]
 """
 
 import copy

@@ -84,7 +84,7 @@ def _label_last(axes: "Axes", point: tuple[int, float], text: str, colour: str) 
 
 def _style(axes: "Axes", title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("optimiser step", color=_GREY)
+    axes.set_xlabel("optimizer step", color=_GREY)
     axes.set_ylabel(unit, color=_GREY)
     axes.set_xlim(left=0)
     axes.grid(axis="y", color="#e3e7ec", linewidth=0.8)

@@ -40,11 +40,11 @@ def test_only_the_adapter_is_trainable_and_gets_gradients(llama_folder: Path) ->
     model.add_adapter(LoraPEFTConfig(target_modules=["all"], adapter_dim=2))
     trainable = list(model.trainable_parameters())
     assert {id(p) for p in trainable} == {id(p) for name, p in model.named_parameters() if name.startswith("adapter.")}
-    optimiser = torch.optim.SGD(trainable, lr=10.0)
+    optimizer = torch.optim.SGD(trainable, lr=10.0)
     for _ in range(2):  # after the first step B is no longer zero, so that A learns too
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(TOKENS).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     assert all(p.grad is not None and bool(p.grad.any()) for p in trainable)
     assert all(p.grad is None and torch.equal(p, untouched[name]) for name, p in model.base.named_parameters())
 

@@ -38,7 +38,7 @@ def needs_avx2() -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """An empty cache, and a compiler that does not take its time: g++ without optimisation, its calls counted."""
+    """An empty cache, and a compiler that does not take its time: g++ without optimization, its calls counted."""
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho called >> {tmp_path}/calls\nexec g++ "$@" -O0\n')
     compiler.chmod(0o755)
