@@ -12,8 +12,8 @@ from quiver_peft.base.checkpoint import ShardSlice, fingerprint, load_checkpoint
 from quiver_peft.base.config import BaseConfig
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.family import Family, TensorMapping
+from quiver_peft.base.parallel_hooks import SINGLE_DEVICE, TensorParallelHooks
 from quiver_peft.base.sites import Linear, Site
-from quiver_peft.base.spread import SINGLE_DEVICE, TensorParallelHooks
 from quiver_peft.errors import CheckpointError
 from quiver_peft.kernels.packed_linear import PackedWeight, packed_linear
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from quiver_peft.base.base import Base
-from quiver_peft.kernels.large_memory import empty_huge
+from quiver_peft.kernels.huge_pages import empty_huge
 from quiver_peft.kernels.packed_linear import can_pack, pack_weight, packed_size
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quiver_peft.base.config import BaseConfig
-from quiver_peft.kernels.large_memory import empty_huge
+from quiver_peft.kernels.huge_pages import empty_huge
 from quiver_peft.kernels.paged_attention import paged_attention, write_kv
 from quiver_peft.kernels.paged_layout import PagedLayout
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.transfer import PinnedUpload
+from quiver_peft.kernels.pinned_upload import PinnedUpload
 
 
 class PagedLayout:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.large_memory import empty_huge
+from quiver_peft.kernels.huge_pages import empty_huge
 
 # Extents start on a cache line (and on what vectorised loads like): 64 bytes of fp32.
 ALIGNMENT_ELEMENTS = 16
