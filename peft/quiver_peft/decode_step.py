@@ -15,6 +15,7 @@ from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
 from quiver_peft.base.paged_t5 import PackedAttention, PagedSources, SourceLayout
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
 from quiver_peft.base.t5 import T5Base
+from quiver_peft.rounding import ceil_div
 
 BLOCK_TOKENS = 16
 
@@ -134,7 +135,7 @@ class T5Step(_Step):
 
 
 def _num_blocks(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK_TOKENS)
+    return ceil_div(num_tokens, BLOCK_TOKENS)
 
 
 def _bounds(parts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

@@ -169,9 +169,13 @@ class T5(Model[T5Base]):
 AnyModel = GPT | T5
 
 
+def model_of(base: GPTBase | T5Base) -> AnyModel:
+    """The model around a base: a `T5` around a T5Base, a `GPT` around a GPTBase; without an adapter."""
+    return T5(base) if isinstance(base, T5Base) else GPT(base)
+
+
 def load_model(
     folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> AnyModel:
     """A `T5` or a `GPT`, whichever the folder holds. Raises CheckpointError."""
-    base = load_base(folder, dtype=dtype, device=device)
-    return T5(base) if isinstance(base, T5Base) else GPT(base)
+    return model_of(load_base(folder, dtype=dtype, device=device))

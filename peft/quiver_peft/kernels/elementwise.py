@@ -9,39 +9,40 @@ from torch import Tensor
 from quiver_peft.kernels.cpp.library import library_for
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-_CPP_KINDS: dict[Activation, int] = {"silu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3}
+# As quiver_activate of elementwise.cpp numbers them.
+_CPP_KINDS: dict[Activation, int] = {"silu": 0, "relu": 1, "relu2": 2, "gelu_tanh": 3, "gelu": 4}
 
 
 def embedding(table: Tensor, ids: Tensor) -> Tensor:
     """Rows of an embedding. table: [V, D], ids: [*] int64 -> [*, D]. An id that is none raises, or gives NaN."""
-    native = library_for(table)
-    if native is None or not (table.is_contiguous() and ids.is_contiguous()):
+    cpp = library_for(table)
+    if cpp is None or not (table.is_contiguous() and ids.is_contiguous()):
         return F.embedding(ids, table)
-    out = native.empty((*ids.shape, table.shape[1]))
-    native.gather(table.data_ptr(), len(table), ids.data_ptr(), out.data_ptr(), ids.numel(), table.shape[1])
+    out = cpp.empty((*ids.shape, table.shape[1]))
+    cpp.gather(table.data_ptr(), len(table), ids.data_ptr(), out.data_ptr(), ids.numel(), table.shape[1])
     return out
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, which have one shape, [*, D]."""
-    native = library_for(x, y)
-    if native is None or not (x.is_contiguous() and y.is_contiguous()):
+    cpp = library_for(x, y)
+    if cpp is None or not (x.is_contiguous() and y.is_contiguous()):
         return x + y
-    out, width = native.empty(x.shape), x.shape[-1]
-    native.add(x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel() // width, width)
+    out, width = cpp.empty(x.shape), x.shape[-1]
+    cpp.add(x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel() // width, width)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight, statistics in fp32 (Zhang & Sennrich 2019). x: [*, D] -> [*, D]."""
-    native = library_for(x, weight)
-    if native is None:
+    cpp = library_for(x, weight)
+    if cpp is None:
         return rms_norm_torch(x, weight, eps)
     x, step = _with_packed_heads(x)
     heads, width = (1, x.shape[-1]) if x.dim() < 3 else x.shape[-2:]
-    out = native.empty(x.shape)
+    out = cpp.empty(x.shape)
     num_rows = x.numel() // (heads * width)
-    native.rms_norm(x.data_ptr(), step, weight.data_ptr(), eps, out.data_ptr(), num_rows, heads, width)
+    cpp.rms_norm(x.data_ptr(), step, weight.data_ptr(), eps, out.data_ptr(), num_rows, heads, width)
     return out
 
 
@@ -52,11 +53,11 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     """(x - mean) / deviation · (weight + weight_offset) + bias (Ba et al. 2016). x: [*, D] -> [*, D]."""
-    native = library_for(x, weight)
-    if native is None or not x.is_contiguous():
+    cpp = library_for(x, weight)
+    if cpp is None or not x.is_contiguous():
         return layer_norm_torch(x, weight, bias, eps, weight_offset)
-    out, width = native.empty(x.shape), x.shape[-1]
-    native.layer_norm(
+    out, width = cpp.empty(x.shape), x.shape[-1]
+    cpp.layer_norm(
         x.data_ptr(), weight.data_ptr(), bias.data_ptr(), weight_offset, eps, out.data_ptr(), x.numel() // width, width
     )
     return out
@@ -69,14 +70,14 @@ def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, weight
 
 def activate(kind: Activation, x: Tensor, *, gated: bool) -> Tensor:
     """act(x), or of both halves of x act(first) · second (Shazeer 2020). x: [*, F] or gated [*, 2 F] -> [*, F]."""
-    native = library_for(x)
-    if native is None or kind not in _CPP_KINDS:
+    cpp = library_for(x)
+    if cpp is None:
         return activate_torch(kind, x, gated=gated)
     x = x.contiguous()
     size = x.shape[-1]
     width = size // 2 if gated else size
-    out = native.empty((*x.shape[:-1], width))
-    native.activate(x.data_ptr(), size, out.data_ptr(), x.numel() // size, width, gated, _CPP_KINDS[kind])
+    out = cpp.empty((*x.shape[:-1], width))
+    cpp.activate(x.data_ptr(), size, out.data_ptr(), x.numel() // size, width, gated, _CPP_KINDS[kind])
     return out
 
 
@@ -104,12 +105,12 @@ def rope_cos_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tuple
 
     positions: [*] int64; frequencies: [dim / 2] fp32 -> cos, sin: [*, 1, dim], to be broadcast over heads.
     """
-    native = library_for(frequencies)
-    if native is None or not positions.is_contiguous():
+    cpp = library_for(frequencies)
+    if cpp is None or not positions.is_contiguous():
         return rope_cos_sin_torch(positions, frequencies, factor)
     half = len(frequencies)
-    cos, sin = (native.empty((*positions.shape, 1, 2 * half)) for _ in range(2))
-    native.rotary(
+    cos, sin = (cpp.empty((*positions.shape, 1, 2 * half)) for _ in range(2))
+    cpp.rotary(
         positions.data_ptr(), frequencies.data_ptr(), factor, cos.data_ptr(), sin.data_ptr(), positions.numel(), half
     )
     return cos, sin
@@ -127,16 +128,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: [*, H, E]; cos, sin: [*, 1, dim] -> [*, H, E].
     """
-    native = library_for(x, cos, sin)
-    if native is None:
+    cpp = library_for(x, cos, sin)
+    if cpp is None:
         return apply_rope_torch(x, cos, sin)
     x, step = _with_packed_heads(x)
     heads, size = x.shape[-2:]
-    out = native.empty(x.shape)
+    out = cpp.empty(x.shape)
     num_rows = x.numel() // (heads * size)
-    native.rotate(
-        x.data_ptr(), step, out.data_ptr(), num_rows, heads, size, cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
-    )
+    cpp.rotate(x.data_ptr(), step, out.data_ptr(), num_rows, heads, size, cos.data_ptr(), sin.data_ptr(), cos.shape[-1])
     return out
 
 
@@ -151,11 +150,11 @@ def apply_rope_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def argmax_finite(x: Tensor) -> Tensor:
     """Where the largest of each row first stands, -1 where it is no finite number. x: [T, V] -> [T] int64."""
-    native = library_for(x)
-    if native is None or not x.is_contiguous():
+    cpp = library_for(x)
+    if cpp is None or not x.is_contiguous():
         return argmax_finite_torch(x)
     out = torch.empty(len(x), dtype=torch.int64)
-    native.best(x.data_ptr(), out.data_ptr(), *x.shape)
+    cpp.best(x.data_ptr(), out.data_ptr(), *x.shape)
     return out
 
 

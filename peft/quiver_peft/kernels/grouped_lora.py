@@ -31,14 +31,19 @@ class LoraAtSite:
     a: Tensor
     expands: tuple[LoraExpand, ...]
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether every factor is contiguous, as the compiled kernel requires."""
+        return self.a.is_contiguous() and all(expand.b_t.is_contiguous() for expand in self.expands)
+
     @cached_property
-    def descriptor(self) -> "array[int] | None":
-        """The same for the compiled kernel, struct Lora of lora.cpp; None when the factors do not lie in one piece."""
+    def descriptor(self) -> "array[int]":
+        """The same for the compiled kernel, as struct Lora of lora.cpp. All factors must be contiguous."""
+        assert self.is_contiguous
         words = [self.a.data_ptr(), self.a.shape[0], len(self.expands)]
         for expand in self.expands:
             words += [*expand.ranks, expand.start, expand.end, expand.b_t.data_ptr()]
-        factors = (self.a, *(expand.b_t for expand in self.expands))
-        return array("q", words) if all(factor.is_contiguous() for factor in factors) else None
+        return array("q", words)
 
 
 class LoraSegment(NamedTuple):
@@ -67,18 +72,17 @@ def _as_groups(segments: Sequence[LoraSegment]) -> AdapterGroups | None:
     """The site is number 0. None for what the kernel cannot take."""
     groups: list[RowRange] = []
     for segment in segments:
-        record = segment.lora.descriptor
-        if record is None or (groups and groups[-1].end > segment.start):
+        if not segment.lora.is_contiguous or (groups and groups[-1].end > segment.start):
             return None
-        groups.append(RowRange(segment.start, segment.end, SiteDescriptors.of({0: record})))
+        groups.append(RowRange(segment.start, segment.end, SiteDescriptors.of({0: segment.lora.descriptor})))
     return AdapterGroups(groups)
 
 
 def add_lora_of_groups_(y: Tensor, x: Tensor, groups: AdapterGroups, site: int) -> None:
     """The same by the compiled kernel, for what the adapters of `groups` do at a site, by its number."""
-    native = library_for(y, x)
-    assert native is not None and y.stride(1) == x.stride(1) == 1
-    native.add_lora(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], groups.address, site)
+    cpp = library_for(y, x)
+    assert cpp is not None and y.stride(1) == x.stride(1) == 1
+    cpp.add_lora(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], groups.address, site)
 
 
 def add_grouped_lora_torch_(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> None:

@@ -11,7 +11,7 @@ from quiver_peft.kernels.cpp.library import library
 def empty_huge(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As torch.empty; on a CPU in large pages where the system has them: fewer page walks while it streams by."""
     memory = torch.empty(*shape, dtype=dtype, device=device)
-    native = library()
-    if native is not None and memory.is_cpu:
-        native.use_large_pages(memory.data_ptr(), memory.nbytes)
+    cpp = library()
+    if cpp is not None and memory.is_cpu:
+        cpp.use_large_pages(memory.data_ptr(), memory.nbytes)
     return memory

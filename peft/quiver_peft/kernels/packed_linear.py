@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quiver_peft.kernels.cpp.library import library, library_for
+from quiver_peft.rounding import round_up
 
 PANEL = 16
 
@@ -24,16 +25,16 @@ class PackedWeight(NamedTuple):
 
 def packed_size(weight: Tensor) -> int:
     """How many elements the panels of a weight [N, K] take."""
-    return -(-weight.shape[0] // PANEL) * PANEL * weight.shape[1]
+    return round_up(weight.shape[0], PANEL) * weight.shape[1]
 
 
 def pack_weight(weight: Tensor, memory: Tensor) -> PackedWeight:
     """Rearrange a weight [N, K] into `memory` [packed_size(weight)]."""
     num_outputs, num_inputs = weight.shape
     panels = memory.view(-1, num_inputs, PANEL)
-    native = library()
-    if native is not None and library_for(weight, memory) is not None and weight.stride(1) == 1:
-        native.pack(weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, panels.data_ptr())
+    cpp = library()
+    if cpp is not None and library_for(weight, memory) is not None and weight.stride(1) == 1:
+        cpp.pack(weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, panels.data_ptr())
     else:
         padded = F.pad(weight, (0, 0, 0, len(panels) * PANEL - num_outputs))
         panels.copy_(padded.unflatten(0, (-1, PANEL)).transpose(1, 2))
@@ -47,13 +48,13 @@ def can_pack(weight: Tensor) -> bool:
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """y = x Wᵀ + b. x: [*, K] -> [*, N]. By the compiled kernel a row's result is the same bits in any batch."""
-    native = library_for(x, weight.panels)
-    if native is None:
+    cpp = library_for(x, weight.panels)
+    if cpp is None:
         return packed_linear_torch(x, weight, bias)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, num_inputs = rows.shape
-    y = native.empty((num_rows, weight.out_features))
-    native.linear(
+    y = cpp.empty((num_rows, weight.out_features))
+    cpp.linear(
         rows.data_ptr(), rows.stride(0), weight.panels.data_ptr(), 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), weight.out_features, num_rows, weight.out_features, num_inputs,
     )  # fmt: skip

@@ -18,12 +18,12 @@ _MAX_SHARING = 32  # query heads of one key head, by the compiled kernel
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> None:
     """Put new keys and values into a layer's cache. keys, values: [C, G, E]; k, v: [T, G, E]; rows: [T] int64."""
-    native = library_for(keys, values, k, v)
-    if native is None or not (_packs_heads(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous()):
+    cpp = library_for(keys, values, k, v)
+    if cpp is None or not (_packs_heads(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous()):
         keys[rows] = k
         values[rows] = v
         return
-    native.store_rows(
+    cpp.store_rows(
         keys.data_ptr(), values.data_ptr(), keys.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
         rows.data_ptr(), len(rows),
     )  # fmt: skip
@@ -57,11 +57,11 @@ def paged_attention(
         from quiver_peft.kernels.triton.paged_attention import paged_attention_triton
 
         return paged_attention_triton(q, keys, values, layout, scale, causal, window, bias)
-    native = library_for(q, keys, values)
-    if native is None or not _packs_heads(q, keys, values) or q.shape[1] // keys.shape[1] > _MAX_SHARING:
+    cpp = library_for(q, keys, values)
+    if cpp is None or not _packs_heads(q, keys, values) or q.shape[1] // keys.shape[1] > _MAX_SHARING:
         return paged_attention_torch(q, keys, values, layout, scale, causal, window, bias)
-    out = native.empty(q.shape)
-    native.paged_attention(
+    out = cpp.empty(q.shape)
+    cpp.paged_attention(
         q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), keys.stride(0), values.stride(0),
         out.data_ptr(), layout.address, q.shape[1], keys.shape[1], q.shape[2], scale, causal, window or 0,
         0 if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1] // 2,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quiver_peft.kernels.pinned_upload import PinnedUpload
+from quiver_peft.rounding import ceil_div
 
 
 class PagedLayout:
@@ -40,10 +41,10 @@ class PagedLayout:
         self.query_lengths = list(query_lengths)
         self.lengths = list(context_lengths)
         size = len(self.lengths)
-        width = -(-max(self.lengths) // block_size)
+        width = ceil_div(max(self.lengths), block_size)
         tables = np.zeros((size, width), np.int32)
         for row, _, length, table in zip(tables, query_lengths, context_lengths, block_tables, strict=True):
-            needed = table[: -(-length // block_size)]
+            needed = table[: ceil_div(length, block_size)]
             row[: len(needed)] = needed
         transfer = to if isinstance(to, PinnedUpload) else PinnedUpload(to)
         self._query_starts = transfer.add([0, *accumulate(query_lengths)])

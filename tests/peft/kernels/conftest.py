@@ -9,7 +9,7 @@ from quiver_peft.kernels.cpp.library import Library, library
 
 
 @pytest.fixture
-def native() -> Generator[Library]:
+def cpp() -> Generator[Library]:
     """The compiled kernels with two threads, gradients off: what serving has."""
     found = library()
     if found is None:

@@ -53,11 +53,16 @@ void enter(const Bottleneck& b, const float* out, const float* residual, float* 
     if (b.norm == BEFORE) layer_norm_row(u, b.norm_weight, b.norm_bias, 0, b.eps, u, width);
 }
 
+template <int kind>
+void activate_row(float* x, int64_t width) {
+    each(width, [&](int64_t i, int left) { store_first(x + i, activate<kind>(load_first(x + i, left)), left); });
+}
+
 void activate_row(int64_t kind, float* x, int64_t width) {
-    each(width, [&](int64_t i, int left) {
-        Lanes value = load_first(x + i, left);
-        store_first(x + i, kind == 0 ? activate<0>(value) : kind == 1 ? activate<1>(value) : activate<3>(value), left);
-    });
+    if (kind == 0) activate_row<0>(x, width);
+    if (kind == 1) activate_row<1>(x, width);
+    if (kind == 3) activate_row<3>(x, width);
+    if (kind == 4) activate_row<4>(x, width);
 }
 
 void add_item(const Item& item, float* out, const float* residual, int64_t width) {

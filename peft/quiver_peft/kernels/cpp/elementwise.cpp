@@ -25,8 +25,13 @@ void gate_rows(const float* x, int64_t ldx, float* out, int64_t rows, int64_t wi
         const float* gate = x + r * ldx;
         const float* up = gate + width;
         float* to = out + r * width;
-        for (int64_t i = 0; i < width; i += LANES) {
-            int left = std::min<int64_t>(LANES, width - i);
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            Lanes value = activate<kind>(load(gate + i));
+            store(to + i, gated ? mul(value, load(up + i)) : value);
+        }
+        if (i < width) {
+            int left = width - i;
             Lanes value = activate<kind>(load_first(gate + i, left));
             if (gated) value = mul(value, load_first(up + i, left));
             store_first(to + i, value, left);
@@ -62,13 +67,14 @@ extern "C" void quiver_layer_norm(const float* x, const float* weight, const flo
     });
 }
 
-// out = act(x[:, :width]), times x[:, width:] when gated. kind: 0 silu, 1 relu, 2 relu squared, 3 gelu by tanh.
+// out = act(x[:, :width]), times x[:, width:] when gated. kind: 0 silu, 1 relu, 2 relu squared, 3 gelu by tanh, 4 gelu by erf.
 extern "C" void quiver_activate(const float* x, int64_t ldx, float* out, int64_t rows, int64_t width, int64_t gated,
                                 int64_t kind) {
     if (kind == 0) gate_rows<0>(x, ldx, out, rows, width, gated);
     if (kind == 1) gate_rows<1>(x, ldx, out, rows, width, gated);
     if (kind == 2) gate_rows<2>(x, ldx, out, rows, width, gated);
     if (kind == 3) gate_rows<3>(x, ldx, out, rows, width, gated);
+    if (kind == 4) gate_rows<4>(x, ldx, out, rows, width, gated);
 }
 
 // Rotate the first `dim` features of every head, the two halves being the pairs; the others stay as they are.

@@ -115,8 +115,8 @@ def configure_process() -> None:
 
     Torch's idle threads would spin on the cores that the kernels' need. Also, freed memory is kept for the next step.
     """
-    native = library()
-    if native is not None:
-        native.keep_freed_memory()
-        native.set_num_threads(torch.get_num_threads())
+    cpp = library()
+    if cpp is not None:
+        cpp.keep_freed_memory()
+        cpp.set_num_threads(torch.get_num_threads())
         torch.set_num_threads(1)

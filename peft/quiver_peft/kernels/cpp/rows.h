@@ -39,6 +39,7 @@ inline void layer_norm_row(const float* x, const float* weight, const float* bia
 
 inline Lanes sigmoid(Lanes x) { return div(all(1.0f), add(all(1.0f), exponential(sub(zero(), x)))); }
 
+// kind: as `quiver_activate` numbers them.
 template <int kind>
 inline Lanes activate(Lanes x) {
     if constexpr (kind == 0) return mul(x, sigmoid(x));
@@ -52,6 +53,9 @@ inline Lanes activate(Lanes x) {
         Lanes cubic = fma(mul(mul(x, x), x), all(0.044715f), x);
         return mul(x, sigmoid(mul(all(1.5957691216f), cubic)));
     }
+    // x (1 + erf(x / sqrt(2))) / 2
+    if constexpr (kind == 4)
+        return mul(mul(all(0.5f), x), add(all(1.0f), error_function(mul(x, all(0.70710678118654752f)))));
     return x;
 }
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quiver_peft.kernels.grouped_bottleneck import NORM_EPS
-from quiver_peft.kernels.triton.launch import batch_regimes, split_into_bf16_terms
+from quiver_peft.kernels.triton.launch import batch_regimes, split_k
 from quiver_peft.kernels.triton.records import ACTIVATIONS, BOTTLENECK_FIELDS, NORMS, SOURCES
 from quiver_peft.kernels.triton.tiles import Tiles
 
@@ -230,7 +230,7 @@ def add_grouped_bottleneck_triton_(
     has_post_norm: whether any of the batch's bottlenecks ends with a norm.
     """
     num_rows, hidden_size = out.shape
-    plane, num_planes = split_into_bf16_terms(hidden_size)
+    plane, num_planes = split_k(hidden_size)
     planes = torch.empty(num_planes, num_rows, max_rank, dtype=torch.float32, device=out.device)
     deltas = torch.empty(num_rows if has_post_norm else 0, hidden_size, dtype=torch.float32, device=out.device)
     counts = (hidden_size, num_rows, max_rank)

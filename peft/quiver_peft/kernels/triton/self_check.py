@@ -18,6 +18,7 @@ from quiver_peft.kernels.triton.lora import add_grouped_lora_triton_
 from quiver_peft.kernels.triton.paged_attention import SPLIT_TOKENS, paged_attention_triton
 from quiver_peft.kernels.triton.scale import scale_inputs_triton, scale_outputs_triton_
 from quiver_peft.kernels.triton.tiles import tiles_on
+from quiver_peft.rounding import ceil_div
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _attention(
     dtype, device, draw, causal, window, bias = where
     queries, contexts = zip(*lengths, strict=True)
     block_size = 16
-    widths = [-(-context // block_size) for context in contexts]
+    widths = [ceil_div(context, block_size) for context in contexts]
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     tables = [range(end - width, end) for end, width in zip(ends, widths, strict=True)]
     layout = PagedLayout(queries, contexts, tables, block_size, device)
