@@ -1,4 +1,4 @@
-"""A base together with its one trainable adapter: the library as its users write it."""
+"""`GPT` and `T5`: a base with one trainable adapter. The library's entry point."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ class Model(nn.Module, Generic[BaseT]):
 
     @property
     def seam(self) -> Seam:
-        """The adapter, or the identity."""
+        """The adapter, or `NO_ADAPTERS`."""
         return NO_ADAPTERS if self.adapter is None else self.adapter
 
     def num_virtual_in(self, stack: StackName) -> int:
@@ -44,7 +44,7 @@ class Model(nn.Module, Generic[BaseT]):
 
     @property
     def max_tokens(self) -> int | None:
-        """What a prompt and its answer may have together; None: positions are relative, only memory is a limit."""
+        """The most tokens of a prompt and its answer together; None: relative positions, limited by memory only."""
         limit = self.base.config.max_positions
         return None if limit is None else limit - self.num_virtual_in("")
 
@@ -60,7 +60,7 @@ class Model(nn.Module, Generic[BaseT]):
         self._set(TrainableAdapter.create(self.base, [configs] if isinstance(configs, PEFTConfig) else configs))
 
     def load_adapters(self, folder: str | Path) -> None:
-        """Freeze the base and put the adapter of an artefact on it; its configuration comes with it.
+        """Freeze the base and add a stored adapter, with its configuration.
 
         folder: what `read_adapter` reads; a NeMo 1.x archive or an AdapterHub pickle is named by the file itself.
 
@@ -81,7 +81,7 @@ class Model(nn.Module, Generic[BaseT]):
         self.eval()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimiser should get: the adapter's parameters, or all of them where there is no adapter."""
+        """The parameters for the optimizer: the adapter's, or all of the base's without an adapter."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def save_adapter(

@@ -1,4 +1,4 @@
-"""The small operations between the products, each in one pass: look-up, norms, rotary positions, activations, sums."""
+"""Element-wise kernels: embedding look-up, norms, rotary positions, activations, sums, argmax."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ _CPP_KINDS: dict[Activation, int] = {"silu": 0, "relu": 1, "relu2": 2, "gelu_tan
 
 
 def embedding(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows of an embedding. table: [V, D], ids: [*] int64 -> [*, D]. An id that is none raises, or gives NaN."""
+    """Rows of an embedding. table: [V, D], ids: [*] int64 -> [*, D]. An id out of range raises (torch) or gives NaN."""
     cpp = library_for(table)
     if cpp is None or not (table.is_contiguous() and ids.is_contiguous()):
         return F.embedding(ids, table)
@@ -47,7 +47,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The plain form."""
     return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
 
 
@@ -64,7 +63,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, weight_offse
 
 
 def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
-    """The plain form."""
     return F.layer_norm(x, weight.shape, weight + weight_offset if weight_offset else weight, bias, eps)
 
 
@@ -82,7 +80,6 @@ def activate(kind: Activation, x: Tensor, *, gated: bool) -> Tensor:
 
 
 def activate_torch(kind: Activation, x: Tensor, *, gated: bool) -> Tensor:
-    """The plain form."""
     if gated:
         # One split, not two slices: the backward pass of a slice fills a whole [*, 2 F] with zeros.
         gate, up = x.split(x.shape[-1] // 2, -1)
@@ -117,7 +114,6 @@ def rope_cos_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tuple
 
 
 def rope_cos_sin_torch(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """The plain form."""
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
     return angles.cos() * factor, angles.sin() * factor
@@ -140,7 +136,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_rope_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The plain form."""
     dim = cos.shape[-1]
     turned, rest = x[..., :dim], x[..., dim:]
     first, second = turned.chunk(2, dim=-1)
@@ -149,7 +144,7 @@ def apply_rope_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def argmax_finite(x: Tensor) -> Tensor:
-    """Where the largest of each row first stands, -1 where it is no finite number. x: [T, V] -> [T] int64."""
+    """The first index of each row's maximum; -1 where the maximum is not finite. x: [T, V] -> [T] int64."""
     cpp = library_for(x)
     if cpp is None or not x.is_contiguous():
         return argmax_finite_torch(x)
@@ -159,13 +154,12 @@ def argmax_finite(x: Tensor) -> Tensor:
 
 
 def argmax_finite_torch(x: Tensor) -> Tensor:
-    """The plain form."""
     best, ids = x.max(-1)  # a NaN in a row is its maximum
     return torch.where(best.isfinite(), ids, -1)
 
 
 def _with_packed_heads(x: Tensor) -> tuple[Tensor, int]:
-    """x as it is, if it is [T, H, E] whose rows alone have gaps, else packed; and the step from row to row."""
+    """x with contiguous heads and its row stride; copied unless x is [T, H, E] with gaps between rows only."""
     if x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]:
         return x, x.stride(0)
     return x.contiguous(), x.shape[-1] if x.dim() < 3 else x.shape[-2] * x.shape[-1]

@@ -1,4 +1,4 @@
-"""Bottleneck adapters of many owners on one packed batch: rows are grouped by adapter, weights read where they lie."""
+"""Grouped bottlenecks: many adapters on one packed batch, rows grouped by adapter, weights read in place."""
 
 import struct
 from array import array
@@ -40,14 +40,14 @@ class BottleneckAtSite(NamedTuple):
     out_bias: Tensor | None = None
 
 
-# As the compiled kernel numbers them.
+# Enumerations of bottleneck.cpp; activations as quiver_activate numbers them.
 _CPP_NORMS: dict[NormPosition | None, int] = {None: 0, "pre": 1, "post": 2}
 _CPP_ACTIVATIONS: dict[Activation, int] = {"swish": 0, "relu": 1, "gelu_tanh": 3, "gelu": 4}
 _CPP_SOURCES: dict[Source, int] = {"output": 0, "output_before_bias": 1, "sum": 2, "residual": 3}
 
 
 def bottleneck_descriptor(bottleneck: BottleneckAtSite) -> "array[int]":
-    """The same for the compiled kernel, as struct Bottleneck of bottleneck.cpp. All tensors must be contiguous."""
+    """Struct Bottleneck of bottleneck.cpp, for the compiled kernel. All tensors must be contiguous."""
     tensors = (
         bottleneck.down,
         bottleneck.up,
@@ -100,7 +100,7 @@ def add_grouped_bottleneck_(out: Tensor, residual: Tensor, segments: Sequence[Bo
 
 
 def add_bottleneck_of_groups_(out: Tensor, residual: Tensor, groups: AdapterGroups, site: int) -> None:
-    """The same by the compiled kernel, for the adapters of `groups` after a sub-layer, by its number."""
+    """`add_grouped_bottleneck_` by the compiled kernel. site: the site's number in the groups' descriptors."""
     cpp = library_for(out, residual)
     assert cpp is not None and out.is_contiguous() and residual.is_contiguous()
     cpp.add_bottleneck(out.data_ptr(), residual.data_ptr(), out.shape[1], groups.address, site)

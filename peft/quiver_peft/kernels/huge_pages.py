@@ -1,4 +1,4 @@
-"""Memory that is read from one end to the other in each step."""
+"""Allocation in huge pages, for weights and caches that every step streams through."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from quiver_peft.kernels.cpp.library import library
 
 
 def empty_huge(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty; on a CPU in large pages where the system has them: fewer page walks while it streams by."""
+    """As `torch.empty`; on a CPU in transparent huge pages where the system has them, which saves TLB misses."""
     memory = torch.empty(*shape, dtype=dtype, device=device)
     cpp = library()
     if cpp is not None and memory.is_cpu:

@@ -1,4 +1,4 @@
-"""A linear whose weight was rearranged once for the processor: panels of 16 outputs, each [K, 16]."""
+"""Linear with a weight packed for SIMD: panels of 16 outputs, each [K, 16]."""
 
 from typing import NamedTuple
 
@@ -13,18 +13,18 @@ PANEL = 16
 
 
 class PackedWeight(NamedTuple):
-    """panels: [ceil(N / 16), K, 16] fp32, the last panel filled up with zeros; it stands for a weight [N, K]."""
+    """panels: [ceil(N / 16), K, 16] fp32, the last panel zero-padded: a weight [N, K], rearranged."""
 
     panels: Tensor
     out_features: int
 
     def plain(self) -> Tensor:
-        """The weight itself, [N, K], a copy."""
+        """A copy of the plain weight, [N, K]."""
         return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features].contiguous()
 
 
 def packed_size(weight: Tensor) -> int:
-    """How many elements the panels of a weight [N, K] take."""
+    """The number of elements of the panels of a weight [N, K]."""
     return round_up(weight.shape[0], PANEL) * weight.shape[1]
 
 
@@ -42,12 +42,12 @@ def pack_weight(weight: Tensor, memory: Tensor) -> PackedWeight:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether packing this weight makes its linear faster here."""
+    """Whether packing makes this weight's linear faster: fp32 on a CPU with compiled kernels."""
     return weight.is_cpu and weight.dtype == torch.float32 and library() is not None
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """y = x Wᵀ + b. x: [*, K] -> [*, N]. By the compiled kernel a row's result is the same bits in any batch."""
+    """y = x Wᵀ + b. x: [*, K] -> [*, N]. Batch-invariant with the compiled kernel."""
     cpp = library_for(x, weight.panels)
     if cpp is None:
         return packed_linear_torch(x, weight, bias)
@@ -62,5 +62,4 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
 
 
 def packed_linear_torch(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """The plain form."""
     return F.linear(x, weight.plain(), bias)

@@ -13,7 +13,7 @@ def cpp() -> Generator[Library]:
     """The compiled kernels with two threads, gradients off: what serving has."""
     found = library()
     if found is None:
-        pytest.skip("the compiled kernels are switched off, or cannot be had here")
+        pytest.skip("the compiled kernels are off or unavailable")
     found.set_num_threads(2)
     with torch.inference_mode():
         yield found

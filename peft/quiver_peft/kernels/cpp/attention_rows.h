@@ -40,7 +40,7 @@ struct State {
     Block blocks[2];  // this one and the next
 };
 
-// Into the second cache: they are wanted only after what is read now.
+// Prefetches into L2: the block after the current one.
 inline void fetch(const float* from, int64_t size) {
     for (int64_t e = 0; e < size; e += LANES) _mm_prefetch(reinterpret_cast<const char*>(from + e), _MM_HINT_T1);
 }

@@ -1,4 +1,4 @@
-// Norm, rotary positions and activations: row by row, so that a row's result is its own.
+// Norms, rotary positions, activations, look-up: row by row, hence batch-invariant.
 #include <algorithm>
 #include <cmath>
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Rows in one task: enough work that handing it out does not show.
+// Rows in one task: enough work to hide the cost of scheduling it.
 int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / width); }
 
 template <typename Body>
@@ -134,7 +134,7 @@ extern "C" void quiver_gather(const float* table, int64_t size, const int64_t* i
     });
 }
 
-// out[r] = where the largest of row r first stands; -1 where it is no finite number, or one of the row is none.
+// out[r] = first index of row r's maximum; -1 where it is not finite or the row holds a NaN.
 extern "C" void quiver_best(const float* x, int64_t* out, int64_t rows, int64_t width) {
     for_rows(rows, width, [&](int64_t r) {
         const float* row = x + r * width;

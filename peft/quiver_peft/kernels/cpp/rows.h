@@ -1,4 +1,4 @@
-// What is done to one row, whatever the others are.
+// Operations on one row: reductions, LayerNorm, activations.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// The sum of what `step` makes of each element, in an order that depends on the width alone.
+// Accumulates `step` over a row. The order depends on the width alone, so that results are batch-invariant.
 template <typename Step>
 inline float sum_over(const float* x, int64_t width, const Step& step) {
     Lanes sums[4] = {zero(), zero(), zero(), zero()};

@@ -1,4 +1,4 @@
-"""Grouped bottlenecks in Triton: a shrink (of a normed input) into planes, and an expand that activates their sum."""
+"""Grouped bottlenecks in Triton: norm and split-K down-projection into planes; sum, activation and up-projection."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
@@ -23,7 +23,7 @@ EPS = tl.constexpr(NORM_EPS)
 
 @triton.jit
 def _source(out, residual, arena, record, rows, columns, mask, hidden_size):
-    """What the bottleneck reads, in the weights' type, then fp32."""
+    """The bottleneck's input, rounded to the weights' type, as fp32."""
     source, out_bias = tl.load(record + 9), tl.load(record + 11)
     at = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
     u = tl.zeros(at.shape, tl.float32)
@@ -40,7 +40,7 @@ def _source(out, residual, arena, record, rows, columns, mask, hidden_size):
 
 @triton.jit
 def _statistics(out, residual, arena, record, rows, is_row, hidden_size, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and reciprocal deviation of what each row's bottleneck reads."""
+    """Mean and reciprocal standard deviation of each row's bottleneck input."""
     total = tl.zeros((BLOCK_M,), tl.float32)
     for block in range(0, hidden_size, BLOCK_K):
         inputs = block + tl.arange(0, BLOCK_K)

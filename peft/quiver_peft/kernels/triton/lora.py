@@ -1,4 +1,4 @@
-"""Grouped LoRA in Triton: a shrink whose inputs are split into planes, and an expand that sums them."""
+"""Grouped LoRA in Triton: a split-K shrink into planes of partial sums, and an expand that sums the planes."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
