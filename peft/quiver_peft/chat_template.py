@@ -1,4 +1,4 @@
-"""The chat template of a base: Jinja that turns messages into the text of a prompt, as Hugging Face's folders keep it.
+"""The chat template of a base folder: Jinja that renders messages as a prompt.
 
 Rendered with the settings, filters and functions that `apply_chat_template` of transformers gives to templates
 (https://huggingface.co/docs/transformers/chat_templating_writing), in a sandbox: templates come with bases.
@@ -57,7 +57,7 @@ class ChatTemplate:
         own: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": for_answer}
         try:
             return self._template.render(messages=list(messages), **own, **self._special_tokens)
-        # A template is a program of the base's: whatever stops it stops at these messages.
+        # A template is code from the base folder and can raise anything.
         except Exception as error:
             what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             raise ChatError(f"the base's chat template refuses these messages: {what}") from None
@@ -79,7 +79,7 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
 
 
 def _named(template: Any) -> str | None:
-    """A folder may hold several, of which "default" is for chats."""
+    """The template of tokenizer_config.json: a string, or the one named "default" of a list."""
     if isinstance(template, list):
         template = {item["name"]: item["template"] for item in cast(list[dict[str, str]], template)}.get("default")
     return template if isinstance(template, str) else None

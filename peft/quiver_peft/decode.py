@@ -67,7 +67,7 @@ def _check_room(
 
 
 def _admit(waiting: Iterator[Row], free: list[list[int]]) -> list[Row]:
-    """As many new rows as there is room for."""
+    """Starts waiting rows while there are free blocks."""
     admitted: list[Row] = []
     while free and (row := next(waiting, None)) is not None:
         row.blocks = free.pop()

@@ -15,13 +15,14 @@ from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
 from quiver_peft.base.paged_t5 import PackedAttention, PagedSources, SourceLayout
 from quiver_peft.base.sites import NO_ADAPTERS, Seam
 from quiver_peft.base.t5 import T5Base
+from quiver_peft.rounding import ceil_div
 
 BLOCK_TOKENS = 16
 
 
 @dataclass
 class Row:
-    """One prompt on its way. index: where its answer goes. blocks: of the cache, while it runs."""
+    """A prompt being decoded. index: of the prompt. blocks: its cache blocks; empty when it is not running."""
 
     index: int
     prompt: Sequence[int]
@@ -30,7 +31,7 @@ class Row:
 
 
 class _Step:
-    """What both kinds share: the one adapter that answers, in banks of its own, and the cache."""
+    """Shared by both kinds of base: the KV cache and the adapter, in banks of its own."""
 
     def __init__(self, base: Base, weights: AdapterWeights | None, blocks_per_row: int, max_rows: int) -> None:
         self.device = base.embedding.weight.device
@@ -41,7 +42,7 @@ class _Step:
         self._banks = None if weights is None else AdapterBanks.for_one(weights, base.compute_dtype, self.device)
 
     def block_tables(self, max_rows: int) -> list[list[int]]:
-        """The blocks that each of so many rows may have."""
+        """Disjoint block tables for `max_rows` rows."""
         size = self._blocks_per_row
         return [list(range(i * size, (i + 1) * size)) for i in range(max_rows)]
 
@@ -54,7 +55,7 @@ class _Step:
 
 
 class GPTStep(_Step):
-    """Rows without any token yet bring their whole prompt, virtual tokens first."""
+    """A decoding step of a GPT. New rows are prefilled: virtual tokens first, then the prompt."""
 
     def __init__(
         self, base: GPTBase, weights: AdapterWeights | None, longest: int, max_new_tokens: int, max_rows: int
@@ -81,7 +82,7 @@ class GPTStep(_Step):
 
 
 class T5Step(_Step):
-    """Rows without any token yet have their source read. A row's first blocks hold its source, the rest its target."""
+    """A decoding step of a T5. New rows are encoded first. A row's first blocks hold its source, others its target."""
 
     def __init__(
         self, base: T5Base, weights: AdapterWeights | None, longest: int, max_new_tokens: int, max_rows: int
@@ -112,7 +113,7 @@ class T5Step(_Step):
         return base.logits(hidden[torch.tensor(ends, device=self.device) - 1]).argmax(-1).tolist()
 
     def _read_sources(self, rows: Sequence[Row], query_lengths: Sequence[int]) -> PagedSources:
-        """The sources of all rows, those of new ones read now."""
+        """The sources of all rows; those of new rows are encoded and stored now."""
         layout = SourceLayout(
             query_lengths,
             [self.num_prompt + len(row.prompt) for row in rows],
@@ -133,10 +134,10 @@ class T5Step(_Step):
 
 
 def _num_blocks(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK_TOKENS)
+    return ceil_div(num_tokens, BLOCK_TOKENS)
 
 
 def _bounds(parts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """Where each part starts and ends when they follow one another."""
+    """Starts and ends of the parts when concatenated."""
     ends = list(accumulate(len(part) for part in parts))
     return [end - len(part) for end, part in zip(ends, parts, strict=True)], ends

@@ -1,12 +1,12 @@
-"""The exception tree of the peft room: one class for each way a caller can react.
+"""Exceptions of quiver_peft: one class for each way a caller can react.
 
     QuiverError                    anything this project raises on purpose
     ├── CheckpointError            a base folder cannot be read as a model we know
-    ├── ChatError                  a base's chat template refuses messages: mend these
-    ├── DeviceError                the device that was asked for is not there: choose another
-    ├── StoreError                 a store of adapters does not answer: try again
-    │   └── StoreUrlError          a URL names no store that can be used: mend it, or install what it needs
-    └── AdapterError               an adapter folder or configuration is malformed: mend the adapter
+    ├── ChatError                  a base's chat template rejects messages: correct them
+    ├── DeviceError                the requested device does not exist: choose another
+    ├── StoreError                 an adapter store does not answer: retry
+    │   └── StoreUrlError          a URL names no usable store: correct it, or install what it needs
+    └── AdapterError               an adapter folder or configuration is malformed: correct it
         └── BaseMismatchError      a well-formed adapter, but made for another base: choose the other base
 
 Messages name the file, the tensor or field, the value found and the rule it breaks.

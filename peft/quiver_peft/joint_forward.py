@@ -1,4 +1,4 @@
-"""One forward pass for the rows of many adapters on one base, packed without padding: what training runs on."""
+"""The forward pass of training: sequences of several adapters on one base, packed without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ Sequences = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What one model of several on the same base is given: token ids, without placeholders for virtual tokens.
+    """The input of one model of several on a base: token ids, without placeholders for virtual tokens.
 
-    written: of a GPT whole sequences; of a T5 what its decoder reads, the start token first. sources: a T5's.
+    written: whole sequences of a GPT, or a T5's decoder inputs, start token first. sources: a T5's encoder inputs.
     """
 
     written: Sequences
@@ -33,9 +33,9 @@ class ModelInput:
 def joint_hidden(
     models: Sequence[AnyModel], inputs: Sequence[ModelInput], drawing: Sequence[RngScope] | None = None
 ) -> Tensor:
-    """Final hidden states of all that is written, [T, D]: first all sequences of the first model, then the second's.
+    """Final hidden states of all `written` tokens, [T, D], model by model.
 
-    models: on one and the same base. Virtual tokens are put in here; their own states are left out.
+    models: all on the same base. Virtual tokens are inserted here; their hidden states are dropped.
     drawing: see `TrainingSeam`.
     """
     base = models[0].base

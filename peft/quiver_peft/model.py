@@ -1,4 +1,4 @@
-"""A base together with its one trainable adapter: the library as its users write it."""
+"""`GPT` and `T5`: a base with one trainable adapter. The library's entry point."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ class Model(nn.Module, Generic[BaseT]):
 
     @property
     def seam(self) -> Seam:
-        """The adapter, or the identity."""
+        """The adapter, or `NO_ADAPTERS`."""
         return NO_ADAPTERS if self.adapter is None else self.adapter
 
     def num_virtual_in(self, stack: StackName) -> int:
@@ -44,7 +44,7 @@ class Model(nn.Module, Generic[BaseT]):
 
     @property
     def max_tokens(self) -> int | None:
-        """What a prompt and its answer may have together; None: positions are relative, only memory is a limit."""
+        """The most tokens of a prompt and its answer together; None: relative positions, limited by memory only."""
         limit = self.base.config.max_positions
         return None if limit is None else limit - self.num_virtual_in("")
 
@@ -60,7 +60,7 @@ class Model(nn.Module, Generic[BaseT]):
         self._set(TrainableAdapter.create(self.base, [configs] if isinstance(configs, PEFTConfig) else configs))
 
     def load_adapters(self, folder: str | Path) -> None:
-        """Freeze the base and put the adapter of an artefact on it; its configuration comes with it.
+        """Freeze the base and add a stored adapter, with its configuration.
 
         folder: what `read_adapter` reads; a NeMo 1.x archive or an AdapterHub pickle is named by the file itself.
 
@@ -81,7 +81,7 @@ class Model(nn.Module, Generic[BaseT]):
         self.eval()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer should get: the adapter's parameters, or all of them where there is no adapter."""
+        """The parameters for the optimizer: the adapter's, or all of the base's without an adapter."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def save_adapter(
@@ -169,9 +169,13 @@ class T5(Model[T5Base]):
 AnyModel = GPT | T5
 
 
+def model_of(base: GPTBase | T5Base) -> AnyModel:
+    """The model around a base: a `T5` around a T5Base, a `GPT` around a GPTBase; without an adapter."""
+    return T5(base) if isinstance(base, T5Base) else GPT(base)
+
+
 def load_model(
     folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> AnyModel:
     """A `T5` or a `GPT`, whichever the folder holds. Raises CheckpointError."""
-    base = load_base(folder, dtype=dtype, device=device)
-    return T5(base) if isinstance(base, T5Base) else GPT(base)
+    return model_of(load_base(folder, dtype=dtype, device=device))

@@ -1,4 +1,4 @@
-"""The tokenizer of a base folder: text to ids and back, and what identifies it."""
+"""The tokenizer of a base folder: text to ids and back, and its digest."""
 
 import hashlib
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, with the special tokens that this tokenizer's post-processor adds (e.g. a leading BOS)."""
-        # A batch of one: only batches let other threads run meanwhile.
+        # A batch of one: the library releases the GIL for batches only.
         return self._fast.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -41,5 +41,5 @@ class Tokenizer:
         return self._fast.token_to_id(token)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each id's own text, for people to look at."""
+        """The text of each id by itself, for display."""
         return [self._fast.decode([i], skip_special_tokens=False) for i in ids]

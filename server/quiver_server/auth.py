@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quiver_peft.errors import QuiverError
-from quiver_peft.files.file_state import FileStamp, file_stamp
+from quiver_peft.files.file_stamp import FileStamp, file_stamp
 from quiver_server.errors import BusyError, ForbiddenError, UnauthenticatedError
 
 log = logging.getLogger(__name__)

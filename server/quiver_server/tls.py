@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import grpc
 
 from quiver_peft.errors import QuiverError
-from quiver_peft.files.file_state import FileStamp, file_stamp
+from quiver_peft.files.file_stamp import FileStamp, file_stamp
 from quiver_server.config import ServerConfig
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,8 @@ from bench.adapter_sets import Kind, adapter_ids
 from bench.shapes import SHAPES
 from bench.workload import Request, make_requests
 
+from quiver_peft.rounding import ceil_div
+
 _MIB = 2**20
 
 
@@ -24,7 +26,7 @@ class ServerSpec:
         adapter_bytes = SHAPES[self.model].adapter_bytes
         if self.slots is None:
             return 64 + 33 * adapter_bytes // _MIB
-        return -(-self.slots * adapter_bytes // _MIB)
+        return ceil_div(self.slots * adapter_bytes, _MIB)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.config import GPTConfig, RopeConfig
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
+from quiver_peft.rounding import ceil_div
 
 BLOCK_TOKENS = 16
 
@@ -96,7 +97,7 @@ class StepBench:
     def forward(self, load: Load) -> Callable[[], torch.Tensor]:
         """A step's work on the device: all but the copies to it and the wait for the tokens, which come back [B]."""
         groups = self._groups(load)
-        widths = -(-load.context // BLOCK_TOKENS)
+        widths = ceil_div(load.context, BLOCK_TOKENS)
         blocks = list(range(load.batch * widths))
         random.Random(0).shuffle(blocks)
         kv = PagedKV(self.config, len(blocks), BLOCK_TOKENS, self.dtype, self.device)

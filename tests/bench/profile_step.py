@@ -138,10 +138,10 @@ def make_engine(
     module: Any = engine_module
     module.prepare_batch = clock.timed("prepare batch", module.prepare_batch)
     scheduler.schedule = clock.timed("schedule", scheduler.schedule)
-    native = library()
+    cpp = library()
     for name in ("run", *KERNELS):
-        if native is not None:
-            setattr(native, name, clock.timed(f"  {name}", getattr(native, name)))
+        if cpp is not None:
+            setattr(cpp, name, clock.timed(f"  {name}", getattr(cpp, name)))
     return engine, scheduler
 
 

@@ -30,9 +30,8 @@ from quiver_peft.adapters.methods.lora import LoraPEFTConfig
 from quiver_peft.adapters.methods.prefix import PrefixPEFTConfig
 from quiver_peft.adapters.methods.prompt import PromptTuningPEFTConfig, PtuningPEFTConfig
 from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
-from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
-from quiver_peft.model import GPT, T5, AnyModel, load_model
+from quiver_peft.model import GPT, T5, AnyModel, load_model, model_of
 from quiver_peft.parallel.adapters import gather_adapter, split_adapter
 from quiver_peft.parallel.bases import load_split_base
 from quiver_peft.parallel.megatron_checkpoint import read_megatron, write_megatron
@@ -68,7 +67,7 @@ METHODS: dict[str, PEFTConfig] = {
 def split_model(folder: str, mesh: Mesh) -> AnyModel:
     """A folder's model without an adapter, over the ranks."""
     base = load_split_base(folder, mesh)
-    return T5(base) if isinstance(base, T5Base) else GPT(base)
+    return model_of(base)
 
 
 def batch_of(model: AnyModel) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How a base attends: the protocol its layers call, and plain causal attention over whole sequences."""
+"""The attention protocol that a base's layers call, and causal attention over whole sequences."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,7 +17,7 @@ class Attend(Protocol):
 
 
 def window_mask(rows: Tensor, length: int, window: int) -> Tensor:
-    """Which tokens those at positions `rows` [N] see: themselves and window - 1 before them. [N, length] bool."""
+    """Sliding-window causal mask [N, length] bool: row i sees its position `rows[i]` and the window - 1 before it."""
     distance = rows[:, None] - torch.arange(length, device=rows.device)
     return (distance >= 0) & (distance < window)
 

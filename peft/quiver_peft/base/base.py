@@ -1,4 +1,4 @@
-"""What every base is to those outside: frozen weights with named sites, read from a Hugging Face folder."""
+"""`Base`: what decoder-only and encoder-decoder bases share: named sites, loading from Hugging Face folders."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,23 +13,23 @@ from quiver_peft.base.config import BaseConfig
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.family import Family, TensorMapping
 from quiver_peft.base.layers import Embedding
+from quiver_peft.base.parallel_hooks import SINGLE_DEVICE, TensorParallelHooks
 from quiver_peft.base.sites import Linear, Site
-from quiver_peft.base.spread import SINGLE_DEVICE, TensorParallelHooks
 from quiver_peft.errors import CheckpointError
 from quiver_peft.kernels.packed_linear import PackedWeight, packed_linear
 
 
 class Base(nn.Module):
-    """A transformer that knows sites, not adapters: what acts there comes in as a `Seam`.
+    """A transformer that knows sites but no adapters: adapters act through the `Seam` that `forward` is given.
 
-    families: the checkpoints it is read from, by `model_type`.
-    hf_task_type: what Hugging Face PEFT calls the task of such a model.
+    families: the checkpoint families that it can be read from, by `model_type`.
+    hf_task_type: the `task_type` of Hugging Face PEFT for such a model.
     fingerprint: identifies the checkpoint it was read from ("" when freshly initialised).
     sublayers: the sites of its attention and feed-forward sub-layers, in order.
-    head: None when the embedding is the head too.
-    recomputes: whether what is inside of its layers is computed again for gradients instead of kept.
-    parallel_hooks: how it lies over devices; on one, unless `quiver_peft.parallel` has made it.
-    compute_dtype: of hidden states, keys and values, and what adapters are served in; weights may be stored in another.
+    head: None when the head is tied to the embedding.
+    recomputes: activation checkpointing: layers are recomputed in the backward pass.
+    parallel_hooks: token sharding, head and loss; `SINGLE_DEVICE` unless `quiver_peft.parallel` made the base.
+    compute_dtype: of hidden states, keys and values, and served adapters; weights may be stored in another type.
     """
 
     families: ClassVar[Mapping[str, Family[Any]]]
@@ -48,7 +48,7 @@ class Base(nn.Module):
 
     @property
     def config(self) -> BaseConfig:
-        """Shapes and choices."""
+        """Sizes and architecture choices."""
         raise NotImplementedError
 
     @property
@@ -57,7 +57,7 @@ class Base(nn.Module):
         return 1 + max(site.layer for site in self.sublayers)
 
     def layer(self, layer: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-        """What a layer makes of h. [*, D] -> [*, D]."""
+        """Applies a layer, with activation checkpointing if `recomputes`. h: [*, D] -> [*, D]."""
         if self.recomputes and torch.is_grad_enabled():
             output: Tensor = checkpoint(layer, h, use_reentrant=False)
             return output
@@ -65,17 +65,17 @@ class Base(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """What makes logits of hidden states, [V, D]; empty once packed, unless tied."""
+        """The head's weight, [V, D]; empty once it is packed, unless tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Through the head. hidden: [*, D] -> [*, V]."""
+        """Applies the head. hidden: [*, D] -> [*, V]."""
         if self.packed_head is not None:
             return packed_linear(hidden, self.packed_head, None)
         return self.parallel_hooks.logits(hidden, self.head_weight)
 
     def scale_hidden(self, hidden: Tensor) -> Tensor:
-        """What the head is applied to. hidden: [*, D] -> [*, D]."""
+        """Scales hidden states before the head; the identity unless overridden. hidden: [*, D] -> [*, D]."""
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -96,11 +96,11 @@ class Base(nn.Module):
 
     @classmethod
     def _construct(cls, config: Any, folder: Path) -> Self:
-        """The empty base that a folder's weights will fill, on the meta device."""
+        """A base for this config, without weights. Called within the meta device."""
         raise NotImplementedError
 
     def _fill_computed(self) -> None:
-        """What follows from the configuration and is in no checkpoint."""
+        """Fills buffers that follow from the configuration and are in no checkpoint."""
 
     @classmethod
     def from_pretrained(
@@ -125,14 +125,14 @@ class Base(nn.Module):
 
     @classmethod
     def on_meta_device(cls, folder: str | Path, *, dtype: torch.dtype) -> Self:
-        """What a folder's weights will fill, on the meta device. Raises CheckpointError."""
+        """The base of a folder on the meta device, to be filled by `load_tensors`. Raises CheckpointError."""
         path = Path(folder)
         hf_config = read_config(path)
         family = cls.families.get(hf_config["model_type"])
         if family is None:
             raise CheckpointError(
-                f"{path / 'config.json'}: model_type {hf_config['model_type']!r} is none of this class, which reads "
-                + ", ".join(cls.families)
+                f"{path / 'config.json'}: model_type {hf_config['model_type']!r} is not read by {cls.__name__}, "
+                f"which reads {', '.join(cls.families)}"
             )
         try:
             config = family.read_config(hf_config)
@@ -160,13 +160,13 @@ class Base(nn.Module):
                 module.weight = nn.Parameter(module.weight.to(dtype))
 
     def load_tensors(self, folder: str | Path, cut: ShardSlice | None = None) -> None:
-        """Read the weights of a folder into what was made of its skeleton. cut: see `load_checkpoint`."""
+        """Reads the weights of a folder into a base made by `on_meta_device`. cut: see `load_checkpoint`."""
         self._fill_computed()
         load_checkpoint(self, Path(folder), self.tensor_mappings(), cut)
         self.fingerprint = fingerprint(Path(folder))
 
     def buffers_read(self) -> Iterator[Tensor]:
-        """Every tensor that a forward pass reads beside what it is given."""
+        """Every tensor that a forward pass reads besides its arguments."""
         yield from self.parameters()
         for linear in self.linears():
             if linear.packed is not None:
@@ -175,7 +175,7 @@ class Base(nn.Module):
             yield self.packed_head.panels
 
     def tensor_mappings(self) -> list[TensorMapping]:
-        """Every tensor of its checkpoint and the parameter that it fills."""
+        """The tensors of its checkpoint, each with the parameter that it fills."""
         return FAMILIES[self.config.family].tensor_mappings(self.config)
 
     def linears(self) -> Iterator[Linear]:

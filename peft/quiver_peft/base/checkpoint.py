@@ -1,6 +1,6 @@
-"""Reading and writing Hugging Face folders: a stream of (name, tensor) through a rename table, then a leftovers check.
+"""Reads and writes Hugging Face checkpoints: streams tensors through a table of names; none may lack or be left.
 
-Peak memory of reading: the model itself and one tensor (safetensors files are mapped, not read whole).
+Peak memory of reading: the model and one tensor (safetensors files are memory-mapped).
 """
 
 import hashlib
@@ -89,7 +89,7 @@ def stream_tensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_names(paths: Iterable[Path]) -> Iterator[str]:
-    """The names alone, without reading any tensor."""
+    """The names of every tensor of some safetensors files, without reading the tensors."""
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
@@ -130,7 +130,7 @@ def load_checkpoint(
 ) -> None:
     """Fill every parameter of `model` in place. Raises CheckpointError for a tensor missing, left over or misshapen.
 
-    cut: what of a tensor, laid out as ours, belongs into `model`, where that holds a share alone.
+    cut: takes this rank's shard of a tensor that is laid out as ours, for a tensor-parallel model; None: the whole.
     """
     family = FAMILIES[read_config(folder)["model_type"]]
     table = {rename.theirs: rename for rename in renames}
@@ -161,7 +161,7 @@ def load_checkpoint(
 
 
 def _check_second_head(model: nn.Module, head: Tensor, folder: Path) -> None:
-    """A tied head is sometimes stored a second time; the embedding stands for it, if it is the same."""
+    """Checks that a tied head that the checkpoint also stores equals the embedding."""
     embedding: Tensor = model.get_parameter("embedding.weight")
     if not torch.equal(head.to(embedding), embedding.data):
         raise CheckpointError(
@@ -184,7 +184,7 @@ def save_checkpoint(model: nn.Module, folder: Path, renames: list[TensorMapping]
 
 
 def fingerprint(folder: Path) -> str:
-    """What identifies a base: SHA-256 over every tensor's name, shape, type and first and last 16 KiB.
+    """Identifies a base: SHA-256 over every tensor's name, shape, type and first and last 16 KiB.
 
     Sampled, so that it costs milliseconds per gigabyte; two trainings of the same architecture differ everywhere.
     It does not depend on how the checkpoint is sharded, nor on the type it is served in.

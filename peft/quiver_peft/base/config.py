@@ -1,4 +1,4 @@
-"""The configuration of a base: flat, frozen, free of any checkpoint's vocabulary."""
+"""Base configurations: flat, frozen dataclasses with one vocabulary for all checkpoint families."""
 
 import math
 from collections.abc import Mapping

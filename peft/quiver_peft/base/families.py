@@ -1,4 +1,4 @@
-"""The families of checkpoints that are read, by their `model_type`. Another family costs one entry here."""
+"""The supported checkpoint families by `model_type`. A new family is one entry here."""
 
 from typing import Any
 

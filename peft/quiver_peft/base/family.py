@@ -1,7 +1,6 @@
-"""What a family of checkpoints is: a mapping of its config.json and a table of its tensor names.
+"""`Family`: how to read a checkpoint family's config.json, and the table of its tensor names.
 
-The same table reads a checkpoint, writes one, and tells which site and part a module name means (for adapters made
-elsewhere).
+The table is used to read checkpoints, to write them, and to map module names of foreign adapters to our sites.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The decoder-only base, whole: embedding, layers, head. Llama-style and GPT-2 are choices of its configuration."""
+"""`GPTBase`: a decoder-only transformer. Llama and its relatives and GPT-2 differ in its configuration only."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class GPTBase(Base):
-    """A decoder-only transformer."""
+    """A decoder-only transformer: embedding, pre-norm layers, head."""
 
     families = GPT_FAMILIES
     hf_task_type = "CAUSAL_LM"
@@ -61,7 +61,6 @@ class GPTBase(Base):
 
     @property
     def config(self) -> GPTConfig:
-        """Shapes and choices."""
         return self._config
 
     @classmethod
@@ -73,7 +72,6 @@ class GPTBase(Base):
             self.rotary = Rotary(self.config.rope)
 
     def buffers_read(self) -> Iterator[Tensor]:
-        """Every tensor that a forward pass reads beside what it is given."""
         yield from super().buffers_read()
         if self.rotary is not None:
             yield self.rotary.frequencies

@@ -1,6 +1,6 @@
-"""The small parts a base is built of: norms, activations, rotary positions, attention and MLP sub-layers.
+"""Layers of a base: norms, rotary positions, attention and MLP sub-layers.
 
-Legend of shapes used in this room: T tokens, B sequences, S tokens of a sequence, D hidden size, K inputs and N outputs
+Legend of shapes in this package: T tokens, B sequences, S tokens of a sequence, D hidden size, K inputs and N outputs
 of a linear, H query heads, G key-value heads, E head size, F feed-forward size, V vocabulary, L layers.
 `*` stands for any leading dimensions: [T] while serving (rows packed, no padding), [B, S] while training.
 """
@@ -26,10 +26,10 @@ from quiver_peft.kernels.packed_linear import PackedWeight, packed_rows
 
 
 class Embedding(nn.Embedding):
-    """A row of the weight for each id.
+    """Embedding look-up by the kernels.
 
-    compute_dtype: of the rows that come out; None: the weight's own. packed: the weight as the head has it packed,
-    where the two are one; the plain one is then empty.
+    compute_dtype: of the rows returned; None: the weight's own. packed: the head's packed weight where the two are
+    tied; the plain weight is then empty.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -71,7 +71,7 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(config: BaseConfig) -> nn.Module:
-    """The norm that the configuration names."""
+    """The norm layer of a configuration."""
     if config.norm == "rms":
         return RMSNorm(config.hidden_size, config.norm_eps)
     # Nemotron stores the weight less one.

@@ -1,4 +1,4 @@
-"""A base folder of any kind: which class reads it."""
+"""`load_base`: a GPTBase or T5Base, whichever a folder holds."""
 
 from pathlib import Path
 

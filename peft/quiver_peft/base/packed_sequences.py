@@ -1,6 +1,6 @@
-"""Sequences behind one another, without padding, for training: a token is a row, whatever sequence it is in.
+"""Packed sequences for training: the tokens of all sequences concatenated, [T, *], without padding.
 
-All that works on single rows (linears, norms, adapters) costs nothing for padding; attention alone sees [B, S].
+Linears, norms and adapters work on packed rows; only attention pads to [B, S].
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from quiver_peft.base.t5_attention import Sources
 
 
 class PackedSequences:
-    """Where the rows of B sequences lie among T. lengths: [B]. positions: [T], of each row in its sequence."""
+    """Index between B sequences and T packed rows. lengths: [B]. positions: [T], of each row in its sequence."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = torch.tensor(lengths, device=device)
@@ -27,7 +27,7 @@ class PackedSequences:
         self._places = (sequences.to(device) * max(lengths) + self.positions) if is_ragged else None
 
     def to_padded(self, x: Tensor) -> Tensor:
-        """[T, *] -> [B, S, *], zeros behind the end of a sequence."""
+        """[T, *] -> [B, S, *], zero-padded on the right."""
         if self._places is None:
             return x.unflatten(0, self._shape)
         num_sequences, longest = self._shape
@@ -41,7 +41,7 @@ class PackedSequences:
 
 
 class PackedSelfAttention:
-    """An attention over whole sequences [B, S], on packed rows: no sequence sees another."""
+    """Self-attention on packed rows: pads, attends within each sequence, and packs the result."""
 
     def __init__(self, attend: Attend, sequences: PackedSequences) -> None:
         self._attend = attend
@@ -54,7 +54,7 @@ class PackedSelfAttention:
 
 
 class PackedCrossAttention:
-    """The same for attention to sources: each target sees its own."""
+    """Cross-attention on packed rows: each target sequence attends to its own source."""
 
     def __init__(self, sources: Sources, source: PackedSequences, target: PackedSequences) -> None:
         self._sources = sources

@@ -1,4 +1,4 @@
-"""Rearranges a base's weights for the processor that will serve it."""
+"""`pack`: rearranges a base's weights into the layout of the compiled CPU kernels."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from quiver_peft.base.base import Base
-from quiver_peft.kernels.large_memory import empty_huge
+from quiver_peft.kernels.huge_pages import empty_huge
 from quiver_peft.kernels.packed_linear import can_pack, pack_weight, packed_size
 
 
 @torch.no_grad()
 def pack(base: Base) -> None:
-    """Pack every linear and the head; nothing where that brings nothing. The base can then no longer be trained.
+    """Packs every linear and the head, in place; does nothing where packing brings no speed.
 
-    Packed weights take the place of the plain ones, one after another: memory never holds two of all. A tied head is
-    packed once, and the embedding's rows are looked up in it.
+    A packed base cannot be trained. Weights are replaced one at a time, so the peak memory is the base and one weight.
+    A tied head is packed once; the embedding looks its rows up in it.
     """
     linears = list(base.linears())
     head = base.head_weight
@@ -45,5 +45,5 @@ def _allocate(weights: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def _empty_weight(like: Tensor) -> nn.Parameter:
-    """In place of a weight that is packed: whoever uses it fails by its shape."""
+    """Stands in for a packed weight: any use of it fails by its shape."""
     return nn.Parameter(like.new_empty(0), requires_grad=False)

@@ -1,10 +1,10 @@
-"""A paged key-value cache, and the causal attention that reads it where it lies."""
+"""The paged KV cache and causal attention over it."""
 
 import torch
 from torch import Tensor
 
 from quiver_peft.base.config import BaseConfig
-from quiver_peft.kernels.large_memory import empty_huge
+from quiver_peft.kernels.huge_pages import empty_huge
 from quiver_peft.kernels.paged_attention import paged_attention, write_kv
 from quiver_peft.kernels.paged_layout import PagedLayout
 
@@ -12,7 +12,7 @@ __all__ = ["PagedAttention", "PagedKV", "PagedLayout"]
 
 
 class PagedKV:
-    """The cache of all layers: blocks of `block_size` tokens, handed out by whoever schedules.
+    """The KV cache of all layers, in blocks of `block_size` tokens that the scheduler allocates.
 
     keys, values: [L, num_blocks · block_size, G, E]; token `offset` of block `b` is row b · block_size + offset.
     """
@@ -29,7 +29,7 @@ class PagedKV:
 
     @staticmethod
     def bytes_per_token(config: BaseConfig, dtype: torch.dtype) -> int:
-        """What one token takes over all layers."""
+        """Bytes of one token's keys and values over all layers."""
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 

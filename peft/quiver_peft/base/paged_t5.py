@@ -1,4 +1,4 @@
-"""T5 in the paged cache: sources packed without padding through the encoder, their keys and values kept in blocks."""
+"""T5 with the paged KV cache: packed encoder attention, and cross-attention keys and values in cache blocks."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -29,7 +29,7 @@ class PackedAttention:
 
 
 class SourceLayout:
-    """Where the sources of one step lie, and which rows of the decoder's batch attend to which.
+    """The cache blocks of a step's sources, and which rows of the decoder's batch attend to which source.
 
     A source is what the encoder made of one request's input: as many tokens in the cache as the input has.
     """
@@ -57,14 +57,14 @@ class SourceLayout:
 
 
 class PagedSources:
-    """Sources in the paged cache, which has one place for each token and layer, whatever attends to it."""
+    """Cross-attention keys and values in the paged cache."""
 
     def __init__(self, kv: PagedKV, layout: SourceLayout) -> None:
         self._kv = kv
         self._layout = layout
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Those of the new sources, in order. k, v: [T, H, E]."""
+        """Stores the new sources' keys and values, in order. k, v: [T, H, E]."""
         assert self._layout.new_rows is not None
         write_kv(self._kv.keys[layer], self._kv.values[layer], k, v, self._layout.new_rows)
 

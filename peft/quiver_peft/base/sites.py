@@ -72,15 +72,15 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
     def gather_input(self, x: Tensor) -> Tensor:
-        """What `multiply` takes: x itself, unless the linear lies over several devices. x: [*, K]."""
+        """The input of `matmul`: x itself unless tensor-parallel. x: [*, K]."""
         return x
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The product alone, to which adapters add theirs. x: [*, K] -> [*, N]."""
+        """The product, to which adapters add theirs before `reduce_output`. x: [*, K] -> [*, N]."""
         return self(x)
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """What the base goes on with: y itself, unless the linear lies over several devices. y: [*, N]."""
+        """The linear's output: y itself unless tensor-parallel. y: [*, N]."""
         return y
 
     def plain_weight(self) -> Tensor:
@@ -88,7 +88,7 @@ class Linear(nn.Module):
         return self.weight.detach() if self.packed is None else self.packed.plain()
 
     def part_rows(self, part: str) -> tuple[int, int]:
-        """Which rows of `weight` a part is; "": all of them."""
+        """[first, end) rows of a part in `weight`; "" means all rows."""
         return self.parts[part] if part else (0, self.out_features)
 
     def row_norms(self, rows: tuple[int, int], delta: Tensor) -> Tensor:

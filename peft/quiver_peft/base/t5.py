@@ -1,4 +1,4 @@
-"""The encoder-decoder base, whole: T5 1.0, 1.1 and Flan. The encoder reads a source, the decoder writes from it."""
+"""`T5Base`: an encoder-decoder transformer (T5 1.0, 1.1, Flan, mT5)."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from quiver_peft.kernels.elementwise import add
 
 
 class CrossAttention(nn.Module):
-    """Attention of the decoder to what the encoder made of the source."""
+    """Attention of the decoder to the encoder's output."""
 
     def __init__(self, config: T5Config, layer: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class CrossAttention(nn.Module):
         return Site.in_layer(self.layer, f"cross_attention.{name}", "decoder")
 
     def project_encoder(self, source: Tensor, sources: Sources, seam: Seam) -> None:
-        """Keep the keys and values of a source. source: [*, D], the encoder's output."""
+        """Projects the encoder's output to keys and values and stores them in `sources`. source: [*, D]."""
         k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.kv.split(seam.linear(self.kv, source)))
         sources.store(self.layer, k, v)
 
@@ -70,12 +70,11 @@ class EncoderBlock(nn.Module):
         return add(h, seam.sublayer(self.mlp.site, out, h))
 
     def sublayers(self) -> list[Site]:
-        """In order."""
         return [self.attention.site, self.mlp.site]
 
 
 class DecoderBlock(EncoderBlock):
-    """The same with attention to the source between the two."""
+    """An encoder layer with cross-attention between self-attention and feed-forward."""
 
     def __init__(self, config: T5Config, layer: int) -> None:
         super().__init__(config, layer, "decoder")
@@ -92,12 +91,11 @@ class DecoderBlock(EncoderBlock):
         return add(h, seam.sublayer(self.cross_attention.site, out, h))
 
     def sublayers(self) -> list[Site]:
-        """In order."""
         return [self.attention.site, self.cross_attention.site, self.mlp.site]
 
 
 class T5Stack(nn.Module):
-    """The layers of the encoder or of the decoder, the bias that they share, and the norm at their end."""
+    """Encoder or decoder: its layers, the relative bias that they share, and the final norm."""
 
     def __init__(self, config: T5Config, blocks: list[EncoderBlock] | list[DecoderBlock], bidirectional: bool) -> None:
         super().__init__()
@@ -110,7 +108,8 @@ class T5Stack(nn.Module):
 class T5Base(Base):
     """An encoder-decoder transformer with relative positions.
 
-    Three calls make an answer: `encode` the source, `read` what came out into `Sources`, then decode from them.
+    A request takes three calls: `encode` the source, `precompute_cross_kv` from the result into `Sources`, then
+    `forward` for each decoder step.
     """
 
     families = T5_FAMILIES
@@ -133,23 +132,22 @@ class T5Base(Base):
 
     @property
     def config(self) -> T5Config:
-        """Shapes and choices."""
         return self._config
 
     @classmethod
     def _construct(cls, config: T5Config, folder: Path) -> Self:
-        # Whether the head is tied is said by the checkpoint alone: transformers 5 writes "tied" for either.
+        # Only the checkpoint tells whether the head is tied: transformers 5 writes "tied" in either case.
         return cls(replace(config, tied_embeddings=not has_head(folder)))
 
     def encode(self, tokens: Tensor, attend: Attend, seam: Seam = NO_ADAPTERS) -> Tensor:
-        """What the encoder makes of sources. tokens: [*] int64 -> [*, D]."""
+        """The encoder's output. tokens: [*] int64 -> [*, D]."""
         h = self.parallel_hooks.scatter_tokens(seam.embed(Site.embedding("encoder"), tokens, self.embedding))
         for block in self._encoder_blocks:
             h = self.layer(partial(block, attend=attend, seam=seam), h)
         return self.encoder.norm(h)
 
     def precompute_cross_kv(self, encoded: Tensor, sources: Sources, seam: Seam = NO_ADAPTERS) -> None:
-        """Keep what the decoder will attend to, for all its layers. encoded: [*, D]."""
+        """Stores the cross-attention keys and values of every decoder layer in `sources`. encoded: [*, D]."""
         for block in self._decoder_blocks:
             block.cross_attention.project_encoder(encoded, sources, seam)
 
@@ -161,5 +159,5 @@ class T5Base(Base):
         return self.parallel_hooks.gather_tokens(self.decoder.norm(h))
 
     def scale_hidden(self, hidden: Tensor) -> Tensor:
-        """What the head is applied to, [*, D]."""
+        """Multiplies by hidden_size ** -0.5 in T5 1.0, whose tied head expects it. hidden: [*, D] -> [*, D]."""
         return hidden * self.config.hidden_size**-0.5 if self.config.scaled_head else hidden

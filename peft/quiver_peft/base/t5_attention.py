@@ -1,4 +1,4 @@
-"""How a T5 attends: relative positions as a learned bias, no scale; over whole sequences, for training and tests."""
+"""T5's attention over whole sequences, for training and tests: relative position bias, no scale."""
 
 import math
 from typing import Protocol
@@ -27,7 +27,10 @@ class RelativeBias(nn.Module):
         return self.weight[self.bucket(distances)].movedim(-1, 0)
 
     def bias_for_offsets(self) -> Tensor:
-        """Of distances -max_distance to max_distance, [H, 2 · max_distance + 1] fp32; farther ones are as those."""
+        """The bias of distances -max_distance ... max_distance, [H, 2 · max_distance + 1] fp32.
+
+        Farther keys have the bias of the outermost distances.
+        """
         limit = self.max_distance
         return self(torch.arange(-limit, limit + 1, device=self.weight.device)).float().contiguous()
 
@@ -40,7 +43,7 @@ class RelativeBias(nn.Module):
         return self._buckets[distances.clamp(-limit, limit) + limit]
 
     def _all_buckets(self) -> Tensor:
-        """The bucket of every distance from -max_distance to max_distance; farther ones are as those."""
+        """The bucket of every distance from -max_distance to max_distance."""
         distances = torch.arange(-self.max_distance, self.max_distance + 1)
         per_side = self._num_buckets // 2 if self._bidirectional else self._num_buckets
         ahead = (distances > 0) & self._bidirectional
@@ -65,7 +68,7 @@ class Sources(Protocol):
 
 
 def padding_mask(lengths: Tensor, longest: int) -> Tensor:
-    """Which tokens are none: 0 or -inf, [B, 1, 1, S]. lengths: [B]."""
+    """Additive mask: 0 for real tokens, -inf for padding, [B, 1, 1, S]. lengths: [B]."""
     padding = torch.arange(longest, device=lengths.device) >= lengths[:, None]
     return torch.zeros(padding.shape, device=lengths.device).masked_fill(padding, -torch.inf)[:, None, None]
 

@@ -1,1 +1,1 @@
-"""Files: atomic replacement, change stamps, JSON that is not trusted."""
+"""Atomic replacement of files and folders, and change stamps."""

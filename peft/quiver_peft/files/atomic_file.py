@@ -1,4 +1,4 @@
-"""Writing a file in one step: after a crash there is the one of before, or the new one."""
+"""Atomic file replacement: after a crash the file has its old or its new content."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Makes the folder where there is none. Raises OSError."""
+    """Writes and flushes a temporary file, then renames it to `path`. Creates the folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     staging = Path(name)

@@ -1,4 +1,4 @@
-"""Replacing a folder in one step: after a crash there is the old one or the new one, never half of either."""
+"""Atomic folder replacement: after a crash the folder is the old or the new one, never a mixture."""
 
 import ctypes
 import errno
@@ -10,7 +10,7 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_PIECE_BYTES = 2**18  # a kernel may not let others run while it writes one: those who serve beside it feel it
+_PIECE_BYTES = 2**18  # larger writes can block other threads in the kernel and delay the step loop
 
 
 def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -32,7 +32,7 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def rename_into_place(staging: Path, folder: Path) -> None:
-    """Exchange `folder` for a sibling that was written beside it; what was there before is removed."""
+    """Puts the sibling folder `staging` in the place of `folder`, durably, and removes the old content."""
     sync_folder(staging)
     _exchange(staging, folder)
     sync_folder(folder.parent)
@@ -40,7 +40,7 @@ def rename_into_place(staging: Path, folder: Path) -> None:
 
 
 def _exchange(staging: Path, folder: Path) -> None:
-    """Afterwards `folder` is the new content; `staging` is what was there before, if anything."""
+    """Swaps the folders: afterwards `staging` holds the previous content, if there was any."""
     if not folder.exists():
         staging.rename(folder)
         return
@@ -50,7 +50,7 @@ def _exchange(staging: Path, folder: Path) -> None:
         return
     if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-    # A file system without exchange: the old folder steps aside for an instant.
+    # A file system without atomic exchange: for an instant there is no folder.
     aside = staging.with_name(staging.name + "-old")
     folder.rename(aside)
     staging.rename(folder)
@@ -58,7 +58,7 @@ def _exchange(staging: Path, folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """What was renamed in it stays so, whatever happens to the machine."""
+    """Flushes a folder, so that renames in it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""Batched adapter mathematics: each operation has a plain torch form, which is its oracle and its fallback."""
+"""Kernels of base and adapters. Each has a plain torch form, which is its oracle in tests and its fallback."""

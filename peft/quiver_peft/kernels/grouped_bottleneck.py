@@ -1,4 +1,4 @@
-"""Bottleneck adapters of many owners on one packed batch: rows are grouped by adapter, weights read where they lie."""
+"""Grouped bottlenecks: many adapters on one packed batch, rows grouped by adapter, weights read in place."""
 
 import struct
 from array import array
@@ -40,14 +40,14 @@ class BottleneckAtSite(NamedTuple):
     out_bias: Tensor | None = None
 
 
-# As the compiled kernel numbers them.
-_NATIVE_NORMS: dict[NormPosition | None, int] = {None: 0, "pre": 1, "post": 2}
-_NATIVE_ACTIVATIONS: dict[Activation, int] = {"swish": 0, "relu": 1, "gelu_tanh": 3}
-_NATIVE_SOURCES: dict[Source, int] = {"output": 0, "output_before_bias": 1, "sum": 2, "residual": 3}
+# Enumerations of bottleneck.cpp; activations as quiver_activate numbers them.
+_CPP_NORMS: dict[NormPosition | None, int] = {None: 0, "pre": 1, "post": 2}
+_CPP_ACTIVATIONS: dict[Activation, int] = {"swish": 0, "relu": 1, "gelu_tanh": 3, "gelu": 4}
+_CPP_SOURCES: dict[Source, int] = {"output": 0, "output_before_bias": 1, "sum": 2, "residual": 3}
 
 
-def bottleneck_descriptor(bottleneck: BottleneckAtSite) -> "array[int] | None":
-    """The same for the compiled kernel, struct Bottleneck of bottleneck.cpp; None for what it cannot take."""
+def bottleneck_descriptor(bottleneck: BottleneckAtSite) -> "array[int]":
+    """Struct Bottleneck of bottleneck.cpp, for the compiled kernel. All tensors must be contiguous."""
     tensors = (
         bottleneck.down,
         bottleneck.up,
@@ -57,10 +57,12 @@ def bottleneck_descriptor(bottleneck: BottleneckAtSite) -> "array[int] | None":
         bottleneck.norm_bias,
         bottleneck.out_bias,
     )
-    activation = _NATIVE_ACTIVATIONS.get(bottleneck.activation)
-    if activation is None or not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        return None
-    numbers = (_NATIVE_NORMS[bottleneck.norm_position], activation, _NATIVE_SOURCES[bottleneck.source])
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    numbers = (
+        _CPP_NORMS[bottleneck.norm_position],
+        _CPP_ACTIVATIONS[bottleneck.activation],
+        _CPP_SOURCES[bottleneck.source],
+    )
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
     (floats,) = struct.unpack("q", struct.pack("ff", bottleneck.scale, NORM_EPS))
     return array("q", (len(bottleneck.down), *addresses, *numbers, floats))
@@ -98,10 +100,10 @@ def add_grouped_bottleneck_(out: Tensor, residual: Tensor, segments: Sequence[Bo
 
 
 def add_bottleneck_of_groups_(out: Tensor, residual: Tensor, groups: AdapterGroups, site: int) -> None:
-    """The same by the compiled kernel, for the adapters of `groups` after a sub-layer, by its number."""
-    native = library_for(out, residual)
-    assert native is not None and out.is_contiguous() and residual.is_contiguous()
-    native.add_bottleneck(out.data_ptr(), residual.data_ptr(), out.shape[1], groups.address, site)
+    """`add_grouped_bottleneck_` by the compiled kernel. site: the site's number in the groups' descriptors."""
+    cpp = library_for(out, residual)
+    assert cpp is not None and out.is_contiguous() and residual.is_contiguous()
+    cpp.add_bottleneck(out.data_ptr(), residual.data_ptr(), out.shape[1], groups.address, site)
 
 
 def _activate(kind: Activation, x: Tensor) -> Tensor:

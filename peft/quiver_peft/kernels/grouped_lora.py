@@ -1,4 +1,4 @@
-"""LoRA of many adapters on one packed batch: rows are grouped by adapter, weights are read where they lie."""
+"""Grouped LoRA: many adapters on one packed batch whose rows are grouped by adapter; weights are read in place."""
 
 from array import array
 from collections.abc import Sequence
@@ -31,14 +31,19 @@ class LoraAtSite:
     a: Tensor
     expands: tuple[LoraExpand, ...]
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether every factor is contiguous, as the compiled kernel requires."""
+        return self.a.is_contiguous() and all(expand.b_t.is_contiguous() for expand in self.expands)
+
     @cached_property
-    def descriptor(self) -> "array[int] | None":
-        """The same for the compiled kernel, struct Lora of lora.cpp; None when the factors do not lie in one piece."""
+    def descriptor(self) -> "array[int]":
+        """Struct Lora of lora.cpp, for the compiled kernel. All factors must be contiguous."""
+        assert self.is_contiguous
         words = [self.a.data_ptr(), self.a.shape[0], len(self.expands)]
         for expand in self.expands:
             words += [*expand.ranks, expand.start, expand.end, expand.b_t.data_ptr()]
-        factors = (self.a, *(expand.b_t for expand in self.expands))
-        return array("q", words) if all(factor.is_contiguous() for factor in factors) else None
+        return array("q", words)
 
 
 class LoraSegment(NamedTuple):
@@ -52,7 +57,7 @@ class LoraSegment(NamedTuple):
 def add_grouped_lora_(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> None:
     """y[rows] += scale · (x[rows] Aᵀ) Bᵀ for each segment, in place. x: [T, K], y: [T, N].
 
-    By the compiled kernel a row's result is the same bits whatever the other rows are.
+    Batch-invariant with the compiled kernel: a row's result does not depend on the other rows, bit for bit.
     """
     if not segments:
         return
@@ -64,25 +69,24 @@ def add_grouped_lora_(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> 
 
 
 def _as_groups(segments: Sequence[LoraSegment]) -> AdapterGroups | None:
-    """The site is number 0. None for what the kernel cannot take."""
+    """The segments as groups with site number 0. None if the compiled kernel cannot take them."""
     groups: list[RowRange] = []
     for segment in segments:
-        record = segment.lora.descriptor
-        if record is None or (groups and groups[-1].end > segment.start):
+        if not segment.lora.is_contiguous or (groups and groups[-1].end > segment.start):
             return None
-        groups.append(RowRange(segment.start, segment.end, SiteDescriptors.of({0: record})))
+        groups.append(RowRange(segment.start, segment.end, SiteDescriptors.of({0: segment.lora.descriptor})))
     return AdapterGroups(groups)
 
 
 def add_lora_of_groups_(y: Tensor, x: Tensor, groups: AdapterGroups, site: int) -> None:
-    """The same by the compiled kernel, for what the adapters of `groups` do at a site, by its number."""
-    native = library_for(y, x)
-    assert native is not None and y.stride(1) == x.stride(1) == 1
-    native.add_lora(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], groups.address, site)
+    """`add_grouped_lora_` by the compiled kernel. site: the site's number in the groups' descriptors."""
+    cpp = library_for(y, x)
+    assert cpp is not None and y.stride(1) == x.stride(1) == 1
+    cpp.add_lora(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], groups.address, site)
 
 
 def add_grouped_lora_torch_(y: Tensor, x: Tensor, segments: Sequence[LoraSegment]) -> None:
-    """The plain form."""
+    """`add_grouped_lora_` by torch's operators."""
     for segment in segments:
         low = x[segment.start : segment.end] @ segment.lora.a.T
         rows = y[segment.start : segment.end]

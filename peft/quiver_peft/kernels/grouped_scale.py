@@ -1,4 +1,4 @@
-"""Learned scales of many adapters on one packed batch: IA3's vectors and DoRA's gates, rows grouped by adapter."""
+"""Grouped scales: IA3's vectors and DoRA's magnitudes of many adapters on one packed batch, grouped by adapter."""
 
 from array import array
 from collections.abc import Sequence
@@ -26,13 +26,14 @@ class ScaleAtSite(NamedTuple):
     out: tuple[OutputScale, ...]
 
 
-def scale_descriptor(scale: ScaleAtSite) -> "array[int] | None":
-    """The same for the compiled kernel, struct Scale of scale.cpp; None when a vector has gaps."""
+def scale_descriptor(scale: ScaleAtSite) -> "array[int]":
+    """Struct Scale of scale.cpp, for the compiled kernel. All vectors must be contiguous."""
     vectors = [scale.in_scale, *(vector for out in scale.out for vector in (out.scale, out.shift))]
+    assert all(vector is None or vector.is_contiguous() for vector in vectors)
     words = [_address(scale.in_scale), len(scale.out)]
     for out in scale.out:
         words += [out.start, out.end, _address(out.scale), _address(out.shift)]
-    return array("q", words) if all(vector is None or vector.is_contiguous() for vector in vectors) else None
+    return array("q", words)
 
 
 def _address(vector: Tensor | None) -> int:
@@ -69,16 +70,16 @@ def scale_outputs_(y: Tensor, segments: Sequence[ScaleSegment]) -> None:
 
 
 def scale_inputs_of_groups(x: Tensor, groups: AdapterGroups, site: int) -> Tensor:
-    """As `scale_inputs` by the compiled kernel, for the adapters of `groups` at a site, by its number."""
-    native = library_for(x)
-    assert native is not None and x.stride(1) == 1
-    out = native.empty(x.shape)
-    native.scale_inputs(x.data_ptr(), x.stride(0), out.data_ptr(), len(x), x.shape[1], groups.address, site)
+    """`scale_inputs` by the compiled kernel. site: the site's number in the groups' descriptors."""
+    cpp = library_for(x)
+    assert cpp is not None and x.stride(1) == 1
+    out = cpp.empty(x.shape)
+    cpp.scale_inputs(x.data_ptr(), x.stride(0), out.data_ptr(), len(x), x.shape[1], groups.address, site)
     return out
 
 
 def scale_outputs_of_groups_(y: Tensor, groups: AdapterGroups, site: int) -> None:
-    """As `scale_outputs_`, likewise."""
-    native = library_for(y)
-    assert native is not None and y.stride(1) == 1
-    native.scale_outputs(y.data_ptr(), y.stride(0), groups.address, site)
+    """`scale_outputs_` by the compiled kernel. site: the site's number in the groups' descriptors."""
+    cpp = library_for(y)
+    assert cpp is not None and y.stride(1) == 1
+    cpp.scale_outputs(y.data_ptr(), y.stride(0), groups.address, site)

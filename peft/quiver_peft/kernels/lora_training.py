@@ -1,4 +1,4 @@
-"""LoRA's low-rank products added to a linear's output, in place, with gradients: many adapters on rows of their own.
+"""LoRA with gradients: adds the products of many adapters, each on its own rows, to a linear's output in place.
 
 Shapes: T rows, K inputs and N outputs of the linear, R rank of a part, M outputs that the part adapts.
 """
@@ -24,14 +24,14 @@ class LoraPart(NamedTuple):
 def add_lora_(y: Tensor, x: Tensor, parts: Sequence[LoraPart]) -> Tensor:
     """y[rows, columns] += scale · (x[rows] Aᵀ) Bᵀ for each part; y is changed and returned. x: [T, K], y: [T, N].
 
-    y must be a tensor of its own that no earlier operation needs for its gradient: a linear's output is one.
+    y must not be needed by an earlier operation's backward pass, as a linear's output is not.
     """
     places = [(part.rows, part.columns, part.scale) for part in parts]
     return _AddLora.apply(y, x, places, *(factor for part in parts for factor in (part.a, part.b)))  # pyright: ignore[reportReturnType]
 
 
 class _AddLora(torch.autograd.Function):
-    """One node for all parts, where plain operations would be eight for each; kept for the gradient: x and x Aᵀ."""
+    """One autograd node for all parts, where plain operations need eight for each. Saves x and x Aᵀ."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, places: Any, *factors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,4 +1,4 @@
-"""Attention of packed rows to keys and values in cache blocks: the plain torch form, and the choice among the forms.
+"""Paged attention: packed rows attend to keys and values in cache blocks. Chooses Triton, C++ or plain torch.
 
 B sequences follow one another in T packed rows; the other letters are those of `base/layers.py`.
 """
@@ -14,24 +14,24 @@ from quiver_peft.kernels.cpp.library import library_for
 from quiver_peft.kernels.paged_layout import PagedLayout
 from quiver_peft.kernels.storage import storage_number
 
-_MAX_SHARING = 32  # query heads of one key head, by the compiled kernel
+_MAX_SHARING = 32  # the most query heads per key-value head that the compiled kernel takes
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> None:
-    """Put new keys and values into a layer's cache, rounded to its type.
+    """Writes new keys and values into a layer's cache, rounded to its type.
 
     keys, values: [C, G, E]; k, v: [T, G, E]; rows: [T] int64.
     """
-    native, storage = library_for(k, v), storage_number(keys)
+    cpp, storage = library_for(k, v), storage_number(keys)
     if (
-        native is None
+        cpp is None
         or storage is None
         or not (_packs_heads(keys, values, k, v) and keys.is_contiguous() and values.is_contiguous())
     ):
         keys[rows] = k.to(keys.dtype)
         values[rows] = v.to(values.dtype)
         return
-    native.store_rows(
+    cpp.store_rows(
         keys.data_ptr(), values.data_ptr(), storage, keys.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(),
         v.stride(0), rows.data_ptr(), len(rows),
     )  # fmt: skip
@@ -56,25 +56,25 @@ def paged_attention(
     """softmax(scale · q kᵀ + bias) v of each row over its own sequence in the cache. q: [T, H, E] -> [T, H, E].
 
     keys, values: [C, G, E], one layer's cache, widened to q's type.
-    causal: a row sees itself and what is before it; else its whole sequence.
-    window: it looks back so many tokens, itself included; only with `causal`.
-    bias: [H, 2 · limit + 1] fp32, added to the scores; column limit + d is for keys d positions after the query,
-    those farther than `limit` take the outermost columns.
+    causal: a row sees itself and earlier positions; else its whole sequence.
+    window: a row sees this many positions, its own included; only with `causal`.
+    bias: [H, 2 · limit + 1] fp32, added to the scores. Column limit + d is for keys d positions after the query; keys
+        farther than `limit` take the outermost columns.
     """
     if q.is_cuda and check_triton_kernels(q.shape[1] // keys.shape[1], q.shape[2], q.dtype, q.device):
         from quiver_peft.kernels.triton.paged_attention import paged_attention_triton
 
         return paged_attention_triton(q, keys, values, layout, scale, causal, window, bias)
-    native, storage = library_for(q), storage_number(keys)
+    cpp, storage = library_for(q), storage_number(keys)
     if (
-        native is None
+        cpp is None
         or storage is None
         or not _packs_heads(q, keys, values)
         or q.shape[1] // keys.shape[1] > _MAX_SHARING
     ):
         return paged_attention_torch(q, keys, values, layout, scale, causal, window, bias)
-    out = native.empty(q.shape)
-    native.paged_attention(
+    out = cpp.empty(q.shape)
+    cpp.paged_attention(
         q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), storage, keys.stride(0), values.stride(0),
         out.data_ptr(), layout.address, q.shape[1], keys.shape[1], q.shape[2], scale, causal, window or 0,
         0 if bias is None else bias.data_ptr(), 0 if bias is None else bias.shape[1] // 2,
@@ -84,9 +84,9 @@ def paged_attention(
 
 @cache
 def check_triton_kernels(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the Triton form does on this GPU what the plain one does, with `group` query heads to each of keys.
+    """Whether the Triton kernels agree with plain torch on this GPU, with `group` query heads per key-value head.
 
-    It is tried once, best before the first request: kernels are compiled for it.
+    Checked once; call it before the first request, because it compiles the kernels.
     """
     if importlib.util.find_spec("triton") is None:
         return False
@@ -105,7 +105,7 @@ def paged_attention_torch(
     window: int | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """The plain form: one sequence after the other."""
+    """`paged_attention` by torch's operators, one sequence after the other."""
     out = torch.empty_like(q)
     row = 0
     for sequence, (num_new, length) in enumerate(zip(layout.query_lengths, layout.lengths, strict=True)):
@@ -113,7 +113,7 @@ def paged_attention_torch(
         rows = slice(row, row + num_new)
         mask = _mask(num_new, length, causal, window, bias, q)
         k, v = (part[cached].to(q.dtype).transpose(0, 1)[None] for part in (keys, values))
-        # Query heads that share a key-value head stand together, which is what enable_gqa means.
+        # Query heads that share a key-value head are adjacent, as enable_gqa requires.
         attended = F.scaled_dot_product_attention(
             q[rows].transpose(0, 1)[None], k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != keys.shape[1]
         )
@@ -125,7 +125,7 @@ def paged_attention_torch(
 def _mask(
     num_new: int, length: int, causal: bool, window: int | None, bias: Tensor | None, like: Tensor
 ) -> Tensor | None:
-    """What the newest rows of a sequence see: [N, S] bool, or scores to add, [H, N, S]; None: everything."""
+    """The mask of a sequence's newest rows: [N, S] bool, or additive scores [H, N, S]; None: all is visible."""
     if bias is None and window is None and (not causal or num_new == 1):
         return None
     positions = torch.arange(length, device=like.device)

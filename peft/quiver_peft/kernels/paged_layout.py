@@ -1,4 +1,4 @@
-"""Where the rows of a step and the keys and values that they attend to lie in cache blocks.
+"""`PagedLayout`: the block tables and sequence lengths of one step, for paged attention.
 
 B sequences follow one another in T packed rows.
 """
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.transfer import PinnedUpload
+from quiver_peft.kernels.pinned_upload import PinnedUpload
+from quiver_peft.rounding import ceil_div
 
 
 class PagedLayout:
-    """Where the rows of one step and what they attend to lie; the same for all layers.
+    """The cache rows of one step's new tokens and of the contexts that they attend to; the same for all layers.
 
     query_starts: [B + 1] int32, rows [query_starts[b], query_starts[b + 1]) are the newest tokens of sequence b.
     context_lengths: [B] int32, tokens of each sequence, the new ones included.
@@ -34,16 +35,16 @@ class PagedLayout:
     ) -> None:
         """query_lengths: new tokens of each sequence. A table may be longer than its sequence needs.
 
-        to: the device, or a transfer that is sent before anything is read.
+        to: the device, or an upload that the caller sends before anything is read.
         """
         self.block_size = block_size
         self.query_lengths = list(query_lengths)
         self.lengths = list(context_lengths)
         size = len(self.lengths)
-        width = -(-max(self.lengths) // block_size)
+        width = ceil_div(max(self.lengths), block_size)
         tables = np.zeros((size, width), np.int32)
         for row, _, length, table in zip(tables, query_lengths, context_lengths, block_tables, strict=True):
-            needed = table[: -(-length // block_size)]
+            needed = table[: ceil_div(length, block_size)]
             row[: len(needed)] = needed
         transfer = to if isinstance(to, PinnedUpload) else PinnedUpload(to)
         self._query_starts = transfer.add([0, *accumulate(query_lengths)])
@@ -73,9 +74,9 @@ class PagedLayout:
 
     @cached_property
     def new_rows(self) -> Tensor:
-        """The cache rows of the batch's own tokens, [T] int64.
+        """The cache rows of the step's new tokens, [T] int64.
 
-        Not for a source, which may be shorter than the rows that attend to it.
+        Undefined for cross-attention, where a source may be shorter than the rows that attend to it.
         """
         if self._new_rows is not None:
             return self._new_rows().long()
@@ -84,7 +85,7 @@ class PagedLayout:
 
     @cached_property
     def address(self) -> int:
-        """Of the same for the compiled kernels, struct Layout of layout.h, as long as this object lives."""
+        """Address of struct Layout of layout.h, for the compiled kernels, valid as long as this object lives."""
         tables, starts, lengths = self.tables, self.query_starts, self.context_lengths
         self._described = array(
             "q",

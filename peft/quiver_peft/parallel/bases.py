@@ -1,4 +1,4 @@
-"""A base over the ranks: the same definition, its linears, vocabulary and head exchanged for shares of them."""
+"""Tensor-parallel bases: the same definition, with linears, embedding and head replaced by this rank's shards."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from quiver_peft.parallel.vocabulary import MegatronHooks, SplitHead, split_embe
 
 
 def load_split_base(folder: str | Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32) -> GPTBase | T5Base:
-    """This rank's share of a Hugging Face folder; nothing more is ever in memory. Raises CheckpointError."""
+    """Loads this rank's shard of a Hugging Face folder; no more is ever in memory. Raises CheckpointError."""
     kind = T5Base if read_config(Path(folder))["model_type"] in T5_FAMILIES else GPTBase
     base = kind.on_meta_device(folder, dtype=dtype)
     if mesh.tensor_size > 1:
@@ -36,8 +36,9 @@ def load_split_base(folder: str | Path, mesh: Mesh, *, dtype: torch.dtype = torc
 
 @torch.no_grad()
 def gather_base(base: GPTBase | T5Base, folder: str | Path, mesh: Mesh) -> GPTBase | T5Base:
-    """The whole base that all ranks hold, on the first rank's CPU in fp32, to be written; on others there is no more
-    of it than its shapes. folder: that it was read from. Every rank must ask.
+    """Gathers the whole base in fp32 on the first rank's CPU, to be written; other ranks get it on the meta device.
+
+    folder: the folder that it was read from. A collective: every rank must call it.
     """
     whole = type(base).on_meta_device(folder, dtype=torch.float32)
     if mesh.is_first:
@@ -59,12 +60,12 @@ def _require_divisible(base: Base, mesh: Mesh) -> None:
     ):
         if value % size:
             raise CheckpointError(
-                f"parallel.tensor: {value} {name} of this base cannot be dealt to {size} ranks; choose a divisor"
+                f"parallel.tensor: {size} does not divide the {value} {name} of this base; choose a divisor"
             )
 
 
 def _split(base: Base, mesh: Mesh) -> None:
-    """Exchange the parts of a skeleton, in place."""
+    """Replaces linears, relative bias, embedding and head of a base on the meta device by shards, in place."""
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
@@ -84,7 +85,7 @@ def _split(base: Base, mesh: Mesh) -> None:
 
 
 def _mark(base: Base, mesh: Mesh) -> None:
-    """What would be cut, on one rank: checkpoints of any number of ranks know the same pieces."""
+    """On one rank, records how parameters would be sharded: checkpoints then load with any number of ranks."""
     for linear in base.linears():
         for parameter in (linear.weight, linear.bias):
             if parameter is not None and is_column_parallel(linear):
@@ -95,7 +96,7 @@ def _mark(base: Base, mesh: Mesh) -> None:
 
 
 def _to_device(base: Base, mesh: Mesh) -> None:
-    """Memory for what is not a share of a linear or a vocabulary."""
+    """Allocates the parameters that are still on the meta device: all but linears and vocabulary."""
     for name, module in base.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -105,14 +106,14 @@ def _to_device(base: Base, mesh: Mesh) -> None:
 
 
 def _is_sharded(name: str, mesh: Mesh) -> bool:
-    """Whether a module that is whole on every rank is used with this rank's heads or tokens alone."""
+    """Whether a replicated module is applied to this rank's heads or tokens only, so that its gradients are summed."""
     if name.endswith((".q_norm", ".k_norm")):
         return mesh.tensor_size > 1
     return mesh.sequence and "norm" in name
 
 
 def _cut(base: Base, mesh: Mesh, rename: TensorMapping, tensor: Tensor) -> Tensor:
-    """This rank's of a tensor of the checkpoint, which may be one part of a fused linear."""
+    """This rank's shard of a checkpoint tensor, which may be one part of a fused linear."""
     shard = get_shard(base.get_parameter(rename.ours))
     if rename.part and shard.dim == 0:
         shard = Shard(0, ((0, tensor.shape[0]),))

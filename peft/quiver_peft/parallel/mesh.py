@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -67,19 +67,18 @@ def start_mesh(*, tensor: int = 1, sequence: bool = False, device: str = "auto")
     tensor: must divide the number of processes. Environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
     """
     where = _this_device(device)
-    if where.type == "cpu":
-        _let_megatron_run_without_cuda()
-    else:
+    if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    try:
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
-        ranks, copies = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-        assert isinstance(ranks, ProcessGroup) and isinstance(copies, ProcessGroup)
-        yield Mesh(ranks, copies, where, sequence=sequence and tensor > 1)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with _megatron_without_cuda() if where.type == "cpu" else nullcontext():
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        try:
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+            ranks, copies = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+            assert isinstance(ranks, ProcessGroup) and isinstance(copies, ProcessGroup)
+            yield Mesh(ranks, copies, where, sequence=sequence and tensor > 1)
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
 
 
 def _this_device(name: str) -> torch.device:
@@ -89,10 +88,17 @@ def _this_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def _let_megatron_run_without_cuda() -> None:
-    """Megatron-Core 0.16 makes its buffers on CUDA's current device and waits for it, without asking whether it is.
+@contextmanager
+def _megatron_without_cuda() -> Generator[None]:
+    """Makes the CPU the "current CUDA device" while a mesh on CPUs exists.
 
-    In a process that has joined a gloo mesh the CPU is that device: where tensors lie changes, not what is computed.
+    Megatron-Core 0.16 allocates its buffers on CUDA's current device and synchronizes with it without checking that
+    there is one: when its layers are built, and in each training step. Only where tensors lie changes.
     """
+    current_device, synchronize = torch.cuda.current_device, torch.cuda.synchronize
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.synchronize = lambda device=None: None
+    try:
+        yield
+    finally:
+        torch.cuda.current_device, torch.cuda.synchronize = current_device, synchronize

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import Shard, gather, set_shard
 from quiver_peft.parallel.tokens import gather_tokens, scatter_tokens
+from quiver_peft.rounding import round_up
 
 
 def vocabulary_shard(size: int, mesh: Mesh) -> Shard:
     """How the rows of an embedding or a head lie."""
-    padded = -(-size // mesh.tensor_size) * mesh.tensor_size
+    padded = round_up(size, mesh.tensor_size)
     return Shard(0, ((0, padded),), length=size)
 
 

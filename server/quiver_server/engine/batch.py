@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quiver_peft.adapters.serving.torch_seam import RowGroup, VirtualRows
 from quiver_peft.base.paged import PagedLayout
-from quiver_peft.kernels.transfer import PinnedUpload
+from quiver_peft.kernels.pinned_upload import PinnedUpload
 from quiver_server.engine.encoder_batch import EncoderBatch, extend_row_groups, prepare_encoder_batch
 from quiver_server.engine.scheduler import ScheduledChunk
 

@@ -27,9 +27,9 @@ class ModelRunner:
         self._base = base
         self._banks = banks
         self._kv = kv
-        native = library() if kv.keys.is_cpu and base.compute_dtype == torch.float32 else None
+        cpp = library() if kv.keys.is_cpu and base.compute_dtype == torch.float32 else None
         self._position_biases = _relative_position_biases(base)
-        self._step_graphs = None if native is None else StepGraphs(native, self._constants(), max_step_tokens)
+        self._step_graphs = None if cpp is None else StepGraphs(cpp, self._constants(), max_step_tokens)
 
     def _constants(self) -> Iterator[Tensor]:
         yield from self._base.buffers_read()
@@ -96,8 +96,8 @@ class ModelRunner:
 
         rows: its inputs that have a number for each row. layouts: its other ones, beside the seam.
         """
-        is_native = isinstance(seam, CppSeam) and not seam.has_virtual
-        if self._step_graphs is None or not (seam is NO_ADAPTERS or is_native):
+        is_cpp_seam = isinstance(seam, CppSeam) and not seam.has_virtual
+        if self._step_graphs is None or not (seam is NO_ADAPTERS or is_cpp_seam):
             return make()
         inputs = [numbers.data_ptr() for numbers in rows] + [layout.address for layout in layouts]
         if isinstance(seam, CppSeam):

@@ -12,6 +12,7 @@ from torch import Tensor
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.load import load_base
 from quiver_peft.base.paged import PagedAttention, PagedKV, PagedLayout
+from quiver_peft.rounding import ceil_div
 
 BLOCK_SIZE = 4
 
@@ -29,7 +30,7 @@ class Cache:
         self.kv.values.fill_(50.0)
         blocks = list(range(num_blocks))
         random.Random(0).shuffle(blocks)
-        self.tables = [[blocks.pop() for _ in range(-(-len(ids) // BLOCK_SIZE))] for ids in sequences]
+        self.tables = [[blocks.pop() for _ in range(ceil_div(len(ids), BLOCK_SIZE))] for ids in sequences]
 
     @torch.inference_mode()
     def step(self, num_new: Mapping[int, int]) -> list[Tensor]:

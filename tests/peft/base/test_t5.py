@@ -184,9 +184,9 @@ def test_the_folder_says_which_model_it_holds(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "llama")
     assert isinstance(load_model(tmp_path / "t5"), T5)
     assert isinstance(load_model(tmp_path / "llama"), GPT)
-    with pytest.raises(CheckpointError, match="model_type 't5' is none of this class, which reads llama, mistral"):
+    with pytest.raises(CheckpointError, match="model_type 't5' is not read by GPTBase, which reads llama, mistral"):
         GPT.from_pretrained(tmp_path / "t5")
-    with pytest.raises(CheckpointError, match="model_type 'llama' is none of this class, which reads t5, mt5"):
+    with pytest.raises(CheckpointError, match="model_type 'llama' is not read by T5Base, which reads t5, mt5"):
         T5.from_pretrained(tmp_path / "llama")
 
 

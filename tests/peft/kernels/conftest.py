@@ -9,11 +9,11 @@ from quiver_peft.kernels.cpp.library import Library, library
 
 
 @pytest.fixture
-def native() -> Generator[Library]:
+def cpp() -> Generator[Library]:
     """The compiled kernels with two threads, gradients off: what serving has."""
     found = library()
     if found is None:
-        pytest.skip("the compiled kernels are switched off, or cannot be had here")
+        pytest.skip("the compiled kernels are off or unavailable")
     found.set_num_threads(2)
     with torch.inference_mode():
         yield found

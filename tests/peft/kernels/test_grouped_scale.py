@@ -61,7 +61,7 @@ def test_outputs_in_order_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("width", [6, 16, 100])
-def test_the_compiled_kernels_and_the_plain_forms(width: int, native: Library) -> None:
+def test_the_compiled_kernels_and_the_plain_forms(width: int, cpp: Library) -> None:
     """Whole batches of one adapter's rows, rows of the base between, one adapter without a scale on its input."""
     outs = (OutputScale(0, width, torch.randn(width), torch.randn(width)), OutputScale(4, 6, torch.randn(2), None))
     both, only_outs = ScaleAtSite(torch.randn(width), outs), ScaleAtSite(None, outs[:1])
@@ -69,9 +69,7 @@ def test_the_compiled_kernels_and_the_plain_forms(width: int, native: Library) -
     segments = [ScaleSegment(1, 3, both), ScaleSegment(4, 5, only_outs), ScaleSegment(5, 70, only_ins)]
     groups: list[RowRange] = []
     for start, end, scale in segments:
-        record = scale_descriptor(scale)
-        assert record is not None
-        groups.append(RowRange(start, end, SiteDescriptors.of({3: record})))
+        groups.append(RowRange(start, end, SiteDescriptors.of({3: scale_descriptor(scale)})))
     groups.append(RowRange(70, 71, SiteDescriptors.of({})))
     fused = torch.randn(72, 2 * width)
     x, y = fused[:, :width], fused[:, width:].clone()
@@ -82,8 +80,3 @@ def test_the_compiled_kernels_and_the_plain_forms(width: int, native: Library) -
     scale_outputs_of_groups_(y, AdapterGroups(groups), 3)
     torch.testing.assert_close(y, expected)  # the compiler fuses the product and the sum
     assert torch.equal(y[[0, 3, 70, 71]], expected[[0, 3, 70, 71]])
-
-
-def test_vectors_with_gaps_are_not_for_the_compiled_kernels() -> None:
-    assert scale_descriptor(ScaleAtSite(torch.randn(12)[::2], ())) is None
-    assert scale_descriptor(ScaleAtSite(None, (OutputScale(0, 3, torch.randn(3), torch.randn(6)[::2]),))) is None

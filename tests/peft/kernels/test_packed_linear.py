@@ -38,7 +38,7 @@ def assert_same(found: Tensor, expected: Tensor, num_inputs: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_every_number_of_rows(shape: tuple[int, int], with_bias: bool, native: Library) -> None:
+def test_every_number_of_rows(shape: tuple[int, int], with_bias: bool, cpp: Library) -> None:
     for num_rows in ROWS:
         weight, bias, x = make(*shape, num_rows)
         given_bias = bias if with_bias else None
@@ -53,16 +53,16 @@ def test_the_plain_form_is_torch_s_linear(shape: tuple[int, int]) -> None:
     assert torch.equal(packed_linear_torch(x, packed(weight), bias), torch.nn.functional.linear(x, weight, bias))
 
 
-def test_both_ways_of_packing_give_the_same_panels(native: Library) -> None:
+def test_both_ways_of_packing_give_the_same_panels(cpp: Library) -> None:
     weight, _, _ = make(37, 21, 1)
-    by_native = packed(weight).panels
+    by_cpp = packed(weight).panels
     with torch.enable_grad():  # which the compiled kernels leave to torch
         by_torch = packed(weight).panels
-    assert torch.equal(by_native, by_torch)
+    assert torch.equal(by_cpp, by_torch)
 
 
 @pytest.mark.parametrize("shape", [(17, 31), (100, 1100), (335, 64), (48, 2300)], ids=str)
-def test_a_row_has_the_same_bits_in_any_batch(shape: tuple[int, int], native: Library) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(shape: tuple[int, int], cpp: Library) -> None:
     """Whatever the number of rows, its place among them, and the number of threads."""
     weight, bias, x = make(*shape, 300)
     panels = packed(weight)
@@ -71,11 +71,11 @@ def test_a_row_has_the_same_bits_in_any_batch(shape: tuple[int, int], native: Li
         for start in (0, 1, 299 - num_rows):
             rows = slice(max(start, 0), max(start, 0) + num_rows)
             assert torch.equal(packed_linear(x[rows], panels, bias), whole[rows])
-    native.set_num_threads(1)
+    cpp.set_num_threads(1)
     assert torch.equal(packed_linear(x, panels, bias), whole)
 
 
-def test_inputs_in_any_form(native: Library) -> None:
+def test_inputs_in_any_form(cpp: Library) -> None:
     """Rows with gaps, transposed, with several leading dimensions, and none at all."""
     weight, bias, x = make(40, 24, 12)
     panels = packed(weight)
@@ -88,7 +88,7 @@ def test_inputs_in_any_form(native: Library) -> None:
     assert packed_linear(x[:0], panels, bias).shape == (0, 40)
 
 
-def test_other_types_and_gradients_are_torch_s(native: Library) -> None:
+def test_other_types_and_gradients_are_torch_s(cpp: Library) -> None:
     weight, _, x = make(20, 9, 4)
     panels = packed(weight)
     with torch.inference_mode(False), torch.enable_grad():
@@ -113,7 +113,7 @@ def narrow_weight(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> Tens
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_narrow_weights_give_the_bits_of_the_same_weights_in_fp32(
-    shape: tuple[int, int], dtype: torch.dtype, native: Library
+    shape: tuple[int, int], dtype: torch.dtype, cpp: Library
 ) -> None:
     weight = narrow_weight(*shape, dtype)
     _, bias, _ = make(*shape, 1)
@@ -126,7 +126,7 @@ def test_narrow_weights_give_the_bits_of_the_same_weights_in_fp32(
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_narrow_weights_are_packed_alike_by_both_ways(dtype: torch.dtype, native: Library) -> None:
+def test_narrow_weights_are_packed_alike_by_both_ways(dtype: torch.dtype, cpp: Library) -> None:
     weight = narrow_weight(37, 21, dtype)
     by_cpp = packed(weight).panels
     with torch.enable_grad():  # which the compiled kernels leave to torch
@@ -136,7 +136,7 @@ def test_narrow_weights_are_packed_alike_by_both_ways(dtype: torch.dtype, native
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
-def test_rows_of_a_packed_weight(dtype: torch.dtype, native: Library) -> None:
+def test_rows_of_a_packed_weight(dtype: torch.dtype, cpp: Library) -> None:
     weight = narrow_weight(37, 21, dtype)
     ids = torch.tensor([[0, 36, 15], [16, 17, 3]])
     by_cpp = packed_rows(packed(weight), ids)

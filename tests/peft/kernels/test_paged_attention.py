@@ -10,6 +10,7 @@ from torch import Tensor
 from quiver_peft.kernels.cpp.library import Library
 from quiver_peft.kernels.paged_attention import paged_attention, paged_attention_torch, write_kv
 from quiver_peft.kernels.paged_layout import PagedLayout
+from quiver_peft.rounding import ceil_div
 
 CPU = torch.device("cpu")
 # Query heads, key heads, head size: plain, shared, all shared, and sizes that fill no register.
@@ -29,7 +30,7 @@ class Case:
 def make(heads: tuple[int, int, int], new: list[int], lengths: list[int], block_size: int = 4, seed: int = 0) -> Case:
     num_heads, num_kv_heads, size = heads
     generator = torch.Generator().manual_seed(seed)
-    needed = [-(-length // block_size) for length in lengths]
+    needed = [ceil_div(length, block_size) for length in lengths]
     blocks = list(range(sum(needed) + 3))
     random.Random(seed).shuffle(blocks)
     tables = [[blocks.pop() for _ in range(count)] for count in needed]
@@ -72,7 +73,7 @@ def both(case: Case, scale: float, causal: bool, window: int | None, bias: Tenso
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 7, 70])
-def test_steps_and_chunks(heads: tuple[int, int, int], window: int | None, native: Library) -> None:
+def test_steps_and_chunks(heads: tuple[int, int, int], window: int | None, cpp: Library) -> None:
     case = make(heads, [1, 9, 1, 70, 3, 1], [1, 9, 66, 140, 200, 64])
     expected = formula(case, 0.3, window=window)
     for found in both(case, 0.3, True, window, None):
@@ -80,7 +81,7 @@ def test_steps_and_chunks(heads: tuple[int, int, int], window: int | None, nativ
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_relative_bias(causal: bool, native: Library) -> None:
+def test_a_relative_bias(causal: bool, cpp: Library) -> None:
     bias = torch.randn(4, 2 * 20 + 1, generator=torch.Generator().manual_seed(1)) * 3
     lengths = [1, 33, 130] if causal else [5, 33, 130]
     case = make((4, 4, 16), [1, 33, 7] if causal else lengths, lengths)
@@ -89,7 +90,7 @@ def test_a_relative_bias(causal: bool, native: Library) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_that_see_a_whole_other_sequence(native: Library) -> None:
+def test_rows_that_see_a_whole_other_sequence(cpp: Library) -> None:
     """A decoder's rows and their source: more rows than tokens too."""
     case = make((4, 2, 16), [1, 5, 9], [40, 5, 3])
     expected = torch.cat(
@@ -112,7 +113,7 @@ def make_one(case: Case, sequence: int, row: int) -> Case:
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_row_has_the_same_bits_in_any_batch_and_chunk(window: int | None, native: Library) -> None:
+def test_a_row_has_the_same_bits_in_any_batch_and_chunk(window: int | None, cpp: Library) -> None:
     """One sequence's last rows: with others before and after it, in chunks of every kind, row by row."""
     heads, length = (10, 5, 64), 150
     case = make(heads, [length], [length])
@@ -132,11 +133,11 @@ def test_a_row_has_the_same_bits_in_any_batch_and_chunk(window: int | None, nati
     layout = PagedLayout([3, 1, 20], [100, length, 20], tables, 4, CPU)
     q = torch.cat([torch.randn(3, 10, 64), case.q[-1:], torch.randn(20, 10, 64)])
     assert torch.equal(attend(q, layout)[3], whole[-1])
-    native.set_num_threads(1)
+    cpp.set_num_threads(1)
     assert torch.equal(attend(case.q, case.layout), whole)
 
 
-def test_what_lies_outside_is_not_read(native: Library) -> None:
+def test_what_lies_outside_is_not_read(cpp: Library) -> None:
     """Other blocks, and what comes later in a sequence's last block, hold NaN."""
     case = make((4, 2, 16), [1, 6], [30, 6])
     used = torch.cat([case.layout.cache_rows(sequence) for sequence in (0, 1)])
@@ -146,7 +147,7 @@ def test_what_lies_outside_is_not_read(native: Library) -> None:
     assert torch.equal(found, paged_attention(case.q, case.keys, case.values, case.layout, scale=0.25))
 
 
-def test_queries_with_gaps_between_rows(native: Library) -> None:
+def test_queries_with_gaps_between_rows(cpp: Library) -> None:
     """Views into the output of a fused linear, as the base gives them."""
     case = make((4, 2, 16), [1, 6], [30, 6])
     fused = torch.randn(7, 8 * 16)
@@ -156,7 +157,7 @@ def test_queries_with_gaps_between_rows(native: Library) -> None:
     assert torch.equal(paged_attention(q, case.keys, case.values, case.layout, scale=0.25), expected)
 
 
-def test_large_scores(native: Library) -> None:
+def test_large_scores(cpp: Library) -> None:
     """Softmax of scores whose exponentials would overflow, and of far smaller ones beside them."""
     case = make((4, 2, 16), [1, 90], [100, 90])
     case.q.mul_(100)
@@ -165,7 +166,7 @@ def test_large_scores(native: Library) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3)
 
 
-def test_rows_are_stored_where_the_layout_says(native: Library) -> None:
+def test_rows_are_stored_where_the_layout_says(cpp: Library) -> None:
     case = make((4, 2, 16), [1, 6], [30, 6])
     fused = torch.randn(7, 4 * 16)
     k, v = (part.unflatten(1, (2, 16)) for part in fused.split(32, 1))
@@ -183,7 +184,7 @@ def test_rows_are_stored_where_the_layout_says(native: Library) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_narrow_keys_and_values_give_the_bits_of_the_same_ones_in_fp32(
-    heads: tuple[int, int, int], dtype: torch.dtype, native: Library
+    heads: tuple[int, int, int], dtype: torch.dtype, cpp: Library
 ) -> None:
     case = make(heads, [1, 9, 1, 70, 3, 1], [1, 9, 66, 140, 200, 64])
     keys, values = case.keys.to(dtype), case.values.to(dtype)
@@ -196,7 +197,7 @@ def test_narrow_keys_and_values_give_the_bits_of_the_same_ones_in_fp32(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_keys_and_values_are_rounded_as_torch_rounds(dtype: torch.dtype, native: Library) -> None:
+def test_keys_and_values_are_rounded_as_torch_rounds(dtype: torch.dtype, cpp: Library) -> None:
     k = torch.randn(6, 2, 24) * 10.0 ** torch.linspace(-9, 3, 24)
     k[0, 0, :6] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1 + 2**-9, 1 + 3 * 2**-9])
     v, rows = -k.flip(0), torch.tensor([7, 0, 3, 11, 5, 1])

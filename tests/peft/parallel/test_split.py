@@ -74,6 +74,6 @@ def test_adapters_add_no_communication(processes: Processes, folders: dict[str, 
 
 def test_says_what_cannot_be_cut(processes: Processes, folders: dict[str, Path]) -> None:
     (heads, _, _, _) = processes.run("refusal", world=4, folder=folders["llama"], tensor=4)
-    assert heads == ("parallel.tensor: 2 num_key_value_heads of this base cannot be dealt to 4 ranks; choose a divisor")
+    assert heads == ("parallel.tensor: 4 does not divide the 2 num_key_value_heads of this base; choose a divisor")
     (tokens, _) = processes.run("refusal", world=2, folder=folders["llama"], tensor=2, sequence=True)
     assert tokens.startswith("sequence parallelism: sequences of 5 tokens, virtual ones included, cannot be cut into 2")

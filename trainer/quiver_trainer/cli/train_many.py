@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from quiver_peft import GPT, T5
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.device import choose_device
-from quiver_peft.model import AnyModel, load_model
+from quiver_peft.model import AnyModel, load_model, model_of
 from quiver_trainer.errors import ConfigError, TrainingError
 from quiver_trainer.recipe.config import TrainConfig
 from quiver_trainer.recipe.sweep import ManyRecipe
@@ -47,7 +46,7 @@ def train_many(recipe: ManyRecipe, *, restart: bool, should_stop: Callable[[], b
 
 def _new_model(base: GPTBase | T5Base, config: TrainConfig) -> AnyModel:
     """The base with a new adapter, started as it would be alone."""
-    model = T5(base) if isinstance(base, T5Base) else GPT(base)
+    model = model_of(base)
     torch.manual_seed(config.seed)
     model.add_adapter([section.to_peft() for section in config.adapter or ()])
     return model

@@ -10,6 +10,7 @@ from torch import nn
 
 from quiver_peft import T5
 from quiver_peft.model import AnyModel
+from quiver_peft.rounding import ceil_div
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.batching import Batch, BatchLimits, collate, plan_epoch
 from quiver_trainer.data.dataset import Dataset
@@ -80,7 +81,7 @@ class Run:
         for epoch in range(self.config.epochs):
             if limit is not None and total >= limit:
                 break
-            total += -(-len(self._plan_epoch(epoch)) // self.config.accumulation)
+            total += ceil_div(len(self._plan_epoch(epoch)), self.config.accumulation)
         return total if limit is None else min(total, limit)
 
     def _plan_epoch(self, epoch: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from quiver_peft.files.atomic_file import write_atomically
 from quiver_peft.model import AnyModel
+from quiver_peft.rounding import ceil_div
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.batching import BatchLimits
 from quiver_trainer.data.dataset import Dataset, evenly_spaced
@@ -35,7 +36,7 @@ class Validator:
         self.loss_samples = evenly_spaced(mended, settings.loss_samples)
         count = settings.exact_match_samples
         self.match_samples = evenly_spaced(mended, count) if count else []
-        self.every = settings.interval_steps or max(1, -(-num_steps // 5))
+        self.every = settings.interval_steps or max(1, ceil_div(num_steps, 5))
         self.max_new_tokens = settings.max_new_tokens
         self.overlap = settings.overlap
         self.limits = limits

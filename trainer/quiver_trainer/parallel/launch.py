@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from quiver_peft.adapters.training.trainable_adapter import TrainableAdapter
 from quiver_peft.base.checkpoint import fingerprint
-from quiver_peft.base.t5 import T5Base
-from quiver_peft.model import GPT, T5, AnyModel
+from quiver_peft.model import AnyModel, model_of
 from quiver_peft.parallel.adapters import gather_adapter, split_adapter
 from quiver_peft.parallel.bases import gather_base, load_split_base
 from quiver_peft.parallel.mesh import Mesh, start_mesh
@@ -113,7 +112,7 @@ class _Job:
         config, mesh = self._config, self._mesh
         base = load_split_base(config.base, mesh, dtype=getattr(torch, config.dtype))
         base.recomputes = config.checkpoint_activations
-        model = T5(base) if isinstance(base, T5Base) else GPT(base)
+        model = model_of(base)
         torch.manual_seed(config.seed)
         if self._methods:
             model.add_adapter(self._methods)
@@ -154,7 +153,7 @@ class _Job:
                 model.adapter = gather_adapter(model.adapter, whole, mesh)
             else:
                 gathered = gather_base(model.base, self._config.base, mesh)
-                model = T5(gathered) if isinstance(gathered, T5Base) else GPT(gathered)
+                model = model_of(gathered)
             run.model, run.parameters = model, trainable(model)
         written: list[Any] = [None]
         if mesh.is_first:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quiver_peft.kernels.large_memory import empty_huge
+from quiver_peft.kernels.huge_pages import empty_huge
+from quiver_peft.rounding import round_up
 
 # Extents start on a cache line (and on what vectorised loads like): 64 bytes of fp32.
 ALIGNMENT_ELEMENTS = 16
@@ -22,7 +23,7 @@ class Extent:
 
 def aligned(num_elements: int) -> int:
     """The size of the extent that `num_elements` get."""
-    return -(-num_elements // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
+    return round_up(num_elements, ALIGNMENT_ELEMENTS)
 
 
 class Arena:

@@ -24,7 +24,7 @@ class _Resident(NamedTuple):
     extent: Extent
     weights: ResidentWeights
     row: TableRow | None  # where there are tables
-    descriptor: CppDescriptor | None  # where there are compiled kernels that can take it
+    descriptor: CppDescriptor | None  # None without compiled kernels
 
 
 class AdapterBanks:
@@ -147,10 +147,10 @@ class AdapterBanks:
     def _host_seam(
         self, used: Sequence[tuple[RowGroup, _Resident]], rows: Sequence[tuple[VirtualRows, ResidentWeights]]
     ) -> Seam:
-        native = [(group.start, group.end, it.descriptor) for group, it in used if it.descriptor is not None]
-        if len(native) < len(used):
+        described = [(group.start, group.end, it.descriptor) for group, it in used if it.descriptor is not None]
+        if len(described) < len(used):
             return TorchSeam([(group, it.weights) for group, it in used], rows)
-        return CppSeam(native, self._sites, TorchSeam((), rows) if rows else None)
+        return CppSeam(described, self._sites, TorchSeam((), rows) if rows else None)
 
     def _triton_seam(self, groups: Sequence[RowGroup], tables: SlotTables, virtual: TorchSeam) -> Seam:
         # Here, because it needs Triton, which comes with torch for a GPU.

@@ -47,13 +47,13 @@ class CppDescriptor(NamedTuple):
     acts: ActiveHooks
 
 
-def cpp_descriptor(placed: ResidentWeights, sites: SiteIndex) -> CppDescriptor | None:
-    """sites: learn what the adapter does. None for an adapter that the kernels cannot take."""
+def cpp_descriptor(placed: ResidentWeights, sites: SiteIndex) -> CppDescriptor:
+    """An adapter as the compiled kernels read it. Adds the sites where it acts to `sites`."""
     numbers = sites.numbers
-    found: dict[int, array[int] | None] = {}
+    records: dict[int, array[int]] = {}
 
-    def add(site: str, kind: int, record: "array[int] | None") -> None:
-        found[numbers.setdefault(site, len(numbers)) * _KINDS + kind] = record
+    def add(site: str, kind: int, record: "array[int]") -> None:
+        records[numbers.setdefault(site, len(numbers)) * _KINDS + kind] = record
 
     for site, lora in placed.lora.items():
         add(site, _LORA, lora.descriptor)
@@ -61,9 +61,6 @@ def cpp_descriptor(placed: ResidentWeights, sites: SiteIndex) -> CppDescriptor |
         add(site, _SCALE, scale_descriptor(scale))
     for site, bottleneck in placed.bottlenecks.items():
         add(site, _BOTTLENECK, bottleneck_descriptor(bottleneck))
-    records = {number: record for number, record in found.items() if record is not None}
-    if len(records) < len(found):
-        return None
     acts = ActiveHooks(
         _bits(numbers[site] for site in placed.lora),
         _bits(numbers[site] for site, scale in placed.scales.items() if scale.in_scale is not None),

@@ -12,6 +12,7 @@ from quiver_peft.kernels.triton.bottleneck import add_grouped_bottleneck_triton_
 from quiver_peft.kernels.triton.lora import add_grouped_lora_triton_
 from quiver_peft.kernels.triton.scale import scale_inputs_triton, scale_outputs_triton_
 from quiver_peft.kernels.triton.tiles import tiles_on
+from quiver_peft.rounding import round_up
 
 # Ranks are rounded up to it where they size what lies between two kernels: fewer sizes to compile for.
 _RANK_STEP = 16
@@ -48,7 +49,7 @@ class TritonSeam:
             self._bottlenecks |= row.bottlenecks
             self._post_norms |= row.post_norms
             largest = max(largest, row.max_rank)
-        self._max_rank = -(-largest // _RANK_STEP) * _RANK_STEP
+        self._max_rank = round_up(largest, _RANK_STEP)
 
     def embed(self, site: Site, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """tokens: [T] -> [T, D], the rows of virtual tokens replaced."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from quiver_peft.errors import StoreError, StoreUrlError
-from quiver_peft.files.file_state import file_stamp
+from quiver_peft.files.file_stamp import file_stamp
 
 Stamp = tuple[object, ...]  # another one when the content is another
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}

@@ -1,1 +1,1 @@
-"""The CPU's own kernels in C++, compiled when first wanted; without a compiler or AVX2 torch's operators serve."""
+"""C++ kernels for the CPU, compiled on first use. Without a compiler or AVX2, PyTorch's operators are used."""

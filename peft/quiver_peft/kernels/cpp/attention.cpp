@@ -1,5 +1,5 @@
-// Attention over keys and values in cache blocks. A row's result depends on its query and its keys alone: keys are
-// taken in blocks of 64 positions counted from the sequence's start, whatever chunk or tile the row comes in.
+// Paged attention. Batch-invariant: keys are processed in blocks of 64 positions counted from the sequence's start,
+// whatever chunk or tile the row is in.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -29,7 +29,7 @@ inline void locate(const Call<Kv>& c, const Tile& t, int64_t base, int64_t end, 
         block.key[i] = c.keys + place * c.token_step + shift;
         block.value[i] = c.values + place * c.value_step + shift;
     }
-    // Past the end the last one stands again; its score is masked.
+    // Past the end the last position is repeated; its score is masked.
     for (int64_t i = count; i < KEYS; i++) block.key[i] = block.key[count - 1], block.value[i] = block.value[count - 1];
 }
 

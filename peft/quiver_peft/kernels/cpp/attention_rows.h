@@ -45,7 +45,7 @@ struct State {
     Block<Kv> blocks[2];  // this one and the next
 };
 
-// Into the second cache: they are wanted only after what is read now.
+// Prefetches into L2: the block after the current one.
 template <typename Kv>
 inline void fetch(const Kv* from, int64_t size) {
     for (int64_t e = 0; e < size; e += 64 / sizeof(Kv)) _mm_prefetch(reinterpret_cast<const char*>(from + e), _MM_HINT_T1);

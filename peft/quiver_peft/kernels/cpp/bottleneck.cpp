@@ -1,5 +1,4 @@
-// Bottleneck adapters of a step, each on the rows that are its own: out += scale · up(act(down(u))), weights read where
-// they lie.
+// Bottleneck adapters of a step, each on its own rows: out += scale · up(act(down(u))), weights read in place.
 #include <algorithm>
 
 #include "dots.h"
@@ -42,7 +41,7 @@ void add_bias(float* x, const float* bias, int64_t width) {
         });
 }
 
-// What enters: of the sub-layer's output and of the residual.
+// The bottleneck's input u, from the sub-layer's output and the residual.
 void enter(const Bottleneck& b, const float* out, const float* residual, float* u, int64_t width) {
     each(width, [&](int64_t i, int left) {
         Lanes value = load_first((b.source == RESIDUAL ? residual : out) + i, left);
@@ -53,11 +52,16 @@ void enter(const Bottleneck& b, const float* out, const float* residual, float* 
     if (b.norm == BEFORE) layer_norm_row(u, b.norm_weight, b.norm_bias, 0, b.eps, u, width);
 }
 
+template <int kind>
+void activate_row(float* x, int64_t width) {
+    each(width, [&](int64_t i, int left) { store_first(x + i, activate<kind>(load_first(x + i, left)), left); });
+}
+
 void activate_row(int64_t kind, float* x, int64_t width) {
-    each(width, [&](int64_t i, int left) {
-        Lanes value = load_first(x + i, left);
-        store_first(x + i, kind == 0 ? activate<0>(value) : kind == 1 ? activate<1>(value) : activate<3>(value), left);
-    });
+    if (kind == 0) activate_row<0>(x, width);
+    if (kind == 1) activate_row<1>(x, width);
+    if (kind == 3) activate_row<3>(x, width);
+    if (kind == 4) activate_row<4>(x, width);
 }
 
 void add_item(const Item& item, float* out, const float* residual, int64_t width) {
@@ -71,7 +75,7 @@ void add_item(const Item& item, float* out, const float* residual, int64_t width
         add_bias(inner + r * b.rank, b.down_bias, b.rank);
         activate_row(b.activation, inner + r * b.rank, b.rank);
     }
-    float* delta = u;  // u is no longer wanted
+    float* delta = u;  // reuses u's memory
     shrink(inner, b.rank, item.rows, b.up, b.rank, 0, width, delta, width);
     for (int64_t r = 0; r < item.rows; r++) {
         float *from = delta + r * width, *to = out + (item.row + r) * width;

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels once for each machine and source, and keeps the library in the user's cache."""
+"""Build of the C++ kernels: compiled once per instruction set and source version, kept in the user's cache folder."""
 
 import hashlib
 import os
@@ -17,17 +17,20 @@ _DIGEST_BYTES = 32
 
 
 class BuildError(Exception):
-    """The kernels cannot be had on this machine; the message says why."""
+    """The kernels cannot be built or loaded on this machine; the message says why."""
 
 
 def built_library(*, avx512: bool = True) -> Path:
-    """The compiled library: from the cache, or made now. Raises BuildError. avx512: where the machine has it."""
+    """Path of the compiled library, from the cache or built now. Raises BuildError.
+
+    avx512: use AVX-512 where the machine has it.
+    """
     flags = instruction_set_flags()
     return _built((*_FLAGS, *(flags if avx512 else _AVX2)))
 
 
 def built_for_every_machine() -> list[Path]:
-    """A library for each instruction set, whatever this machine has: for images that bring no compiler."""
+    """Builds a library for each instruction set, for container images without a compiler. Raises BuildError."""
     return [_built((*_FLAGS, *flags)) for flags in (_AVX2, _AVX512)]
 
 
@@ -41,26 +44,26 @@ def _built(flags: tuple[str, ...]) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(dir=folder)
     except OSError:
-        # No place that outlives us: compiled for this process alone.
+        # The cache folder is not writable: build for this process alone.
         path = Path(tempfile.mkdtemp(prefix="quiver-kernels-")) / path.name
         work = tempfile.TemporaryDirectory(dir=path.parent)
     with work as temporary:
-        # Renamed when whole: of two processes that compile at once the last one wins, and both have a library.
+        # An atomic rename: when two processes build at once, the last one wins and both have a whole library.
         _compile(compiler, flags, Path(temporary)).rename(path)
     return path
 
 
 def cache_folder() -> Path:
-    """Where the library is kept."""
+    """The folder of compiled libraries: $XDG_CACHE_HOME/quiver or ~/.cache/quiver."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quiver"
 
 
 def instruction_set_flags() -> tuple[str, ...]:
-    """What the compiler may use on this machine. Raises BuildError for one without AVX2 and FMA, or not Linux."""
+    """Compiler flags for this machine's best instruction set. Raises BuildError without AVX2 and FMA, or Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        raise BuildError("they are for Linux") from None
+        raise BuildError("/proc/cpuinfo is not readable; the kernels are for Linux") from None
     found = {flag for line in lines if line.startswith("flags") for flag in line.split()}
     for flags in (_AVX512, _AVX2):
         if {flag.removeprefix("-m") for flag in flags} <= found:
@@ -75,7 +78,7 @@ def find_compiler() -> list[str]:
     for name in ("g++", "c++", "clang++"):
         if found := shutil.which(name):
             return [found]
-    raise BuildError("there is no C++ compiler (looked for $CXX, g++, c++, clang++)")
+    raise BuildError("no C++ compiler found (looked for $CXX, g++, c++, clang++)")
 
 
 def _sources() -> list[Path]:
@@ -90,7 +93,7 @@ def _source_digest(flags: tuple[str, ...]) -> str:
 
 
 def _compile(compiler: list[str], flags: tuple[str, ...], folder: Path) -> Path:
-    """Each source by a process of its own, then one library with its own digest at the end."""
+    """Compiles the sources in parallel, links them, and appends the library's SHA-256."""
     objects = [folder / f"{source.stem}.o" for source in _sources()]
     commands = [
         [*compiler, *flags, "-c", str(source), "-o", str(made)]
@@ -105,18 +108,18 @@ def _compile(compiler: list[str], flags: tuple[str, ...], folder: Path) -> Path:
 
 
 def _run_all(commands: list[list[str]]) -> None:
-    """Side by side. Raises BuildError with what a failing one said."""
+    """Runs the commands in parallel. Raises BuildError with the output of the first that fails."""
     try:
         running = [
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
             for command in commands
         ]
     except OSError as error:
-        raise BuildError(f"the compiler does not start: {error}") from None
+        raise BuildError(f"cannot start the compiler: {error}") from None
     try:
         outputs = [process.communicate(timeout=_TIMEOUT_SECONDS)[0] for process in running]
     except subprocess.TimeoutExpired:
-        raise BuildError(f"the compiler was not done after {_TIMEOUT_SECONDS} s") from None
+        raise BuildError(f"the compiler did not finish within {_TIMEOUT_SECONDS} s") from None
     finally:
         for process in running:
             if process.poll() is None:
@@ -128,7 +131,7 @@ def _run_all(commands: list[list[str]]) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file carries its own digest: a damaged library could crash the process that loads it."""
+    """Whether the file ends with its own digest: loading a damaged library could crash the process."""
     try:
         content = path.read_bytes()
     except OSError:

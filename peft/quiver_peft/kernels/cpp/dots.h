@@ -1,4 +1,4 @@
-// Products of a few rows with the rows of a matrix that is read where it lies.
+// Products of a few rows with the rows of an unpacked matrix.
 #pragma once
 #include <algorithm>
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int RANKS_AT_ONCE = 4;
 
-// low[r, j] = x[r] · a[j] for `rows` rows and 4 ranks: sixteen chains over k, then one tree.
+// low[r, j] = x[r] · a[j] for `rows` rows and 4 ranks: sixteen partial sums over k, then a tree.
 template <int rows>
 inline void dot_four(const float* x, int64_t ldx, const float* a, int64_t k, float* low, int64_t ldl, int count) {
     constexpr int registers = PER_LANES;

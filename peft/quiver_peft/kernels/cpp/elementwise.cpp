@@ -1,4 +1,4 @@
-// Norm, rotary positions and activations: row by row, so that a row's result is its own.
+// Norms, rotary positions, activations, look-up: row by row, hence batch-invariant.
 #include <algorithm>
 #include <cmath>
 
@@ -9,7 +9,7 @@
 
 namespace {
 
-// Rows in one task: enough work that handing it out does not show.
+// Rows in one task: enough work to hide the cost of scheduling it.
 int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / width); }
 
 template <typename Body>
@@ -26,8 +26,13 @@ void gate_rows(const float* x, int64_t ldx, float* out, int64_t rows, int64_t wi
         const float* gate = x + r * ldx;
         const float* up = gate + width;
         float* to = out + r * width;
-        for (int64_t i = 0; i < width; i += LANES) {
-            int left = std::min<int64_t>(LANES, width - i);
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            Lanes value = activate<kind>(load(gate + i));
+            store(to + i, gated ? mul(value, load(up + i)) : value);
+        }
+        if (i < width) {
+            int left = width - i;
             Lanes value = activate<kind>(load_first(gate + i, left));
             if (gated) value = mul(value, load_first(up + i, left));
             store_first(to + i, value, left);
@@ -63,13 +68,14 @@ extern "C" void quiver_layer_norm(const float* x, const float* weight, const flo
     });
 }
 
-// out = act(x[:, :width]), times x[:, width:] when gated. kind: 0 silu, 1 relu, 2 relu squared, 3 gelu by tanh.
+// out = act(x[:, :width]), times x[:, width:] when gated. kind: 0 silu, 1 relu, 2 relu squared, 3 gelu by tanh, 4 gelu by erf.
 extern "C" void quiver_activate(const float* x, int64_t ldx, float* out, int64_t rows, int64_t width, int64_t gated,
                                 int64_t kind) {
     if (kind == 0) gate_rows<0>(x, ldx, out, rows, width, gated);
     if (kind == 1) gate_rows<1>(x, ldx, out, rows, width, gated);
     if (kind == 2) gate_rows<2>(x, ldx, out, rows, width, gated);
     if (kind == 3) gate_rows<3>(x, ldx, out, rows, width, gated);
+    if (kind == 4) gate_rows<4>(x, ldx, out, rows, width, gated);
 }
 
 // Rotate the first `dim` features of every head, the two halves being the pairs; the others stay as they are.
@@ -138,7 +144,7 @@ extern "C" void quiver_gather(const void* table, int64_t storage, int64_t panel,
     });
 }
 
-// out[r] = where the largest of row r first stands; -1 where it is no finite number, or one of the row is none.
+// out[r] = first index of row r's maximum; -1 where it is not finite or the row holds a NaN.
 extern "C" void quiver_best(const float* x, int64_t* out, int64_t rows, int64_t width) {
     for_rows(rows, width, [&](int64_t r) {
         const float* row = x + r * width;

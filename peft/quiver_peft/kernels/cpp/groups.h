@@ -1,8 +1,8 @@
-// Which rows of a step belong to which adapter, and where it is said what that adapter does at each site.
+// Which rows of a step belong to which adapter, and the addresses of the adapter's descriptors by site.
 #pragma once
 #include <cstdint>
 
-// Rows [start, end). sites: how many there are, then for each the address of a record, or 0 for none.
+// Rows [start, end) of one adapter. sites: their number, then for each the address of a descriptor, or 0.
 struct Group {
     int64_t start, end;
     const int64_t* sites;
@@ -13,7 +13,7 @@ struct Group {
     }
 };
 
-// In order of their rows, which they do not share.
+// In order of their rows, which do not overlap.
 struct Groups {
     int64_t count;
     Group items[1];

@@ -1,4 +1,4 @@
-"""What the compiled kernels are told of the adapters in a step: whose rows are whose, and what each does where."""
+"""The adapters of a step as the C++ kernels read them (groups.h): row ranges, and descriptors by site."""
 
 from array import array
 from collections.abc import Sequence
@@ -6,14 +6,18 @@ from typing import NamedTuple
 
 
 class SiteDescriptors(NamedTuple):
-    """Of one adapter. addresses: of its record at each site, by number, or 0. kept: the records."""
+    """One adapter's descriptors.
+
+    addresses: the number of sites, then for each site the address of its descriptor, or 0. kept: the descriptors, which
+        must outlive the addresses.
+    """
 
     addresses: "array[int]"
     kept: "Sequence[array[int]]"
 
     @classmethod
     def of(cls, records: "dict[int, array[int]]") -> "SiteDescriptors":
-        """From the records by the sites' numbers."""
+        """records: descriptors by site number."""
         size = 1 + max(records, default=-1)
         addresses = array("q", [size] + [0] * size)
         for site, record in records.items():
@@ -22,7 +26,7 @@ class SiteDescriptors(NamedTuple):
 
 
 class RowRange(NamedTuple):
-    """Rows [start, end) of the batch are this adapter's."""
+    """Rows [start, end) of the batch use one adapter."""
 
     start: int
     end: int
@@ -30,7 +34,7 @@ class RowRange(NamedTuple):
 
 
 class AdapterGroups:
-    """Struct Groups of groups.h, at `address` as long as this object lives. Rows in order, shared by no two."""
+    """Struct Groups of groups.h. The ranges must be in order and must not overlap."""
 
     def __init__(self, groups: Sequence[RowRange]) -> None:
         self._groups = groups
@@ -41,5 +45,5 @@ class AdapterGroups:
 
     @property
     def address(self) -> int:
-        """Where the kernels find it."""
+        """Address of the struct, valid as long as this object lives."""
         return self._words.buffer_info()[0]

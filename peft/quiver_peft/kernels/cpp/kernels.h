@@ -1,4 +1,4 @@
-// Every kernel that a step calls; what they do is said where they are defined. Row counts come as `rows`.
+// Every kernel that a step calls, documented at its definition. Row counts are named `rows`.
 #pragma once
 #include <cstdint>
 

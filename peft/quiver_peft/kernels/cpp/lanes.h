@@ -48,6 +48,10 @@ inline Lanes power_of_two(Lanes n) {
     __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
     return {_mm512_castsi512_ps(bits)};
 }
+// `yes` where a > b, else `no`; also `no` where either is NaN.
+inline Lanes select_greater(Lanes a, Lanes b, Lanes yes, Lanes no) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v)};
+}
 
 #else
 
@@ -99,6 +103,10 @@ inline __m256 power_of_two_half(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline Lanes power_of_two(Lanes n) { return {power_of_two_half(n.a), power_of_two_half(n.b)}; }
+inline Lanes select_greater(Lanes a, Lanes b, Lanes yes, Lanes no) {
+    return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)),
+            _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ))};
+}
 
 #endif
 
@@ -151,4 +159,27 @@ inline Lanes exponential(Lanes x) {
     return {_mm256_and_ps(result.a, _mm256_cmp_ps(x.a, lowest.a, _CMP_NLT_UQ)),
             _mm256_and_ps(result.b, _mm256_cmp_ps(x.b, lowest.b, _CMP_NLT_UQ))};
 #endif
+}
+
+// erf(x) to about 1 unit in the last place: a polynomial near zero, 1 - e^(polynomial of |x|) beyond (N. Juffa's erff,
+// forums.developer.nvidia.com, "A faster and more accurate implementation of erff").
+inline Lanes error_function(Lanes x) {
+    Lanes size = max(sub(zero(), x), x), square = mul(x, x);
+    Lanes far = fma(all(-1.72853470e-5f), size, all(3.83197126e-4f));
+    Lanes odd = fma(all(-3.88396438e-3f), size, all(2.42546219e-2f));
+    far = fma(far, square, odd);
+    far = fma(far, size, all(-1.06777877e-1f));
+    far = fma(far, size, all(-6.34846687e-1f));
+    far = fma(far, size, all(-1.28717512e-1f));
+    far = fma(far, size, sub(zero(), size));
+    far = sub(all(1.0f), exponential(far));
+    far = select_greater(x, zero(), far, sub(zero(), far));
+    Lanes near = all(-5.96761703e-4f);
+    near = fma(near, square, all(4.99119423e-3f));
+    near = fma(near, square, all(-2.67681349e-2f));
+    near = fma(near, square, all(1.12819925e-1f));
+    near = fma(near, square, all(-3.76125336e-1f));
+    near = fma(near, square, all(1.28379166e-1f));
+    near = fma(near, x, x);
+    return select_greater(size, all(0.927734375f), far, near);
 }

@@ -1,4 +1,4 @@
-// Where the rows of a step and what they attend to lie in cache blocks: PagedLayout of paged_layout.py.
+// Block tables and sequence lengths of a step: PagedLayout of paged_layout.py.
 #pragma once
 #include <cstdint>
 

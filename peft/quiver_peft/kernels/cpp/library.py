@@ -1,4 +1,4 @@
-"""The compiled kernels as Python sees them, and the one place that says whether they may be used."""
+"""Python binding of the C++ kernels (ctypes), and the one place that decides whether they are used."""
 
 import ctypes
 import functools
@@ -22,11 +22,11 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int64, "f": c
 
 
 class Kernels:
-    """The kernels of a step (`kernels.h`; comments in `*.cpp` say what they take) and the memory for what they make.
+    """The kernels that a step calls (`kernels.h`; `*.cpp` document them) and the allocator of their outputs.
 
-    function: makes one callable, of its name and its parameters: p an address, 0 for none; i a whole number; n one
-        that grows with the rows of the step; f a float.
-    empty: of a shape whose first number is that of the rows.
+    function: makes a callable from a kernel's name and its parameters, a letter each: p an address (0: null), i an
+        integer, n an integer proportional to the rows of the step, f a float.
+    empty: allocates an uninitialized fp32 tensor; the first size of its shape is the number of rows.
     """
 
     def __init__(self, function: Callable[[str, str], Callable[..., None]], empty: Callable[..., Tensor]) -> None:
@@ -49,7 +49,7 @@ class Kernels:
 
 
 class Library(Kernels):
-    """The compiled kernels, and what is done with them outside of steps."""
+    """The kernels of a compiled library, and its functions that are called outside of steps."""
 
     def __init__(self, path: Path) -> None:
         dll = ctypes.CDLL(str(path))
@@ -72,7 +72,7 @@ class Library(Kernels):
         self.set_num_threads(torch.get_num_threads())
 
 
-_override: ContextVar[Kernels | None] = ContextVar("standing_in", default=None)
+_override: ContextVar[Kernels | None] = ContextVar("override_kernels", default=None)
 
 
 def kernel_choice() -> str:
@@ -85,21 +85,21 @@ def kernel_choice() -> str:
 
 @functools.cache
 def library() -> Library | None:
-    """The compiled kernels, made at the first call; None, and one line in the log, where there can be none."""
+    """The compiled kernels, built at the first call. None, with one log line, where they are off or unavailable."""
     choice = kernel_choice()
     if choice == "torch":
-        log.info("%s=torch: torch's operators serve", ENV_KERNELS)
+        log.info("%s=torch: using PyTorch operators", ENV_KERNELS)
         return None
     try:
         return Library(built_library(avx512=choice == "auto"))
     except (BuildError, OSError, AttributeError) as error:
-        log.warning("the compiled CPU kernels are off, torch's operators serve, which is slower: %s", error)
+        log.warning("compiled CPU kernels unavailable, using slower PyTorch operators: %s", error)
         return None
 
 
 @contextmanager
 def override_kernels(kernels: Kernels) -> Generator[None]:
-    """Let these be called in this thread in place of the library's."""
+    """Within the context, `library_for` returns these kernels in this thread instead of the library's."""
     token = _override.set(kernels)
     try:
         yield
@@ -108,7 +108,7 @@ def override_kernels(kernels: Kernels) -> Generator[None]:
 
 
 def library_for(*tensors: Tensor) -> Kernels | None:
-    """The compiled kernels, if they can work on these tensors: fp32 on the CPU, no gradient wanted."""
+    """The compiled kernels if they support these tensors (fp32, on the CPU, gradients off), else None."""
     if torch.is_grad_enabled():
         return None
     for tensor in tensors:
@@ -118,12 +118,12 @@ def library_for(*tensors: Tensor) -> Kernels | None:
 
 
 def configure_process() -> None:
-    """Arrange the process for the compiled kernels: they have torch's threads, and torch works in its caller's alone.
+    """Prepares a serving process: the compiled kernels get torch's threads, and torch is left with one.
 
-    Torch's idle threads would spin on the cores that the kernels' need. Also, freed memory is kept for the next step.
+    Torch's idle threads would spin on the cores that the kernels need. Also keeps freed memory for the next step.
     """
-    native = library()
-    if native is not None:
-        native.keep_freed_memory()
-        native.set_num_threads(torch.get_num_threads())
+    cpp = library()
+    if cpp is not None:
+        cpp.keep_freed_memory()
+        cpp.set_num_threads(torch.get_num_threads())
         torch.set_num_threads(1)

@@ -215,7 +215,7 @@ extern "C" void quiver_linear(const float* x, int64_t ldx, const void* packed, i
     });
 }
 
-// A wish, before the memory is first written.
+// Asks for transparent huge pages; call it before the memory is first written.
 extern "C" void quiver_use_large_pages(void* memory, int64_t bytes) {
     constexpr uintptr_t page = 4096;
     uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;

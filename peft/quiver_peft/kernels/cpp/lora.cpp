@@ -1,6 +1,5 @@
-// y[rows] += (x[rows] Aᵀ) Bᵀ for segments of rows, each with its own A and B, read where they lie.
-// A row's result does not depend on the other rows: x Aᵀ is sixteen chains over k, then one tree; B is one chain over
-// the ranks that goes on from y.
+// y[rows] += (x[rows] Aᵀ) Bᵀ for segments of rows, each with its own A and B, read in place.
+// Batch-invariant: x Aᵀ is sixteen partial sums over k and a tree; Bᵀ is one chain over the ranks that starts from y.
 #include <algorithm>
 
 #include "dots.h"
@@ -73,7 +72,7 @@ struct Item {
 
 }  // namespace
 
-// What the adapters do at `site`, a number.
+// Applies the groups' LoRA descriptors at `site`.
 extern "C" void quiver_add_lora(float* y, int64_t ldy, const float* x, int64_t ldx, int64_t k, const Groups* groups,
                                 int64_t site) {
     int64_t num_items = 0, num_low = 0;

@@ -1,4 +1,4 @@
-// The threads: helpers spin for a moment after each call, because the next one comes soon, and then sleep.
+// Thread pool. Helpers spin briefly after each call, because the next one usually follows, then sleep (futex).
 #include "pool.h"
 
 #include <immintrin.h>
@@ -18,8 +18,8 @@ namespace {
 constexpr int SPINS = 4000;  // about 60 µs of `pause`
 
 struct Pool {
-    // epoch (24 bits), number of tasks (20 bits), next task (20 bits) in one word: whoever takes a ticket knows from it
-    // alone whether it is a task, so a helper that slept through a call cannot touch the next one's.
+    // epoch (24 bits), number of tasks (20 bits), next task (20 bits) in one word: a ticket alone tells whether it is a
+    // task, so a helper that is late for one call cannot take a task of the next by mistake.
     std::atomic<uint64_t> ticket{0};
     std::atomic<int64_t> left{0};
     std::atomic<uint32_t> epoch{0};
@@ -112,15 +112,15 @@ void run_tasks(int64_t count, Task task, void* context) {
         int spins = 0;
         while (pool.left.load(std::memory_order_acquire) > 0) {
             _mm_pause();
-            // A helper that holds the last task may have lost its core to somebody else.
+            // The helper with the last task may have been descheduled.
             if (++spins > SPINS) std::this_thread::yield();
         }
     }
     pool.busy.unlock();
 }
 
-// Let malloc keep what is freed: activations of a step are as large as those of the last one, and fresh pages cost more to
-// get than to fill.
+// Makes malloc keep freed memory: each step needs as much as the last one, and faulting in fresh pages costs more than
+// filling them.
 extern "C" void quiver_keep_freed_memory() {
     mallopt(M_MMAP_THRESHOLD, 32 << 20);
     mallopt(M_TRIM_THRESHOLD, 1 << 30);

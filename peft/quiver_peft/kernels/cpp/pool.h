@@ -1,9 +1,9 @@
-// A few threads that share out the tasks of one call after another.
+// A thread pool that runs the tasks of one call at a time.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
-// Runs task(0) ... task(count - 1), each once, on the caller and its helpers, in no order. Returns when all are done.
+// Runs task(0) ... task(count - 1) on the caller and the pool's threads, in any order. Returns when all are done.
 using Task = void (*)(void* context, int64_t index);
 void run_tasks(int64_t count, Task task, void* context);
 int num_threads();
@@ -14,5 +14,5 @@ void parallel(int64_t count, const Body& body) {
               const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Memory of the calling thread that grows and is kept: slot 0 for the caller of a kernel, 1 for its tasks.
+// Thread-local scratch memory that grows and is reused: slot 0 for the caller of a kernel, 1 for its tasks.
 float* scratch(int slot, std::size_t count);

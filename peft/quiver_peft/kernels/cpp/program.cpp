@@ -1,4 +1,4 @@
-// A step as a list of calls of the other kernels, made once from Python and run here without it.
+// Replays captured steps (step_graph.py): a list of kernel calls that was recorded once and runs here without Python.
 #include <cstring>
 #include <utility>
 
@@ -10,8 +10,8 @@ constexpr int MAX_WORDS = 21;
 
 using Invoke = void (*)(const uint64_t* words);
 
-// One call. A word is an argument as it is, or, by its bit: so many for each row of the step, or the number of an input
-// of the step, an address.
+// One recorded call. Word i is an argument: multiplied by the number of rows where bit i of `per_row` is set, an index
+// into the replay's input addresses where bit i of `inputs` is set.
 struct Call {
     Invoke invoke;
     uint64_t per_row, inputs;
@@ -51,7 +51,7 @@ const Named kernels[] = {
 
 }  // namespace
 
-// What calls a kernel from a program; null for one that no program may call.
+// The function that calls a kernel from a recorded call; null for a kernel that cannot be captured.
 extern "C" const void* quiver_invoker(const char* name) {
     for (const Named& kernel : kernels)
         if (!std::strcmp(kernel.name, name)) return reinterpret_cast<const void*>(kernel.invoke);

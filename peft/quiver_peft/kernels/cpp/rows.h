@@ -1,4 +1,4 @@
-// What is done to one row, whatever the others are.
+// Operations on one row: reductions, LayerNorm, activations.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// The sum of what `step` makes of each element, in an order that depends on the width alone.
+// Accumulates `step` over a row. The order depends on the width alone, so that results are batch-invariant.
 template <typename Step>
 inline float sum_over(const float* x, int64_t width, const Step& step) {
     Lanes sums[4] = {zero(), zero(), zero(), zero()};
@@ -39,6 +39,7 @@ inline void layer_norm_row(const float* x, const float* weight, const float* bia
 
 inline Lanes sigmoid(Lanes x) { return div(all(1.0f), add(all(1.0f), exponential(sub(zero(), x)))); }
 
+// kind: as `quiver_activate` numbers them.
 template <int kind>
 inline Lanes activate(Lanes x) {
     if constexpr (kind == 0) return mul(x, sigmoid(x));
@@ -52,6 +53,9 @@ inline Lanes activate(Lanes x) {
         Lanes cubic = fma(mul(mul(x, x), x), all(0.044715f), x);
         return mul(x, sigmoid(mul(all(1.5957691216f), cubic)));
     }
+    // x (1 + erf(x / sqrt(2))) / 2
+    if constexpr (kind == 4)
+        return mul(mul(all(0.5f), x), add(all(1.0f), error_function(mul(x, all(0.70710678118654752f)))));
     return x;
 }
 

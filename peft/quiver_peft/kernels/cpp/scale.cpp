@@ -1,4 +1,4 @@
-// Learned scales of the adapters in a step, IA3's vectors and DoRA's gates: each row by those of its own adapter.
+// Learned scales of the adapters in a step (IA3's vectors, DoRA's magnitudes), each on its adapter's rows.
 #include <algorithm>
 
 #include "groups.h"

@@ -1,4 +1,15 @@
-"""A step as one list of calls of the compiled kernels: noted while Python makes them once, then run without Python."""
+"""Capture and replay of steps on the CPU: what CUDA graphs are on a GPU.
+
+The first step with a key is captured: it runs in Python as usual, while every call of a compiled kernel is recorded
+with its arguments. Later steps with the same key are replayed: `quiver_run` in program.cpp makes the recorded calls one
+after another, without Python. As with CUDA graphs, a replay reads and writes the same addresses as the capture did.
+Unlike there, two things may change from replay to replay: the number of rows, and the addresses of the step's inputs.
+So an argument is recorded as one of three kinds:
+
+    a constant     weights, the KV cache, scratch memory, sizes
+    per row        a count that is multiplied by the number of rows
+    an input       the index of an address that the caller passes to each replay
+"""
 
 import bisect
 import itertools
@@ -26,7 +37,11 @@ _LINE = 16  # floats in a cache line
 
 
 class _StepGraph(NamedTuple):
-    """calls: struct Call of program.cpp, so many of them. result: what the step returned, for all rows; or None."""
+    """A captured step.
+
+    calls: `num_calls` of struct Call of program.cpp. result: the scratch block that holds what the step returns
+        ([capacity, *]), or None when it returns nothing.
+    """
 
     calls: "array[int]"
     num_calls: int
@@ -34,15 +49,18 @@ class _StepGraph(NamedTuple):
 
 
 class StepGraphs:
-    """The steps of one model that were made before, by key. For one thread.
+    """The captured steps of one model, by key. Not thread-safe.
 
-    A step may be run from its program when it calls nothing but compiled kernels, and nothing of what it gives them
-    changes from step to step but the number of rows and the addresses that are its inputs: adapters, tokens and cache
-    blocks all lie behind those. Any other step, which is found out when it is first made, is made by Python each time.
+    A step can be replayed when it calls compiled kernels only and their arguments depend on nothing but the row count
+    and the input addresses; tokens, block tables and adapters are reached through the inputs. The capture finds out.
+    A step that cannot be replayed runs in Python every time. The oldest graph is dropped when there are too many.
     """
 
     def __init__(self, library: Library, constants: Iterable[Tensor], capacity: int) -> None:
-        """constants: all that steps read and write beside inputs, never moved. capacity: rows of a step, at most."""
+        """constants: every tensor that steps read or write besides their inputs; they must never move.
+
+        capacity: the most rows of a captured step; larger steps run in Python.
+        """
         self._library = library
         self._memory = _ScratchBlocks(capacity)
         self._constants = sorted({_span(tensor) for tensor in constants})
@@ -51,40 +69,42 @@ class StepGraphs:
     def run(
         self, key: Hashable, make: Callable[[], Tensor | None], num_rows: int, inputs: Sequence[int]
     ) -> Tensor | None:
-        """What `make` returns, [num_rows, *] (or nothing, if it returns nothing), to be read before the next call.
+        """Replays the step captured under `key`, or runs `make`, capturing it. Returns what `make` returns.
 
-        key: of what is not behind the inputs. make: works on tensors at these addresses and calls the kernels.
+        key: everything that decides which kernels are called and is not read through the inputs.
+        make: runs the step in Python; its input tensors lie at the addresses `inputs`.
+        The result, [num_rows, *] or None, may lie in scratch memory: read it before the next call.
         """
         if num_rows > self._memory.capacity:
             return make()
         if key not in self._graphs and num_rows == 1:
-            # A single row does not tell what grows with the rows; and torch gives it any step to the next one.
+            # With one row, sizes that scale with the batch cannot be recognized, and torch reports arbitrary strides.
             return make()
         if key not in self._graphs:
             if len(self._graphs) == _MAX_GRAPHS:
                 self._graphs.pop(next(iter(self._graphs)))
-            return self._record(key, make, num_rows, inputs)
-        program = self._graphs[key]
-        if program is None:
+            return self._capture(key, make, num_rows, inputs)
+        graph = self._graphs[key]
+        if graph is None:
             return make()
         addresses = array("Q", inputs)
-        calls, count = program.calls.buffer_info()[0], program.num_calls
+        calls, count = graph.calls.buffer_info()[0], graph.num_calls
         self._library.run(calls, count, num_rows, addresses.buffer_info()[0])
-        return None if program.result is None else program.result[:num_rows]
+        return None if graph.result is None else graph.result[:num_rows]
 
-    def _record(
+    def _capture(
         self, key: Hashable, make: Callable[[], Tensor | None], num_rows: int, inputs: Sequence[int]
     ) -> Tensor | None:
-        notes = _Recorder(self._library, self._memory, self._constants, num_rows, inputs)
-        with override_kernels(Kernels(notes.function, notes.empty)), _DispatchGuard(notes):
+        recorder = _Recorder(self._library, self._memory, self._constants, num_rows, inputs)
+        with override_kernels(Kernels(recorder.function, recorder.empty)), _DispatchGuard(recorder):
             result = make()
-        # Where its result lies now is where it will lie again.
+        # A replay leaves its result where the capture left it, so that must be scratch memory.
         block = None if result is None else self._memory.block_at(result.data_ptr())
         if result is not None and (block is None or not result.is_contiguous()):
-            notes.refuse("its result lies elsewhere")
-        if notes.refusal:
-            log.debug("a step is made by Python: %s", notes.refusal)
-        self._graphs[key] = None if notes.refusal else _StepGraph(notes.calls, notes.num_calls, block)
+            recorder.refuse("its result is not in scratch memory")
+        if recorder.refusal:
+            log.debug("step cannot be replayed, it runs in Python: %s", recorder.refusal)
+        self._graphs[key] = None if recorder.refusal else _StepGraph(recorder.calls, recorder.num_calls, block)
         return result
 
 
@@ -94,7 +114,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 class _ScratchBlocks:
-    """Blocks of [capacity, width] for what kernels make; one is free again when the last tensor in it is gone."""
+    """Scratch memory for kernel outputs: blocks [capacity, width], reused when the last tensor in a block is gone."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -102,7 +122,7 @@ class _ScratchBlocks:
         self._blocks: dict[int, np.ndarray] = {}  # by address
 
     def take(self, num_rows: int, width: int) -> Tensor:
-        """[num_rows, width] at the start of a block."""
+        """A tensor [num_rows, width] at the start of a free block."""
         free = self._free.setdefault(width, [])
         if not free:
             memory = np.empty(self.capacity * width + _LINE, np.float32)
@@ -116,17 +136,16 @@ class _ScratchBlocks:
         return torch.from_numpy(rows)
 
     def block_at(self, address: int) -> Tensor | None:
-        """The block that starts there."""
+        """The whole block [capacity, width] that starts at an address, or None."""
         block = self._blocks.get(address)
         return None if block is None else torch.from_numpy(block)
 
     def holds(self, address: int) -> bool:
-        """Whether it lies in a block."""
         return any(start <= address < start + block.nbytes for start, block in self._blocks.items())
 
 
 class _Recorder:
-    """The calls of one step, made and noted; `refusal` says why they are no program."""
+    """Runs the kernels of one step and records their calls. `refusal`: why the step cannot be replayed, or ""."""
 
     def __init__(
         self,
@@ -146,11 +165,11 @@ class _Recorder:
         self.refusal = ""
 
     def refuse(self, reason: str) -> None:
-        """There will be no program."""
+        """Marks the step as one that cannot be replayed; the first reason is kept."""
         self.refusal = self.refusal or reason
 
     def function(self, name: str, parameters: str) -> Callable[..., None]:
-        """A kernel that is called and noted."""
+        """A callable that records a call of the kernel, then makes it. See `Kernels` for `parameters`."""
         kernel: Callable[..., None] = getattr(self._library, name)
         invoker = self._library.invoker(name.encode())
         assert invoker is not None, f"program.cpp does not know {name}"
@@ -162,9 +181,9 @@ class _Recorder:
         return call
 
     def empty(self, shape: Sequence[int]) -> Tensor:
-        """Memory of the program."""
+        """Scratch memory, uninitialized. shape: [rows of the step, *]."""
         if not shape or shape[0] != self._num_rows:
-            self.refuse(f"it makes {tuple(shape)}, of {self._num_rows} rows")
+            self.refuse(f"it allocates {tuple(shape)}, whose first size is not its {self._num_rows} rows")
             return torch.empty(*shape)
         return self._memory.take(shape[0], math.prod(shape[1:])).view(*shape)
 
@@ -178,14 +197,14 @@ class _Recorder:
                 words[i], rest = divmod(value, self._num_rows)
                 per_row |= 1 << i
                 if rest:
-                    self.refuse(f"{name}: {value} are not so many for each of {self._num_rows} rows")
+                    self.refuse(f"{name}: argument {i} = {value} is no multiple of the {self._num_rows} rows")
             elif letter == "p" and value in self._inputs:
                 words[i] = self._inputs[value]
                 inputs |= 1 << i
             else:
                 words[i] = int(value) % 2**64
                 if letter == "p" and value and not self._is_known(value):
-                    self.refuse(f"{name}: argument {i} lies in memory that may go")
+                    self.refuse(f"{name}: argument {i} points to memory that may be freed")
         self.calls.extend((invoker, per_row, inputs, *words))
         self.num_calls += 1
 
@@ -195,18 +214,18 @@ class _Recorder:
 
 
 class _DispatchGuard(TorchDispatchMode):
-    """Notices torch's own operators, which no program can repeat."""
+    """Refuses the capture when torch's own operators compute something: a replay could not repeat them."""
 
-    def __init__(self, notes: _Recorder) -> None:
+    def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
-        self._recorder = notes
+        self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls it. A view computes nothing: it writes nothing, and lies where an argument does."""
+        """Runs the operator. Views are allowed: they write nothing, and their memory is an argument's."""
         result = func(*args, **(kwargs or {}))
-        places = {_span(argument) for argument in tree_leaves((args, kwargs)) if isinstance(argument, Tensor)}
-        made = tree_leaves(result)
-        lie_there = made and all(isinstance(tensor, Tensor) and _span(tensor) in places for tensor in made)
-        if func._schema.is_mutable or not lie_there:
+        spans = {_span(argument) for argument in tree_leaves((args, kwargs)) if isinstance(argument, Tensor)}
+        outputs = tree_leaves(result)
+        is_view = outputs and all(isinstance(tensor, Tensor) and _span(tensor) in spans for tensor in outputs)
+        if func._schema.is_mutable or not is_view:
             self._recorder.refuse(f"torch's operator {func}")
         return result

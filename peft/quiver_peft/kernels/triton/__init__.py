@@ -1,1 +1,1 @@
-"""The kernels of a step in Triton, for CUDA: each is held against its plain torch twin, under the interpreter too."""
+"""Triton kernels for CUDA. Each is tested against its plain torch form, also in Triton's interpreter."""

@@ -1,4 +1,4 @@
-"""Grouped bottlenecks in Triton: a shrink (of a normed input) into planes, and an expand that activates their sum."""
+"""Grouped bottlenecks in Triton: norm and split-K down-projection into planes; sum, activation and up-projection."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quiver_peft.kernels.grouped_bottleneck import NORM_EPS
-from quiver_peft.kernels.triton.launch import batch_regimes, split_into_bf16_terms
+from quiver_peft.kernels.triton.launch import batch_regimes, split_k
 from quiver_peft.kernels.triton.records import ACTIVATIONS, BOTTLENECK_FIELDS, NORMS, SOURCES
 from quiver_peft.kernels.triton.tiles import Tiles
 
@@ -23,7 +23,7 @@ EPS = tl.constexpr(NORM_EPS)
 
 @triton.jit
 def _source(out, residual, arena, record, rows, columns, mask, hidden_size):
-    """What the bottleneck reads, in the weights' type, then fp32."""
+    """The bottleneck's input, rounded to the weights' type, as fp32."""
     source, out_bias = tl.load(record + 9), tl.load(record + 11)
     at = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
     u = tl.zeros(at.shape, tl.float32)
@@ -40,7 +40,7 @@ def _source(out, residual, arena, record, rows, columns, mask, hidden_size):
 
 @triton.jit
 def _statistics(out, residual, arena, record, rows, is_row, hidden_size, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and reciprocal deviation of what each row's bottleneck reads."""
+    """Mean and reciprocal standard deviation of each row's bottleneck input."""
     total = tl.zeros((BLOCK_M,), tl.float32)
     for block in range(0, hidden_size, BLOCK_K):
         inputs = block + tl.arange(0, BLOCK_K)
@@ -230,7 +230,7 @@ def add_grouped_bottleneck_triton_(
     has_post_norm: whether any of the batch's bottlenecks ends with a norm.
     """
     num_rows, hidden_size = out.shape
-    plane, num_planes = split_into_bf16_terms(hidden_size)
+    plane, num_planes = split_k(hidden_size)
     planes = torch.empty(num_planes, num_rows, max_rank, dtype=torch.float32, device=out.device)
     deltas = torch.empty(num_rows if has_post_norm else 0, hidden_size, dtype=torch.float32, device=out.device)
     counts = (hidden_size, num_rows, max_rank)

@@ -1,4 +1,4 @@
-"""Attention of sequences with several new rows each."""
+"""Attention of prefill chunks: sequences with several new rows."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.

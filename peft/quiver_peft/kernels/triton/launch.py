@@ -1,4 +1,4 @@
-"""How the grouped kernels are launched: the number type of products, planes of inputs, regimes of rows."""
+"""Launch parameters of the grouped kernels: dot type, split-K, and tile sizes for small and large batches."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ from torch import Tensor
 from triton import knobs
 
 from quiver_peft.kernels.triton.tiles import LARGE_BATCH_TILE, SMALL_BATCH_TILE, Tiles
+from quiver_peft.rounding import ceil_div
 
-# A plane sums so many inputs, or more: by the linear's size alone, so that no row's sum depends on the batch.
-TERM_INPUTS = 512
-MAX_BF16_TERMS = 16
+# The fewest inputs that a split of K sums. Splits depend on the linear's size alone, which keeps rows batch-invariant.
+MIN_SPLIT_INPUTS = 512
+MAX_SPLITS = 16
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -21,15 +22,15 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if knobs.runtime.interpret else _TYPES[dtype]
 
 
-def split_into_bf16_terms(num_inputs: int) -> tuple[int, int]:
-    """How many inputs a plane sums, and the number of planes."""
-    fewest = min(MAX_BF16_TERMS, -(-num_inputs // TERM_INPUTS))
-    plane = max(16, int(triton.next_power_of_2(-(-num_inputs // fewest))))  # a product's least depth
-    return plane, -(-num_inputs // plane)
+def split_k(num_inputs: int) -> tuple[int, int]:
+    """Split-K: (inputs per plane of partial sums, number of planes)."""
+    fewest = min(MAX_SPLITS, ceil_div(num_inputs, MIN_SPLIT_INPUTS))
+    plane = max(16, int(triton.next_power_of_2(ceil_div(num_inputs, fewest))))  # the least K of tl.dot
+    return plane, ceil_div(num_inputs, plane)
 
 
 def batch_regimes(tiles: Tiles, dtype: torch.dtype) -> list[tuple[Tensor, dict[str, Any]]]:
-    """The tiles of each regime that has some, and the sizes its kernels are made for."""
+    """The tiles of each non-empty regime (small, large batch) and the sizes that its kernels are compiled for."""
     both = (
         (tiles.few, {"BLOCK_M": SMALL_BATCH_TILE, "BLOCK_R": 8, "DOT": False}),
         (tiles.many, {"BLOCK_M": LARGE_BATCH_TILE, "BLOCK_R": 16, "DOT": True}),

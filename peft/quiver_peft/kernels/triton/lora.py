@@ -1,4 +1,4 @@
-"""Grouped LoRA in Triton: a shrink whose inputs are split into planes, and an expand that sums them."""
+"""Grouped LoRA in Triton: a split-K shrink into planes of partial sums, and an expand that sums the planes."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quiver_peft.kernels.triton.launch import batch_regimes, split_into_bf16_terms
+from quiver_peft.kernels.triton.launch import batch_regimes, split_k
 from quiver_peft.kernels.triton.records import LORA_EXPAND, LORA_FIELDS, LORA_HEAD
 from quiver_peft.kernels.triton.tiles import Tiles
 
@@ -166,7 +166,7 @@ def add_grouped_lora_triton_(y: Tensor, x: Tensor, arena: Tensor, table: Tensor,
     max_rank: of all records; it sizes the sums between the two kernels, no weight is padded to it.
     """
     (num_rows, num_inputs), num_outputs = x.shape, y.shape[1]
-    plane, num_planes = split_into_bf16_terms(num_inputs)
+    plane, num_planes = split_k(num_inputs)
     planes = torch.empty(num_planes, num_rows, max_rank, dtype=torch.float32, device=x.device)
     for part, sizes in batch_regimes(tiles, x.dtype):
         shared = (arena, table, part, planes)

@@ -1,4 +1,4 @@
-"""Attention to cache blocks in Triton: which kernels run, on what, in which sizes."""
+"""Paged attention in Triton: launches the kernels for chunks and for single rows."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
@@ -14,7 +14,7 @@ from quiver_peft.kernels.triton.chunk_rows import chunk_rows_kernel
 from quiver_peft.kernels.triton.launch import dot_type
 from quiver_peft.kernels.triton.single_rows import single_rows_kernel, sum_splits_kernel
 
-# One program reads so many tokens of a context: by the context's length alone, so that no sum depends on the batch.
+# Tokens of a context that one program reads. Splits depend on the context's length alone: rows are batch-invariant.
 SPLIT_TOKENS = 256
 
 
@@ -30,8 +30,8 @@ def paged_attention_triton(
 ) -> Tensor:
     """As `paged_attention`: q: [T, H, E]; keys, values: [C, G, E]; bias: [H, 2 · limit + 1] or None -> [T, H, E].
 
-    Heads and features must be contiguous. What is launched follows from lengths that the host knows: nothing is waited
-    for.
+    Heads and features must be contiguous. Launches depend on lengths that the host knows: there is no
+    synchronization.
     """
     num_rows, num_heads, head_dim = q.shape
     out = torch.empty(num_rows, num_heads, head_dim, dtype=q.dtype, device=q.device)

@@ -1,6 +1,6 @@
-"""What a kernel needs to know of one adapter at one site, as int64 records: offsets into the adapter memory and shapes.
+"""Descriptors of one adapter at one site for the Triton kernels: int64 records of shapes and adapter-memory offsets.
 
-A record of zeros is the base's: no rank, no scale. Offsets count elements from the memory's start; -1 is none.
+Offsets are in elements from the memory's start; -1 means none. A record of zeros is the base: no rank, no scale.
 """
 
 import struct
@@ -49,7 +49,7 @@ def scale_record(scale: ScaleAtSite) -> list[int]:
 
 
 def bottleneck_record(bottleneck: BottleneckAtSite) -> list[int]:
-    """All of it."""
+    """The descriptor of a bottleneck."""
     tensors = (
         bottleneck.down,
         bottleneck.up,
@@ -70,7 +70,7 @@ def bottleneck_record(bottleneck: BottleneckAtSite) -> list[int]:
 
 
 def record_table(records: list[list[int]], num_fields: int) -> Tensor:
-    """Records [n, num_fields] int64 on the CPU, filled up with zeros."""
+    """A table of records [n, num_fields] int64 on the CPU, zero-padded."""
     table = torch.zeros(len(records), num_fields, dtype=torch.int64)
     for row, fields in enumerate(records):
         table[row, : len(fields)] = torch.tensor(fields, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Grouped scales in Triton: IA3's vectors and DoRA's gates on the rows and columns that are theirs."""
+"""Grouped scales in Triton: IA3's vectors and DoRA's magnitudes."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.

@@ -1,4 +1,4 @@
-"""On the device itself, once: each kernel against its torch twin on random data, in the shapes that will be served."""
+"""Self-check on the device: each Triton kernel against its torch reference, in the shapes to be served."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +18,11 @@ from quiver_peft.kernels.triton.lora import add_grouped_lora_triton_
 from quiver_peft.kernels.triton.paged_attention import SPLIT_TOKENS, paged_attention_triton
 from quiver_peft.kernels.triton.scale import scale_inputs_triton, scale_outputs_triton_
 from quiver_peft.kernels.triton.tiles import tiles_on
+from quiver_peft.rounding import ceil_div
 
 log = logging.getLogger(__name__)
 
-# Of the largest number expected: the twin rounds to the type more often than the kernel does.
+# Relative to the largest expected value. The reference rounds to the type more often than the kernel does.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 RANK = 12
 # One row of an adapter, several rows, and rows of the base at the end.
@@ -59,7 +60,7 @@ def check_attention_kernels(
 
 
 def _all_within_tolerance(checks: Sequence[tuple[str, Callable[[], list[Pair]]]]) -> bool:
-    """Each is run, so that the log names all that do not."""
+    """Runs every check, so that the log names each kernel that fails."""
     found = [_within_tolerance(name, run) for name, run in checks]
     return all(found)
 
@@ -70,16 +71,16 @@ def _within_tolerance(name: str, run: Callable[[], list[Pair]]) -> bool:
             error = (found.float() - expected.float()).abs().max().item()
             allowed = TOLERANCES[expected.dtype] * max(1.0, expected.float().abs().max().item())
             if not error <= allowed:  # a NaN is not
-                log.error("the Triton kernel of %s is not used here: off by %g, allowed is %g", name, error, allowed)
+                log.error("Triton kernel %s disabled: error %g exceeds tolerance %g", name, error, allowed)
                 return False
     except Exception:
-        log.exception("the Triton kernel of %s is not used here: it cannot run", name)
+        log.exception("Triton kernel %s disabled: it cannot run", name)
         return False
     return True
 
 
 class _FlatBuffer:
-    """Random numbers on the device, handed out from the start."""
+    """A flat buffer of random numbers on the device; `take` hands out consecutive views."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> None:
         self.buffer = torch.randn(size, generator=draw).to(device, dtype)
@@ -92,7 +93,7 @@ class _FlatBuffer:
 
 
 def _rows(size: int, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> Tensor:
-    """Small enough that sums over them are of the order of one."""
+    """Random rows [NUM_ROWS, size], scaled so that sums over a row are of order one."""
     return (torch.randn(NUM_ROWS, size, generator=draw) * size**-0.5).to(device, dtype)
 
 
@@ -148,7 +149,7 @@ def _attention(
     dtype, device, draw, causal, window, bias = where
     queries, contexts = zip(*lengths, strict=True)
     block_size = 16
-    widths = [-(-context // block_size) for context in contexts]
+    widths = [ceil_div(context, block_size) for context in contexts]
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     tables = [range(end - width, end) for end, width in zip(ends, widths, strict=True)]
     layout = PagedLayout(queries, contexts, tables, block_size, device)

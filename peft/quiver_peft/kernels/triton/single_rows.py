@@ -1,4 +1,4 @@
-"""Attention of sequences with one new row each: their contexts are split among programs, then summed."""
+"""Decode attention (flash-decoding): one new row a sequence, its context split among programs and then combined."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.

@@ -1,4 +1,4 @@
-"""What the attention kernels share: where tokens lie in the cache, and one more block of keys in a softmax."""
+"""Shared by the attention kernels: cache addressing, relative bias, and the online softmax."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
 # Triton's kernels are a language of their own: untyped arguments, and numbers where it says `constexpr`.
@@ -11,20 +11,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def cache_rows(table, positions, length, BLOCK_SIZE: tl.constexpr):
-    """Where a sequence's tokens lie in the cache."""
+    """The cache rows of a sequence's positions."""
     blocks = tl.load(table + positions // BLOCK_SIZE, mask=positions < length, other=0)
     return blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 @triton.jit
 def bias_columns(distances, limit):
-    """Which column of T5's bias is for keys so many positions after the query."""
+    """The column of T5's bias for keys `distances` positions after the query."""
     return tl.maximum(tl.minimum(distances, limit), -limit) + limit
 
 
 @triton.jit
 def online_softmax_step(scores, values, top, total, acc, DOT_TYPE: tl.constexpr):
-    """A running softmax (Milakov & Gimelshein 2018) goes on. scores: in units of log 2; -inf: not seen."""
+    """One block of online softmax (Milakov & Gimelshein 2018). scores: in log 2 units; -inf where masked."""
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - safe_top[:, None])

@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to which adapter, as kernels on a device read it."""
+"""`Tiles`: which rows of a batch belong to which adapter, as the Triton kernels read it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Up to FEW rows of one adapter are multiplied one by one while its weights stream past; more are tiles of `tl.dot`.
+# Up to SMALL_BATCH_ROWS rows of an adapter are multiplied row by row while weights stream past; more use `tl.dot`.
 SMALL_BATCH_ROWS = 8
 SMALL_BATCH_TILE = 4
 LARGE_BATCH_TILE = 16
@@ -48,6 +48,6 @@ def unpack_tiles(packed: Tensor, num_few: int, num_many: int) -> Tiles:
 
 
 def tiles_on(device: torch.device, groups: Sequence[tuple[int, int, int]], num_rows: int) -> Tiles:
-    """Tiles by a copy of their own."""
+    """Tiles on the device, by a copy of their own."""
     packed, num_few, num_many = pack_tiles(groups, num_rows)
     return unpack_tiles(torch.from_numpy(packed).to(device), num_few, num_many)

@@ -14,9 +14,9 @@ WIDTH, CAPACITY = 40, 20
 class Model:
     """Two layers of sums and norms over rows of a table, so that memory is used again."""
 
-    def __init__(self, native: Library) -> None:
+    def __init__(self, cpp: Library) -> None:
         self.table, self.weight = torch.randn(50, WIDTH), torch.randn(WIDTH)
-        self.programs = StepGraphs(native, [self.table, self.weight], CAPACITY)
+        self.programs = StepGraphs(cpp, [self.table, self.weight], CAPACITY)
         self.num_made = 0
 
     def make(self, ids: Tensor) -> Tensor:
@@ -32,18 +32,18 @@ class Model:
         return found.clone()
 
 
-def test_any_number_of_rows_from_one_program(native: Library) -> None:
-    model = Model(native)
+def test_any_number_of_rows_from_one_program(cpp: Library) -> None:
+    model = Model(cpp)
     for num_rows in (3, 1, 20, 7):
         ids = torch.randint(50, (num_rows,))
         assert torch.equal(model.run(ids), Model.make(model, ids))
     assert model.num_made == 1 + 4, "made by Python the first time only"
 
 
-def test_a_single_row_is_no_model_for_others(native: Library) -> None:
+def test_a_single_row_is_no_model_for_others(cpp: Library) -> None:
     """Torch does not say how far it is from a row to the next where there is none: heads of a fused row, then two."""
     table, weight = torch.randn(50, WIDTH), torch.randn(5)
-    programs = StepGraphs(native, [table, weight], CAPACITY)
+    programs = StepGraphs(cpp, [table, weight], CAPACITY)
     for num_rows in (1, 2, 1, 5):
         ids = torch.randint(50, (num_rows,))
 
@@ -55,16 +55,16 @@ def test_a_single_row_is_no_model_for_others(native: Library) -> None:
         assert found is not None and torch.equal(found, make())
 
 
-def test_more_rows_than_there_is_room_for_are_left_to_python(native: Library) -> None:
-    model = Model(native)
+def test_more_rows_than_there_is_room_for_are_left_to_python(cpp: Library) -> None:
+    model = Model(cpp)
     ids = torch.randint(50, (CAPACITY + 1,))
     for _ in range(2):
         assert torch.equal(model.run(ids), Model.make(model, ids))
     assert model.num_made == 4
 
 
-def test_keys_have_programs_of_their_own(native: Library) -> None:
-    model = Model(native)
+def test_keys_have_programs_of_their_own(cpp: Library) -> None:
+    model = Model(cpp)
     ids = torch.arange(4)
 
     def double() -> Tensor:
@@ -77,8 +77,8 @@ def test_keys_have_programs_of_their_own(native: Library) -> None:
         assert torch.equal(model.run(ids), Model.make(model, ids))
 
 
-def test_programs_beyond_the_limit_are_forgotten_and_made_again(native: Library) -> None:
-    model = Model(native)
+def test_programs_beyond_the_limit_are_forgotten_and_made_again(cpp: Library) -> None:
+    model = Model(cpp)
     ids = torch.arange(3)
     for _ in range(2):
         for key in range(70):
@@ -87,10 +87,10 @@ def test_programs_beyond_the_limit_are_forgotten_and_made_again(native: Library)
 
 
 @pytest.mark.parametrize("case", ["operator", "in place", "copy", "foreign", "rows", "result", "index"])
-def test_what_is_no_program(case: str, native: Library) -> None:
+def test_what_is_no_program(case: str, cpp: Library) -> None:
     """Each of these would be wrong the second time; it is made by Python, and right, every time."""
     table = torch.randn(50, WIDTH)
-    programs = StepGraphs(native, [table], CAPACITY)
+    programs = StepGraphs(cpp, [table], CAPACITY)
 
     def make(ids: Tensor) -> Tensor:
         h = embedding(table, ids, torch.float32)
@@ -115,8 +115,8 @@ def test_what_is_no_program(case: str, native: Library) -> None:
         assert found is not None and torch.equal(found, make(ids)), first
 
 
-def test_what_fails_leaves_no_program(native: Library) -> None:
-    model = Model(native)
+def test_what_fails_leaves_no_program(cpp: Library) -> None:
+    model = Model(cpp)
     ids = torch.arange(3)
 
     def fail() -> Tensor:

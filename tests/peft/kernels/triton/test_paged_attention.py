@@ -11,6 +11,7 @@ from torch import Tensor
 from quiver_peft.kernels.paged_attention import paged_attention_torch
 from quiver_peft.kernels.paged_layout import PagedLayout
 from quiver_peft.kernels.triton.paged_attention import SPLIT_TOKENS, paged_attention_triton
+from quiver_peft.rounding import ceil_div
 
 LIMIT = 6
 
@@ -29,10 +30,10 @@ class Case:
         device: torch.device,
     ) -> None:
         """lengths: (new rows, context) of each sequence. heads: of queries, of keys and values."""
-        blocks = list(range(sum(-(-context // block_size) for _, context in lengths) + 2))
+        blocks = list(range(sum(ceil_div(context, block_size) for _, context in lengths) + 2))
         random.Random(0).shuffle(blocks)
         shape = (len(blocks) * block_size, heads[1], head_dim)
-        tables = [[blocks.pop() for _ in range(-(-context // block_size))] for _, context in lengths]
+        tables = [[blocks.pop() for _ in range(ceil_div(context, block_size))] for _, context in lengths]
         queries, contexts = zip(*lengths, strict=True)
         self.layout = PagedLayout(queries, contexts, tables, block_size, device)
         # The queries are a part of a fused projection.

@@ -1,4 +1,4 @@
-"""What tells that a file was replaced or written again since it was read."""
+"""A stamp (size, times, inode) that changes when a file is rewritten or replaced."""
 
 from pathlib import Path
 
@@ -6,6 +6,6 @@ FileStamp = tuple[int, ...]
 
 
 def file_stamp(path: Path) -> FileStamp:
-    """Size, times and number of a file. Raises OSError."""
+    """Size, modification and change time and inode of a file. Raises OSError."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino

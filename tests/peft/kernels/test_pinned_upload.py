@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from quiver_peft.kernels.paged_layout import PagedLayout
-from quiver_peft.kernels.transfer import PinnedUpload
+from quiver_peft.kernels.pinned_upload import PinnedUpload
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -1,4 +1,4 @@
-"""A step's integers on their way to the device: gathered first, then sent together."""
+"""`PinnedUpload`: copies all of a step's integers to the device at once."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PinnedUpload:
-    """One copy of int32 numbers, from pinned memory where the device is a GPU, so that nobody waits for it."""
+    """Collects int32 arrays and copies them in one transfer; to a GPU from pinned memory, without synchronizing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -17,13 +17,13 @@ class PinnedUpload:
         self._views: list[Tensor] = []
 
     def add(self, numbers: Sequence[int] | np.ndarray) -> Callable[[], Tensor]:
-        """Returns what gives these numbers on the device, [n] int32, once they have been sent."""
+        """Adds numbers; the returned function gives them on the device, [n] int32, after `send`."""
         index = len(self._parts)
         self._parts.append(np.asarray(numbers, np.int32))
         return lambda: self._views[index]
 
     def send(self) -> None:
-        """Everything that was added. Once."""
+        """Copies everything that was added. Call it once."""
         packed = torch.from_numpy(np.concatenate(self._parts))
         if self.device.type == "cuda":
             packed = packed.pin_memory()

@@ -1,6 +1,7 @@
-"""How a base lies over devices, as far as its definition must know: what happens outside of its linears.
+"""Hooks for tensor parallelism outside the linears: token sharding, head and loss.
 
-On one device that is nothing. `quiver_peft.parallel` cuts the vocabulary, and the tokens between the linears.
+On one device they are the identity, a plain linear and a plain loss. `quiver_peft.parallel` implements them for a
+sharded vocabulary and for sequence parallelism.
 """
 
 from typing import Protocol
@@ -10,18 +11,18 @@ from torch import Tensor
 
 
 class TensorParallelHooks(Protocol):
-    """What a base asks for around its layers and at its head."""
+    """Called by a base around its layers and at its head."""
 
     def scatter_tokens(self, h: Tensor) -> Tensor:
-        """What of the residual stream this device keeps. h: [*, D]."""
+        """This device's tokens of the residual stream. h: [*, D]; the identity without sequence parallelism."""
         ...
 
     def gather_tokens(self, h: Tensor) -> Tensor:
-        """The whole of it again. -> [*, D]."""
+        """All tokens again, from all devices. -> [*, D]; the reverse of `scatter_tokens`."""
         ...
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden: [*, D], weight: of the head, as this device has it -> [*, V]."""
+        """hidden: [*, D], weight: this device's rows of the head -> [*, V]."""
         ...
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -30,14 +31,12 @@ class TensorParallelHooks(Protocol):
 
 
 class SingleDevice:
-    """Everything is here."""
+    """The hooks of a base on one device."""
 
     def scatter_tokens(self, h: Tensor) -> Tensor:
-        """All of it."""
         return h
 
     def gather_tokens(self, h: Tensor) -> Tensor:
-        """It was never split."""
         return h
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
