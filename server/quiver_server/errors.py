@@ -1,4 +1,4 @@
-"""What a request can be refused for: one class for each way a caller can react, each with its gRPC status.
+"""Errors of one request: a class for each reaction that a client can have, each with its gRPC status.
 
 RequestError                 the request's own failure; nobody else notices
 ├── InvalidRequestError      INVALID_ARGUMENT: a field has an impossible value
@@ -17,19 +17,33 @@ RequestError                 the request's own failure; nobody else notices
 └── EngineFaultError         INTERNAL: a step of the engine failed
 """
 
+from collections.abc import Mapping
+
 import grpc
 
 
 class RequestError(Exception):
-    """A failure that belongs to one request. `field`: the request's field that it is about, if any."""
+    """A failure of one request; other requests go on.
+
+    field: the request's field that is wrong, "" if none; "prompt[2]" is the third of several. value, rule: what the
+    field is and what it must be; both are "" where the message says it all.
+    """
 
     code = grpc.StatusCode.INTERNAL
     reason = "INTERNAL"
     retry_after_seconds: float | None = None
 
-    def __init__(self, message: str, field: str = "") -> None:
+    def __init__(self, message: str, field: str = "", value: object = "", rule: str = "") -> None:
         super().__init__(message)
         self.field = field
+        self.value = value
+        self.rule = rule
+
+    def describe(self, field_names: Mapping[str, str]) -> tuple[str, str]:
+        """The field and the message in an API's own terms. field_names: by internal name; other fields keep theirs."""
+        name, bracket, index = self.field.partition("[")
+        field = field_names.get(name, name) + bracket + index
+        return field, _value_message(field, self.value, self.rule) if self.rule else str(self)
 
 
 class InvalidRequestError(RequestError):
@@ -131,6 +145,10 @@ class EngineFaultError(RequestError):
 
 
 def require(ok: bool, field: str, value: object, rule: str) -> None:
-    """Raises InvalidRequestError that names the value and the rule unless it is kept."""
+    """Raises InvalidRequestError with the field, its value and its rule unless `ok`."""
     if not ok:
-        raise InvalidRequestError(f"{field} is {value}; it must be {rule}", field)
+        raise InvalidRequestError(_value_message(field, value, rule), field, value, rule)
+
+
+def _value_message(field: str, value: object, rule: str) -> str:
+    return f"{field} is {value}; it must be {rule}"

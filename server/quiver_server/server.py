@@ -4,12 +4,9 @@ import asyncio
 import logging
 import signal
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from quiver.exit_codes import FAILED, MISUSED
-from quiver.v1 import model_pb2
-from quiver_peft.adapters.methods.configs import METHOD_ORDER
 from quiver_peft.base.gpt import GPTBase
 from quiver_peft.base.t5 import T5Base
 from quiver_peft.errors import QuiverError
@@ -18,6 +15,7 @@ from quiver_server.auth import Authenticator
 from quiver_server.components import BLOCK_TOKENS, Components, build, load
 from quiver_server.config import ServerConfig
 from quiver_server.grpc_api.adapter_service import AdapterService
+from quiver_server.grpc_api.model_service import model_message
 from quiver_server.grpc_api.server import GrpcServer
 from quiver_server.metrics_server import serve_metrics
 from quiver_server.requests.handler import RequestHandler
@@ -56,24 +54,6 @@ class _Shutdown:
         self.event.set()
 
 
-def _describe(config: ServerConfig, parts: Components) -> model_pb2.GetModelResponse:
-    weight = parts.base.embedding.weight
-    return model_pb2.GetModelResponse(
-        name=config.base.resolve().name,
-        architecture=parts.base.config.family,
-        vocab_size=parts.limits.vocab_size,
-        context_length=parts.limits.context_length,
-        dtype=str(weight.dtype).removeprefix("torch."),
-        device=str(weight.device),
-        fingerprint=parts.base.fingerprint,
-        parameters=parts.base.num_parameters,
-        kv_capacity_tokens=parts.kv.num_blocks * BLOCK_TOKENS,
-        adapter_methods=METHOD_ORDER,
-        server_version=version("quiver"),
-        default_max_new_tokens=config.default_max_new_tokens,
-    )
-
-
 async def _serve(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer) -> int:
     ending = _Shutdown(asyncio.Event())
     parts = build(config, base, tokenizer, ending.fail)
@@ -89,7 +69,8 @@ async def _serve_components(config: ServerConfig, parts: Components, ending: _Sh
     recorder = CallRecorder(parts.metrics, tracing)
     handler = RequestHandler(parts.request_runner, parts.tokenizer, parts.limits, parts.metrics)
     adapters = AdapterService(parts.adapters, parts.admin)
-    over_grpc = GrpcServer(config, handler, adapters, _describe(config, parts), access, recorder)
+    description = model_message(config, parts.base, parts.limits, parts.kv.num_blocks * BLOCK_TOKENS)
+    over_grpc = GrpcServer(config, handler, adapters, description, access, recorder)
     over_http = await _start_http(config, parts, handler, access, recorder) if config.http_port >= 0 else None
     if config.metrics_port >= 0:
         registry = parts.metrics.registry

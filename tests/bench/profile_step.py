@@ -11,7 +11,7 @@ make every call, so that each kernel's share is seen. QUIVER_KERNELS=torch shows
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.engine import Engine
 from quiver_server.engine.model_runner import ModelRunner
 from quiver_server.engine.scheduler import Scheduler
-from quiver_server.engine.sequence import GREEDY, Sequence
+from quiver_server.engine.sequence import SamplingParams, Sequence
 from quiver_server.telemetry.metrics import Metrics
 
 BLOCK_TOKENS = 16
@@ -100,14 +100,21 @@ def random_adapters(base: Base, methods: list[str], count: int) -> tuple[Adapter
 def make_sequences(base: Base, running: int, slots: list[int], virtual: list[int], seed: int) -> list[Sequence]:
     """One for each place in the batch, adapters in turn. seed: of prompts that no cache has."""
     draw = random.Random(seed)
-    params = replace(GREEDY, max_new_tokens=NEW_TOKENS)
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
     found: list[Sequence] = []
     for i in range(running):
         ids = [draw.randrange(base.config.vocab_size) for _ in range(32 + 224 * i // max(running - 1, 1))]
         slot, num_virtual = (slots[i % len(slots)], virtual[i % len(slots)]) if slots else (BASE_SLOT, 0)
-        item = Sequence(ids, params, 0, lambda event: None, slot, num_virtual, revision=f"revision-{slot}")
-        if isinstance(base, T5Base):
-            item.encoder_input, item.prompt = ids, [base.config.start_token_id]
+        item = Sequence(
+            prompt=[base.config.start_token_id] if isinstance(base, T5Base) else ids,
+            encoder_input=ids if isinstance(base, T5Base) else [],
+            params=params,
+            index=0,
+            emit=lambda event: None,
+            slot=slot,
+            num_virtual_tokens=num_virtual,
+            revision=f"revision-{slot}",
+        )
         found.append(item)
     return found
 

@@ -7,13 +7,12 @@ Rows that generate, of 8 adapters each in turn; then the same with all rows take
 
 import json
 import time
-from dataclasses import replace
 
 from quiver_server.engine.block_pool import BlockPool
 from quiver_server.engine.scheduler import Scheduler
-from quiver_server.engine.sequence import GREEDY, Sequence
+from quiver_server.engine.sequence import SamplingParams, Sequence
 
-_PARAMS = replace(GREEDY, max_new_tokens=1 << 30)
+_PARAMS = SamplingParams(max_new_tokens=1 << 30)
 
 
 def measure(num_rows: int, num_waiting: int, num_steps: int = 400) -> dict[str, float]:
@@ -21,7 +20,14 @@ def measure(num_rows: int, num_waiting: int, num_steps: int = 400) -> dict[str, 
     scheduler = Scheduler(BlockPool(20_000, 16), num_rows, 512)
     for index in range(num_rows + num_waiting):
         name = f"a{index % 8 if index < num_rows else index}"
-        sequence = Sequence([index, *range(99)], _PARAMS, 0, lambda event: None, revision=name, fairness_key=name)
+        sequence = Sequence(
+            prompt=[index, *range(99)],
+            params=_PARAMS,
+            index=0,
+            emit=lambda event: None,
+            revision=name,
+            fairness_key=name,
+        )
         scheduler.add(sequence)
     planning: list[float] = []
     noting: list[float] = []

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quiver_server.engine import sequence as engine_sequence
-from quiver_server.engine.sequence import Sequence, TokenEvent
+from quiver_server.engine.sequence import SamplingParams, Sequence, TokenEvent
 
-GREEDY = replace(engine_sequence.GREEDY, max_new_tokens=8)
+GREEDY = SamplingParams(max_new_tokens=8)
 
 
 def ignore(event: TokenEvent) -> None:
@@ -30,4 +29,4 @@ def sequence(
     tokens = list(range(10, 10 + prompt)) if isinstance(prompt, int) else prompt
     name = f"adapter-{slot}" if slot else ""
     params_ = replace(GREEDY, **{**(params or {}), **more})
-    return Sequence(tokens, params_, index, emit, slot, revision=name, fairness_key=name)
+    return Sequence(prompt=tokens, params=params_, index=index, emit=emit, slot=slot, revision=name, fairness_key=name)

@@ -1,4 +1,4 @@
-"""The nouns of the engine: what a request asks for, the sequences it becomes, and what a step says about them."""
+"""Engine data types: sampling parameters, sequences, token events."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,55 +19,34 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen; the wire's `Sampling`, `Stopping` and `Output`, validated, defaults filled in.
+    """Validated sampling, stopping and log-probability parameters. The defaults generate one greedy token.
 
-    seed: always set (a fresh one when the client gave none). stop_ids: ends at these; eos_ids is the subset that is
-    the model's own. num_top_logprobs: None when no log-probabilities are wanted.
+    seed: validation draws one when the client gives none. stop_ids: the client's stop tokens; eos_ids: the model's own
+    end-of-sequence tokens, empty when the client ignores them. num_top_logprobs: None without log-probabilities.
     """
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    seed: int
-    max_new_tokens: int
-    min_new_tokens: int
-    stop_ids: frozenset[int]
-    eos_ids: frozenset[int]
-    num_top_logprobs: int | None
-    prompt_logprobs: bool
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    max_new_tokens: int = 1
+    min_new_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    eos_ids: frozenset[int] = frozenset()
+    num_top_logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     @property
     def greedy(self) -> bool:
-        """Take the most likely token."""
         return self.temperature == 0
 
     @property
     def has_penalties(self) -> bool:
-        """Whether earlier tokens change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-
-# One token, the most likely; nothing restricts it, and nothing is told of it. Others are made from it by `replace`.
-GREEDY = SamplingParams(
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    seed=0,
-    max_new_tokens=1,
-    min_new_tokens=0,
-    stop_ids=frozenset(),
-    eos_ids=frozenset(),
-    num_top_logprobs=None,
-    prompt_logprobs=False,
-)
 
 
 @dataclass(frozen=True)
@@ -81,9 +60,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """What one step did for one sequence. Made by the engine, read by whoever answers the client.
+    """The result of one step for one sequence.
 
-    token_id is None when the sequence is gone without an end of its own: with an `error`, or because it was cancelled.
+    token_id is None when the sequence failed (`error` is set) or was cancelled.
     """
 
     token_id: int | None
@@ -94,20 +73,22 @@ class TokenEvent:
 
     @property
     def is_last(self) -> bool:
-        """Whether the engine has let go of the sequence."""
+        """Whether the engine has released the sequence."""
         return self.token_id is None or self.finish_reason is not None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Sequence:
-    """One candidate on its way through the engine.
+    """One candidate in the engine.
 
-    Set by the service: prompt, params, index (which candidate), slot and revision of its adapter (0 and "" for the
-    base), num_virtual_tokens (that this adapter puts before the prompt), emit (called once for each event, in the
-    service's thread), tenant (whose share of the engine it takes: the adapter's id), priority (within the tenant),
-    first_logprob (the first token of the prompt whose log-probability is told, when they are asked for). With an
-    encoder-decoder the client's prompt is the source, which is read before the first step, and `prompt` is what the
-    answer starts with inside. The rest belongs to the engine's thread.
+    The constructor's arguments are the input and never change; all other fields belong to the engine's thread.
+
+    prompt: with an encoder-decoder this is the decoder's start token, and `encoder_input` is the client's prompt.
+    index: of the candidate, which its random draws depend on. emit: called in the event loop with each event. slot,
+    revision: of the adapter; BASE_SLOT and "" are the base. num_virtual_tokens: the adapter's rows before `prompt`.
+    on_first_scheduled: called in the engine's thread. fairness_key: the adapter's id, whose share of the engine the
+    sequence uses. priority: among sequences with this key. first_logprob: the first token of `prompt` whose
+    log-probability is reported with `prompt_logprobs`.
     """
 
     prompt: list[int]
@@ -124,21 +105,21 @@ class Sequence:
     priority: int = 0
     first_logprob: int = 1
 
-    arrival: int = -1  # its number in the queue
-    waiting_since_seconds: float = 0.0  # of the monotonic clock
-    num_accounted_tokens: int = 0  # its first positions, up to its prompt's end, that count against its tenant already
-    generated: list[int] = field(default_factory=list[int])
-    num_cached_tokens: int = 0  # tokens whose keys and values are in the cache
-    blocks: list[int] = field(default_factory=list[int])
-    encoder_blocks: list[int] = field(default_factory=list[int])
-    encoder_is_cached: bool = False
-    num_reused_tokens: int = 0  # tokens of the client's prompt that were in the cache when the sequence first ran
-    block_hashes: list[bytes] = field(default_factory=list[bytes])  # names of its first blocks, as far as made
-    num_hashed_blocks: int = 0
-    encoder_digest: bytes = b""
-    encoder_is_hashed: bool = False
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
-    started: bool = False
+    arrival: int = field(default=-1, init=False)  # its number in the queue
+    waiting_since_seconds: float = field(default=0.0, init=False)  # of the monotonic clock
+    num_accounted_tokens: int = field(default=0, init=False)  # prompt positions already charged to its fairness key
+    generated: list[int] = field(default_factory=list[int], init=False)
+    num_cached_tokens: int = field(default=0, init=False)  # tokens whose keys and values are in the cache
+    blocks: list[int] = field(default_factory=list[int], init=False)
+    encoder_blocks: list[int] = field(default_factory=list[int], init=False)
+    encoder_is_cached: bool = field(default=False, init=False)
+    num_reused_tokens: int = field(default=0, init=False)  # of the client's prompt, found in the cache at first run
+    block_hashes: list[bytes] = field(default_factory=list[bytes], init=False)  # of its first blocks, as far as known
+    num_hashed_blocks: int = field(default=0, init=False)
+    encoder_digest: bytes = field(default=b"", init=False)
+    encoder_is_hashed: bool = field(default=False, init=False)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob], init=False)
+    started: bool = field(default=False, init=False)
 
     @property
     def num_tokens(self) -> int:
@@ -154,7 +135,7 @@ class Sequence:
 
     @property
     def num_encoder_tokens(self) -> int:
-        """Positions of the source, virtual tokens included; 0 without one."""
+        """Encoder positions, virtual tokens included; 0 with a decoder-only base."""
         return self.num_virtual_encoder_tokens + len(self.encoder_input)
 
     @property

@@ -1,4 +1,4 @@
-"""An adapter as the wire describes it."""
+"""gRPC adapter messages: writes adapters, revisions and aliases as protobuf messages."""
 
 from quiver.v1 import adapters_pb2
 from quiver_server.adapters.entry import KnownAdapter, Revision, State
@@ -15,20 +15,20 @@ _STATES = {
 
 
 def alias_message(name: str, exact: RevisionKey) -> adapters_pb2.Alias:
-    """An alias and what it names."""
+    """An alias and the revision that it names."""
     return adapters_pb2.Alias(name=name, adapter_id=exact.id, revision=exact.revision)
 
 
-def adapter_message(entry: KnownAdapter, store: AdapterManager) -> adapters_pb2.Adapter:
-    """An adapter as it is now, in every tier."""
-    aliases = store.registry.state.aliases
+def adapter_message(entry: KnownAdapter, adapters: AdapterManager) -> adapters_pb2.Adapter:
+    """The current state of an adapter on the device, in main memory and on disk."""
+    aliases = adapters.registry.state.aliases
     held = sorted(entry.revisions.values(), key=lambda version: (version is not entry.current, version.revision))
-    revisions = [message for version in held if _is_held(message := _revision_message(version, store))]
+    revisions = [message for version in held if _is_held(message := _revision_message(version, adapters))]
     residents = entry.residents
     message = adapters_pb2.Adapter(
         id=entry.id,
         source=entry.location.url,
-        state=_STATES[state_of(entry, store)],
+        state=_STATES[state_of(entry, adapters)],
         device_bytes=sum(resident.num_bytes for resident in residents),
         host_bytes=sum(revision.host_bytes for revision in revisions),
         disk_bytes=sum(revision.disk_bytes for revision in revisions),
@@ -54,19 +54,18 @@ def adapter_message(entry: KnownAdapter, store: AdapterManager) -> adapters_pb2.
     return message
 
 
-def _revision_message(version: Revision, store: AdapterManager) -> adapters_pb2.Revision:
+def _revision_message(version: Revision, adapters: AdapterManager) -> adapters_pb2.Revision:
     residents = [item for item in version.entry.residents if item.revision == version.revision]
     return adapters_pb2.Revision(
         revision=version.revision,
-        state=_STATES[revision_state(version, store)],
+        state=_STATES[revision_state(version, adapters)],
         running=sum(resident.num_leases for resident in residents),
         device_bytes=sum(resident.num_bytes for resident in residents),
-        host_bytes=store.reader.host.bytes_of(version.revision),
-        disk_bytes=store.reader.disk.bytes_of(version.revision_key),
+        host_bytes=adapters.reader.host.bytes_of(version.revision),
+        disk_bytes=adapters.reader.disk.bytes_of(version.revision_key),
         pinned=version.pinned,
     )
 
 
 def _is_held(message: adapters_pb2.Revision) -> bool:
-    """Whether this server has it anywhere."""
     return bool(message.device_bytes or message.host_bytes or message.disk_bytes)

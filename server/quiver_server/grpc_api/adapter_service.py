@@ -1,11 +1,11 @@
-"""The gRPC face of the adapters and of the model: what is here, and bringing adapters in and out."""
+"""gRPC AdapterService: loads, unloads, describes and watches adapters, and moves aliases."""
 
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 import grpc
 
-from quiver.v1 import adapters_pb2, adapters_pb2_grpc, model_pb2, model_pb2_grpc
+from quiver.v1 import adapters_pb2, adapters_pb2_grpc
 from quiver_server.adapters.admin import AdapterAdmin, UnloadPolicy
 from quiver_server.adapters.entry import KnownAdapter
 from quiver_server.adapters.manager import AdapterManager
@@ -17,7 +17,7 @@ from quiver_server.grpc_api.status import refuse
 
 T = TypeVar("T")
 
-_RESCAN_SECONDS = 5.0  # how often a watcher's server looks for adapters that have come or gone in its stores
+_RESCAN_SECONDS = 5.0  # how often a watched server rescans its stores for added or removed adapters
 _UNLOAD_POLICIES = {
     adapters_pb2.UnloadAdapterRequest.RUNNING_UNSPECIFIED: UnloadPolicy.WAIT,
     adapters_pb2.UnloadAdapterRequest.RUNNING_WAIT: UnloadPolicy.WAIT,
@@ -32,11 +32,11 @@ async def _or_refuse(work: Awaitable[T], context: "grpc.aio.ServicerContext[Any,
         return await work
     except RequestError as error:
         await refuse(context, error)
-        raise  # `refuse` ends the call; this line tells the type checker so
+        raise  # `refuse` ends the call, which the type checker does not know
 
 
 def _check(adapter_id: str, *, change: bool = False) -> None:
-    """Raises ForbiddenError. An empty id is the store's to refuse."""
+    """Raises ForbiddenError. The adapter manager refuses an empty id."""
     caller = current_caller()
     if change:
         caller.check_admin()
@@ -47,11 +47,11 @@ def _check(adapter_id: str, *, change: bool = False) -> None:
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """`quiver.v1.AdapterService`."""
 
-    def __init__(self, store: AdapterManager, admin: AdapterAdmin) -> None:
-        self._store = store
+    def __init__(self, adapters: AdapterManager, admin: AdapterAdmin) -> None:
+        self._adapters = adapters
         self._admin = admin
 
-    async def LoadAdapter(  # noqa: N802 - the names are the wire's
+    async def LoadAdapter(  # noqa: N802 - the proto file names the methods
         self,
         request: adapters_pb2.LoadAdapterRequest,
         context: "grpc.aio.ServicerContext[adapters_pb2.LoadAdapterRequest, adapters_pb2.LoadAdapterResponse]",
@@ -97,7 +97,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         async def find() -> KnownAdapter:
             _check(request.adapter_id)
-            return await self._store.names.require(request.adapter_id)
+            return await self._adapters.names.require(request.adapter_id)
 
         entry = await _or_refuse(find(), context)
         return adapters_pb2.GetAdapterResponse(adapter=self._describe(entry))
@@ -107,9 +107,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         request: adapters_pb2.ListAdaptersRequest,
         context: "grpc.aio.ServicerContext[adapters_pb2.ListAdaptersRequest, adapters_pb2.ListAdaptersResponse]",
     ) -> adapters_pb2.ListAdaptersResponse:
-        """Describe every adapter that the caller may ask."""
+        """Describe every adapter that the caller may use."""
         allows = current_caller().grant.allows
-        entries = [entry for entry in await self._store.names.entries() if allows(entry.id)]
+        entries = [entry for entry in await self._adapters.names.entries() if allows(entry.id)]
         return adapters_pb2.ListAdaptersResponse(adapters=[self._describe(entry) for entry in entries])
 
     async def SetAlias(  # noqa: N802
@@ -147,63 +147,48 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         request: adapters_pb2.WatchAdaptersRequest,
         context: "grpc.aio.ServicerContext[adapters_pb2.WatchAdaptersRequest, adapters_pb2.WatchAdaptersResponse]",
     ) -> AsyncIterator[adapters_pb2.WatchAdaptersResponse]:
-        """Describe every adapter that the caller may ask, and then what changes."""
+        """Describe every adapter that the caller may use, and then what changes."""
         allows = current_caller().grant.allows
-        told: dict[str, adapters_pb2.Adapter] = {}
-        with self._store.changes.watching() as watcher:
-            await self._store.names.entries()
-            changed = {entry.id for entry in self._store.names.known if allows(entry.id)}
-            yield self._news(told, changed, snapshot=True)
+        sent: dict[str, adapters_pb2.Adapter] = {}
+        with self._adapters.changes.watching() as watcher:
+            await self._adapters.names.entries()
+            changed = {entry.id for entry in self._adapters.names.known if allows(entry.id)}
+            yield self._news(sent, changed, snapshot=True)
             while True:
                 changed = await watcher.wait(_RESCAN_SECONDS)
                 if not changed:
-                    await self._store.names.entries()  # what has come or gone is noted
+                    await self._adapters.names.entries()  # a rescan, which notes added and removed adapters
                     continue
-                news = self._news(told, {adapter_id for adapter_id in changed if allows(adapter_id)})
+                news = self._news(sent, {adapter_id for adapter_id in changed if allows(adapter_id)})
                 if news.adapters or news.removed_ids:
                     yield news
 
     def _news(
-        self, told: dict[str, adapters_pb2.Adapter], ids: set[str], *, snapshot: bool = False
+        self, sent: dict[str, adapters_pb2.Adapter], ids: set[str], *, snapshot: bool = False
     ) -> adapters_pb2.WatchAdaptersResponse:
-        """How these are now, where that is not what was told before."""
+        """The current state of these adapters, where it differs from the last one sent."""
         news = adapters_pb2.WatchAdaptersResponse(snapshot=snapshot)
         for adapter_id in sorted(ids):
-            entry = self._store.names.cached(adapter_id)
+            entry = self._adapters.names.cached(adapter_id)
             if entry is None:
-                if told.pop(adapter_id, None) is not None:
+                if sent.pop(adapter_id, None) is not None:
                     news.removed_ids.append(adapter_id)
                 continue
             message = self._describe(entry)
-            if told.get(adapter_id) != (still := _without_counts(message)):
-                told[adapter_id] = still
+            if sent.get(adapter_id) != (still := _without_counts(message)):
+                sent[adapter_id] = still
                 news.adapters.append(message)
         return news
 
     def _describe(self, entry: KnownAdapter) -> adapters_pb2.Adapter:
-        return adapter_message(entry, self._store)
+        return adapter_message(entry, self._adapters)
 
 
 def _without_counts(message: adapters_pb2.Adapter) -> adapters_pb2.Adapter:
-    """What is told when it changes."""
+    """The part whose changes are sent."""
     still = adapters_pb2.Adapter()
     still.CopyFrom(message)
     still.running = still.waiting = 0
     for revision in still.revisions:
         revision.running = 0
     return still
-
-
-class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """`quiver.v1.ModelService`. description: made once, it never changes."""
-
-    def __init__(self, description: model_pb2.GetModelResponse) -> None:
-        self._description = description
-
-    async def GetModel(  # noqa: N802
-        self,
-        request: model_pb2.GetModelRequest,
-        context: "grpc.aio.ServicerContext[model_pb2.GetModelRequest, model_pb2.GetModelResponse]",
-    ) -> model_pb2.GetModelResponse:
-        """Describe the base."""
-        return self._description

@@ -1,6 +1,6 @@
-"""What every gRPC call goes through before its method: it gets a name, is asked for its token, and is recorded.
+"""gRPC interceptor: names, authenticates and records every call.
 
-Health and reflection go through nothing: what probes them has no token.
+Health and reflection are exempt: probes have no token.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Makes the bearer of a call's token its current caller, or refuses the call. Each ends in the record."""
+    """Authenticates each call by its bearer token, or refuses it. Records all calls."""
 
     def __init__(self, access: Authenticator, recorder: CallRecorder) -> None:
         self._access = access
@@ -33,10 +33,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "_Handler | None":
-        """The method's own handler, or one of the same arity that refuses."""
+        """The method's handler, recorded, or a handler of the same arity that refuses."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        # None: there is no such method, which gRPC says itself.
+        # None is an unknown method, which gRPC itself refuses.
         if handler is None or method.startswith(_OPEN):
             return handler
         headers = {key: str(value) for key, value in handler_call_details.invocation_metadata or ()}
@@ -50,11 +50,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._recorded(handler, call)
 
     def _recorded(self, handler: "_Handler", call: CallContext) -> "_Handler":
-        """The same handler; the trailing metadata repeat the call's name, and its end is recorded."""
+        """The same handler, with the request id in the trailing metadata and its end recorded."""
         inner: Any = handler
 
         def name(context: "_Context") -> None:
-            context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))  # `refuse` does so for what it ends
+            context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))  # `refuse` does so too
 
         async def once(request: Any, context: "_Context") -> Any:
             with self._recorder.recording(call):

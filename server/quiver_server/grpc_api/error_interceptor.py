@@ -1,5 +1,5 @@
-"""Watches over calls: bytes that are no message are refused, an exception that nobody caught is INTERNAL and logged,
-and a client that reads nothing holds its place for a while only."""
+"""gRPC interceptor: INVALID_ARGUMENT for undecodable messages, INTERNAL for uncaught exceptions, and a timeout for
+clients that stop reading."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from quiver_server.grpc_api.status import refuse
 
 log = logging.getLogger(__name__)
 
-READER_SECONDS = 60.0  # how long a stream's client may read nothing while there is something to read
+READER_SECONDS = 60.0  # how long the client of a stream may leave a message unread
 
 if TYPE_CHECKING:
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Gives each of our methods a deserializer and a handler that turn what goes wrong into a RequestError."""
+    """Wraps the deserializer and the handler of each of our methods, so that every failure becomes a RequestError."""
 
     async def intercept_service(
         self,
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "_Handler | None":
-        """The method's own handler, watched over."""
+        """The method's handler, wrapped."""
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/quiver."):
             return handler
@@ -86,10 +86,10 @@ def _checked(request: Any) -> Any:
 
 
 async def _abort_slow_reader(context: "_Context") -> None:
-    """Everything is given back by now; what waits here until the client reads is the status alone."""
+    """The request has released everything by now; only the status waits until the client reads."""
     try:
         await refuse(context, SlowReaderError(f"nothing was read for {READER_SECONDS:g} s: the answer was given up"))
-    except grpc.aio.InternalError:  # it went without reading: nobody is there to be told
+    except grpc.aio.InternalError:  # the client disconnected without reading
         raise asyncio.CancelledError from None
 
 

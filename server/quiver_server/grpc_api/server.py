@@ -1,4 +1,4 @@
-"""The gRPC server: its services, health and reflection, its start and its end."""
+"""gRPC server: services, health and reflection, start and drain."""
 
 import logging
 
@@ -18,10 +18,11 @@ from quiver.v1 import (
 )
 from quiver_server.auth import Authenticator
 from quiver_server.config import ServerConfig
-from quiver_server.grpc_api.adapter_service import AdapterService, ModelService
+from quiver_server.grpc_api.adapter_service import AdapterService
 from quiver_server.grpc_api.call_interceptor import CallInterceptor
 from quiver_server.grpc_api.error_interceptor import ErrorInterceptor
 from quiver_server.grpc_api.generation_service import GenerationService
+from quiver_server.grpc_api.model_service import ModelService
 from quiver_server.requests.handler import RequestHandler
 from quiver_server.telemetry.call_recorder import CallRecorder
 from quiver_server.tls import grpc_credentials, tls_files
@@ -35,22 +36,22 @@ _SERVICES = [
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 ]
 _OPTIONS = (
-    # Two servers on one port would share its calls at random.
+    # Otherwise two servers on one port would share its calls at random.
     ("grpc.so_reuseport", 0),
-    # Clients may ping every 20 s to keep quiet streams alive through proxies.
+    # Clients may ping every 20 s, to keep idle streams alive through proxies.
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-    # A client that connects anew looks its target's addresses up again: so it finds replicas that came later.
+    # A client that reconnects resolves its target again, and so finds new replicas.
     ("grpc.max_connection_age_ms", 600_000),
-    # A client whose machine is gone without a word is noticed, and its rows are freed.
+    # Detects clients whose machine is gone without closing the connection, and frees their sequences.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
 class GrpcServer:
-    """Takes its port at once, and answers from `start` to `drain`. Made in the event loop that will serve.
+    """Binds its port when made, and serves from `start` to `drain`. Made in the event loop that will serve.
 
-    Raises RuntimeError for a port that cannot be had.
+    Raises RuntimeError when the port cannot be bound.
     """
 
     def __init__(
@@ -78,13 +79,13 @@ class GrpcServer:
         self.address = f"{config.host}:{self._bind(config)}"
 
     async def start(self) -> None:
-        """Answer, and be ready."""
+        """Start to serve, and report ready."""
         await self._server.start()
         for name in ("", *_SERVICES):
             await self._healths.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self, seconds: float) -> None:
-        """Not ready any more, no new calls; what runs has so long to end."""
+        """Report not ready, refuse new calls, and give running calls `seconds` to end."""
         await self._healths.enter_graceful_shutdown()
         await self._server.stop(seconds)
 

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP front: another face of the same engine, limits, tokens and certificates."""
+"""The OpenAI-compatible HTTP API. Shares the engine, limits, tokens and certificates with the gRPC API."""

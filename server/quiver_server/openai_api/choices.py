@@ -1,4 +1,4 @@
-"""The choices of an answer as their tokens come; each begins with its prompt where that was asked for."""
+"""Choices: collects the text, tokens and log-probabilities of a completion's choices, with `echo` if requested."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from quiver_server.requests.session import Piece, Session
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt, repeated. logprobs: of its tokens after the first; None unless they were asked for."""
+    """A prompt to repeat. logprobs: of its tokens after the first; None unless requested."""
 
     text: str
     token_ids: Sequence[int]
@@ -20,9 +20,9 @@ class Echo:
 
 @dataclass
 class Part:
-    """What one choice has said, or one chunk of it.
+    """One choice, or one chunk of it.
 
-    offsets: where in the choice's text each token begins that has a log-probability. echo: said before all else.
+    offsets: in the choice's text, of each token in `logprobs`. echo: comes before `text`.
     """
 
     index: int
@@ -35,9 +35,9 @@ class Part:
 
 
 class Choices:
-    """All of an answer: choice c of prompt p has the index p * n + c.
+    """All choices of a completion. Choice c of prompt p has the index p * n + c.
 
-    echoed: the prompts as they were sent, or nothing where none is to be repeated.
+    echoed: the prompts to repeat, as the client sent them; empty without `echo`.
     """
 
     def __init__(self, tokenizer: Tokenizer, session: Session, echoed: Sequence[str | Sequence[int]]) -> None:
@@ -49,7 +49,7 @@ class Choices:
         self._to_echo = {part.index for part in self.parts} if echoed else set[int]()
 
     def add(self, piece: Piece) -> None:
-        """One token more, or one score."""
+        """Add a token or a score."""
         part, spelling = self.parts[piece.index], self._spelling[piece.index]
         if piece.index in self._to_echo:
             self._to_echo.remove(piece.index)
@@ -66,12 +66,12 @@ class Choices:
             spelling.push(piece.token_id)
 
     def take(self, index: int) -> Part:
-        """What a choice has said since it was last taken."""
+        """What was added to a choice since it was last taken."""
         part, self.parts[index] = self.parts[index], Part(index)
         return part
 
     def _echo(self, piece: Piece) -> Echo:
-        prompt = piece.index * len(self._session.asked) // len(self.parts)
-        asked, sent = self._session.asked[prompt], self._echoed[prompt]
+        prompt_index = piece.index * len(self._session.requests) // len(self.parts)
+        request, sent = self._session.requests[prompt_index], self._echoed[prompt_index]
         text = sent if isinstance(sent, str) else self._tokenizer.decode(sent)
-        return Echo(text, asked.prompt, piece.prompt_logprobs if asked.params.prompt_logprobs else None)
+        return Echo(text, request.prompt, piece.prompt_logprobs if request.params.prompt_logprobs else None)

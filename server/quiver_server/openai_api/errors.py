@@ -1,8 +1,7 @@
-"""Errors as OpenAI's API writes them: {"error": {message, type, param, code}}, each with its HTTP status."""
+"""HTTP errors in OpenAI's form: {"error": {message, type, param, code}}, each with its HTTP status."""
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ _STATUSES = {
     StatusCode.RESOURCE_EXHAUSTED: 429,
     StatusCode.UNAVAILABLE: 503,
 }
+_SAME_NAMES: Mapping[str, str] = {}
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -29,49 +29,44 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-_DRAINING_RETRY_SECONDS = 1.0  # by then another replica has the client's connections
+_DRAINING_RETRY_SECONDS = 1.0  # by then load balancers send clients to another replica
 
 
-def error_body(error: RequestError, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The error as JSON. names: of the wire's fields, as HTTP spells them, for its `param` and its words."""
-    message, (field, bracket, number) = str(error), error.field.partition("[")
-    name = (names or {}).get(field, field)
-    param = name + bracket + number
-    if name != field:
-        message = re.sub(rf"\b{re.escape(field)}\b", param, message)
-    if bracket and param not in message:
+def error_body(error: RequestError, field_names: Mapping[str, str] = _SAME_NAMES) -> dict[str, Any]:
+    """The error as JSON. field_names: the parameters that set the request's internal fields."""
+    param, message = error.describe(field_names)
+    if "[" in param and not message.startswith(param):
         message = f"{param}: {message}"
     code = "model_not_found" if isinstance(error, UnknownAdapterError) else error.reason.lower()
     return _body(message, status_of(error), param or None, code)
 
 
-def error_response(error: RequestError, names: Mapping[str, str] | None = None) -> web.Response:
-    """The whole answer to a request that failed before its answer began."""
+def error_response(error: RequestError, field_names: Mapping[str, str] = _SAME_NAMES) -> web.Response:
+    """The response to a request that failed before its answer began. field_names: as in `error_body`."""
     headers: dict[str, str] = {}
     status = status_of(error)
     retry = error.retry_after_seconds
     if status == 503 and retry is None:
         retry = _DRAINING_RETRY_SECONDS
     if retry is not None:
-        # Whole seconds are the standard's; OpenAI's own clients read the second one.
+        # The HTTP standard has whole seconds; OpenAI's clients read retry-after-ms.
         headers = {"Retry-After": str(math.ceil(retry)), "retry-after-ms": str(math.ceil(retry * 1000))}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return web.json_response(error_body(error, names), status=status, headers=headers, dumps=dumps)
+    return web.json_response(error_body(error, field_names), status=status, headers=headers, dumps=dumps)
 
 
 def plain_error(status: int, message: str, code: str) -> web.Response:
-    """An error that no rule of the engine's made: a path that is not there, a body that is too large."""
+    """An error of HTTP itself, such as an unknown path or a body that is too large."""
     return web.json_response(_body(message, status, None, code), status=status, dumps=dumps)
 
 
 def status_of(error: RequestError) -> int:
-    """The HTTP status of an error."""
     return _STATUSES.get(error.code, 500)
 
 
 def dumps(value: object) -> str:
-    """Compact JSON, with text as it is."""
+    """Compact JSON, without escapes for non-ASCII text."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -1,16 +1,38 @@
-"""What a chat request says: its messages, read and refused by name, for the base's template."""
+"""Chat messages: reads, checks and renders them with the base's chat template. Errors name the message and the key."""
 
 from typing import Any, cast
 
-from quiver_peft.chat_template import Message
+from quiver_peft.chat_template import ChatTemplate, Message
+from quiver_peft.errors import ChatError
 from quiver_server.errors import InvalidRequestError
 from quiver_server.openai_api.parameters import UnsupportedError
 
 _KEYS = {"role", "content", "name"}
 
 
-def read_messages(value: Any) -> list[Message]:
-    """The messages with their content as text. Raises InvalidRequestError."""
+class NoChatTemplateError(InvalidRequestError):
+    """The base has no chat template: it is no chat model, or its folder lacks a file."""
+
+    reason = "NO_CHAT_TEMPLATE"
+
+
+def render_messages(value: Any, template: ChatTemplate | None) -> str:
+    """The prompt that the base's template makes of the messages of a body. Raises InvalidRequestError."""
+    messages = _read_messages(value)
+    if template is None:
+        raise NoChatTemplateError(
+            "the base has no chat template: its folder needs chat_template.jinja, or chat_template in "
+            "tokenizer_config.json; /v1/completions takes plain prompts",
+            "messages",
+        )
+    try:
+        return template.render(messages)
+    except ChatError as error:
+        raise InvalidRequestError(str(error), "messages") from None
+
+
+def _read_messages(value: Any) -> list[Message]:
+    """The messages with their content as text."""
     if not isinstance(value, list) or not value:
         raise InvalidRequestError("messages must be a list of at least one message", "messages")
     return [_read_message(item, f"messages[{i}]") for i, item in enumerate(cast(list[object], value))]
@@ -29,7 +51,6 @@ def _read_message(value: object, where: str) -> Message:
 
 
 def _read_content(value: Any, where: str) -> str:
-    """A text, or parts of a text."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API writes them, whole or as chunks of a stream."""
+"""HTTP responses in OpenAI's form: completions and chat completions, whole or as chunks of a stream."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -18,9 +18,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class ResponseHead:
-    """What every message of one answer repeats.
+    """The fields that all messages of one answer have.
 
-    model: which one answers, an alias resolved. revision: of the adapter, or the base's fingerprint.
+    model: with aliases resolved. revision: of the adapter, or the base's fingerprint.
     """
 
     id: str
@@ -29,7 +29,7 @@ class ResponseHead:
     created_seconds: int = field(default_factory=lambda: int(time.time()))
 
     def fields(self, kind: str) -> Json:
-        """As JSON."""
+        """The JSON fields of a message of this kind."""
         return {
             "id": self.id,
             "object": kind,
@@ -40,7 +40,7 @@ class ResponseHead:
 
 
 class ResponseWriter:
-    """Both of OpenAI's forms. is_chat: the one of chats; with_token_ids: beyond OpenAI's, each choice tells them."""
+    """Writes completions or, with is_chat, chat completions. with_token_ids: an extension, adds them to each choice."""
 
     def __init__(self, tokenizer: Tokenizer, *, is_chat: bool, with_token_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -48,30 +48,30 @@ class ResponseWriter:
         self._with_token_ids = with_token_ids
 
     def completion(self, head: ResponseHead, parts: Iterable[Part], session: Session) -> Json:
-        """The answer at once."""
+        """The whole answer."""
         choices = [self._choice(part, self._message(part)) for part in parts]
         kind = "chat.completion" if self.is_chat else "text_completion"
         return {**head.fields(kind), "choices": choices, "usage": usage(session)}
 
     def chunk(self, head: ResponseHead, part: Part) -> Json:
-        """A part of a stream."""
+        """One chunk of a stream."""
         text = _text(part)
         content: Json = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
         return {**head.fields(self._chunk_kind), "choices": [self._choice(part, content)]}
 
     def first_chunks(self, head: ResponseHead, num_candidates: int) -> list[Json]:
-        """What a stream begins with: in a chat, whose turn it is."""
+        """The first chunks of a stream: in a chat, the role of each choice."""
         delta = {"role": "assistant", "content": ""}
         choice = {"delta": delta, "logprobs": None, "finish_reason": None}
         fields = head.fields(self._chunk_kind)
         return [{**fields, "choices": [{"index": i, **choice}]} for i in range(num_candidates if self.is_chat else 0)]
 
     def usage_chunk(self, head: ResponseHead, session: Session) -> Json:
-        """The last chunk of a stream that asked for its usage."""
+        """The last chunk of a stream with `include_usage`."""
         return {**head.fields(self._chunk_kind), "choices": [], "usage": usage(session)}
 
     def has_content(self, part: Part) -> bool:
-        """Whether a part is worth a chunk: a token may end within a character."""
+        """Whether a part needs a chunk. It may be empty: a token can end within a character."""
         return bool(part.text or part.logprobs or part.finish_reason or part.echo or self._with_token_ids)
 
     @property
@@ -109,12 +109,12 @@ class ResponseWriter:
 
     def _token(self, token: int, logprob: float) -> Json:
         (text,) = self._tokenizer.pieces([token])
-        # A token within a character has no text of its own to take bytes from.
+        # Part of a character has no text to take bytes from.
         spelled = None if _INCOMPLETE in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": spelled}
 
     def _completion_logprobs(self, part: Part) -> Json | None:
-        """With the prompt's, where that is repeated: nothing tells how likely its first token was."""
+        """With `echo` also the prompt's; its first token has no log-probability."""
         items, offsets, first = part.logprobs, part.offsets, list[int]()
         if part.echo is not None and part.echo.logprobs is not None:
             items, first = [*part.echo.logprobs, *items], [part.echo.token_ids[0]]
@@ -130,7 +130,7 @@ class ResponseWriter:
         }
 
     def _top(self, item: TokenLogprob) -> dict[str, float]:
-        """By text, in which two tokens may be alike: the likelier one is told."""
+        """By text. Of two tokens with the same text the more likely one is kept."""
         texts = self._tokenizer.pieces([token for token, _ in item.top])
         best: dict[str, float] = {}
         for text, (_, logprob) in zip(texts, item.top, strict=True):
@@ -143,7 +143,7 @@ def _text(part: Part) -> str:
 
 
 def usage(session: Session) -> Json:
-    """Tokens counted over the whole request, as gRPC's Usage counts them."""
+    """Token counts over the whole request, the same as in gRPC's Usage."""
     prompt, generated = session.num_prompt_tokens, session.num_generated_tokens
     return {
         "prompt_tokens": prompt,

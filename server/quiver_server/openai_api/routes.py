@@ -1,8 +1,8 @@
-"""The endpoints of the HTTP front. Each request becomes what gRPC's would be, and runs as gRPC's does."""
+"""HTTP endpoints: parses a body, submits it to the shared request handler, responds whole or as a stream."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -11,19 +11,12 @@ from typing import Any, cast
 from aiohttp import web
 
 from quiver_peft.chat_template import ChatTemplate
-from quiver_peft.errors import ChatError
 from quiver_server.errors import InvalidRequestError, RequestError
 from quiver_server.openai_api.choices import Choices
 from quiver_server.openai_api.errors import dumps, error_body, error_response
-from quiver_server.openai_api.messages import read_messages
+from quiver_server.openai_api.messages import render_messages
 from quiver_server.openai_api.models import Models
-from quiver_server.openai_api.parameters import (
-    CHAT_PARAMETERS,
-    COMPLETION_PARAMETERS,
-    ParsedRequest,
-    read_parameters,
-)
-from quiver_server.openai_api.prompts import read_prompts
+from quiver_server.openai_api.parameters import ParsedRequest, read_chat, read_completion
 from quiver_server.openai_api.responses import Json, ResponseHead, ResponseWriter
 from quiver_server.requests.handler import RequestHandler
 from quiver_server.requests.session import Piece, Session
@@ -32,24 +25,18 @@ from quiver_server.telemetry.call import current_call
 _STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
-class NoChatTemplateError(InvalidRequestError):
-    """The base has no chat template: it was not made for chats, or its folder lacks a file."""
-
-    reason = "NO_CHAT_TEMPLATE"
-
-
 @dataclass(frozen=True)
 class _Answer:
-    """One answer in the making."""
+    """One answer in progress."""
 
-    question: ParsedRequest
+    parsed: ParsedRequest
     writer: ResponseWriter
     session: Session
     choices: Choices
 
 
 class Routes:
-    """`/v1/*`. chat_template: the base's, if it has one."""
+    """The endpoints under `/v1`. chat_template: the base's, if it has one."""
 
     def __init__(self, handler: RequestHandler, models: Models, chat_template: ChatTemplate | None) -> None:
         self._handler = handler
@@ -66,56 +53,39 @@ class Routes:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""
-        body = await _read_body(request)
-        question = read_parameters(body, "prompt", COMPLETION_PARAMETERS)
-        return await self._answer(request, question, read_prompts(body.get("prompt")), is_chat=False)
+        parsed = read_completion(await _read_body(request))
+        return await self._respond(request, parsed, is_chat=False)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
         body = await _read_body(request)
-        question = read_parameters(body, "messages", CHAT_PARAMETERS)
-        messages = read_messages(body.get("messages"))
-        if self._chat_template is None:
-            raise NoChatTemplateError(
-                "the base has no chat template: its folder needs chat_template.jinja, or chat_template in "
-                "tokenizer_config.json; /v1/completions takes plain prompts",
-                "messages",
-            )
-        try:
-            text = self._chat_template.render(messages)
-        except ChatError as error:
-            raise InvalidRequestError(str(error), "messages") from None
-        try:
-            # The template writes the special tokens itself.
-            ids = await self._handler.tokenize(text, add_special_tokens=False)
-        except RequestError as error:
-            return _refused(error, question)
-        return await self._answer(request, question, [ids], is_chat=True)
+        parsed = read_chat(body)
+        parsed.request.prompts = (render_messages(body.get("messages"), self._chat_template),)
+        return await self._respond(request, parsed, is_chat=True)
 
-    async def _answer(
-        self, request: web.Request, question: ParsedRequest, prompts: Sequence[str | list[int]], *, is_chat: bool
-    ) -> web.StreamResponse:
-        writer = ResponseWriter(self._handler.tokenizer, is_chat=is_chat, with_token_ids=question.return_token_ids)
-        question.message.adapter_id = await self._models.adapter_id(question.model)
+    async def _respond(self, request: web.Request, parsed: ParsedRequest, *, is_chat: bool) -> web.StreamResponse:
+        parsed.request.adapter_id = await self._models.adapter_id(parsed.model)
         try:
-            session = await self._handler.submit_batch(question.message, prompts, draws=question.is_generation)
-            choices = Choices(self._handler.tokenizer, session, prompts if question.echo else ())
-            answer = _Answer(question, writer, session, choices)
+            session = await self._handler.open_session(parsed.request)
+            writer = ResponseWriter(self._handler.tokenizer, is_chat=is_chat, with_token_ids=parsed.return_token_ids)
+            choices = Choices(self._handler.tokenizer, session, parsed.request.prompts if parsed.echo else ())
+            answer = _Answer(parsed, writer, session, choices)
             async with aclosing(cast("Any", self._handler.pieces(session))) as pieces:
-                if question.stream:
+                if parsed.stream:
                     return await self._stream(request, answer, pieces)
                 async for piece in pieces:
                     choices.add(piece)
             return web.json_response(text=await self._whole(answer))
         except RequestError as error:
-            return _refused(error, question)
+            current_call().refuse(error)
+            return error_response(error, parsed.field_names)
 
     def _head(self, session: Session, is_chat: bool) -> ResponseHead:
         prefix = "chatcmpl" if is_chat else "cmpl"
         return ResponseHead(f"{prefix}-{current_call().request_id}", *self._models.response_name(session))
 
     async def _stream(self, request: web.Request, answer: _Answer, pieces: AsyncIterator[Piece]) -> web.StreamResponse:
-        """Server-sent events. What fails before the first token has a status of its own, later only an event."""
+        """Server-sent events. A failure before the first token has its own status, a later one is only an event."""
         first = await anext(pieces)
         response = web.StreamResponse(headers=_STREAM_HEADERS)
         await response.prepare(request)
@@ -125,19 +95,19 @@ class Routes:
             await _send(response, "[DONE]")
         except RequestError as error:
             current_call().refuse(error)
-            await _send(response, dumps(error_body(error, answer.question.names)))
+            await _send(response, dumps(error_body(error, answer.parsed.field_names)))
         await response.write_eof()
         return response
 
     async def _whole(self, answer: _Answer) -> str:
         head, parts = self._head(answer.session, answer.writer.is_chat), answer.choices.parts
         work = partial(answer.writer.completion, head, parts, answer.session)
-        return dumps(await asyncio.to_thread(work) if answer.question.echo else work())
+        return dumps(await asyncio.to_thread(work) if answer.parsed.echo else work())
 
     async def _chunks(self, answer: _Answer, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[Json]:
-        question, writer, session, choices = answer.question, answer.writer, answer.session, answer.choices
+        parsed, writer, session, choices = answer.parsed, answer.writer, answer.session, answer.choices
         head = self._head(session, writer.is_chat)
-        without_usage = {"usage": None} if question.include_usage else {}
+        without_usage = {"usage": None} if parsed.include_usage else {}
         for chunk in writer.first_chunks(head, session.num_candidates):
             yield {**chunk, **without_usage}
         piece: Piece | None = first
@@ -146,17 +116,12 @@ class Routes:
             part = choices.take(piece.index)
             if writer.has_content(part):
                 work = partial(writer.chunk, head, part)
-                # A prompt may be long: the loop answers others meanwhile.
+                # An echoed prompt may be long; the event loop serves other requests meanwhile.
                 chunk = await asyncio.to_thread(work) if part.echo else work()
                 yield {**chunk, **without_usage}
             piece = await anext(pieces, None)
-        if question.include_usage:
+        if parsed.include_usage:
             yield writer.usage_chunk(head, session)
-
-
-def _refused(error: RequestError, question: ParsedRequest) -> web.Response:
-    current_call().refuse(error)
-    return error_response(error, question.names)
 
 
 async def _send(response: web.StreamResponse, data: str) -> None:
@@ -164,15 +129,15 @@ async def _send(response: web.StreamResponse, data: str) -> None:
 
 
 async def _read_body(request: web.Request) -> Mapping[str, Any]:
-    """The request's JSON object. Raises InvalidRequestError, and aiohttp's error for a body that is too large."""
+    """The body's JSON object. Raises InvalidRequestError, and aiohttp's error for a body that is too large."""
     if request.content_type != "application/json":
-        # Nor can a web page of somebody else's then send one: browsers ask before they do.
+        # Also a defense: browsers ask the server before a foreign web page may send this type.
         raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
     raw = await request.read()
     try:
         body = json.loads(raw)
         if b"\\u" in raw:
-            json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(body, ensure_ascii=False).encode()  # refuses half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):

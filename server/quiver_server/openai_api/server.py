@@ -1,4 +1,4 @@
-"""The HTTP server of the front: its routes, what every request goes through, its start and its end."""
+"""HTTP server: routes, the middleware that authenticates and records every request, start and drain."""
 
 import asyncio
 import logging
@@ -29,16 +29,16 @@ log = logging.getLogger(__name__)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _PAGE = "/metrics"
-_OPEN = "/health"  # and below: what probes it has no token
+_OPEN = "/health"  # and below; probes have no token
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
-_CANCEL_SECONDS = 1.0  # how long requests that did not end within the grace period have to be cancelled
+_CANCEL_SECONDS = 1.0  # the time that requests have to end once they are cancelled after the grace period
 
 
 class HttpServer:
     """Serves until `drain`. Lives in the event loop."""
 
     def __init__(
-        self, handlers: Routes, access: Authenticator, recorder: CallRecorder, metrics: Metrics, max_body_bytes: int
+        self, routes: Routes, access: Authenticator, recorder: CallRecorder, metrics: Metrics, max_body_bytes: int
     ) -> None:
         self._access = access
         self._recorder = recorder
@@ -53,13 +53,13 @@ class HttpServer:
                 web.get("/health/ready", self._ready),
                 web.get("/health/live", self._live),
                 web.get(_PAGE, self._page),
-                web.get("/v1/models", handlers.list_models),
-                web.get("/v1/models/{model}", handlers.get_model),
-                web.post("/v1/completions", handlers.complete),
-                web.post("/v1/chat/completions", handlers.chat),
+                web.get("/v1/models", routes.list_models),
+                web.get("/v1/models/{model}", routes.get_model),
+                web.post("/v1/completions", routes.complete),
+                web.post("/v1/chat/completions", routes.chat),
             ]
         )
-        # What aiohttp itself would log are requests that are not HTTP, with the bytes that they sent.
+        # aiohttp itself would log requests that are not HTTP, with the bytes that they sent.
         silent = logging.getLogger(f"{__name__}.aiohttp")
         silent.disabled = True
         self._runner = web.AppRunner(
@@ -74,7 +74,7 @@ class HttpServer:
         return f"{'http' if tls is None else 'https'}://{host}:{site.port}"
 
     async def drain(self, seconds: float) -> None:
-        """Not ready any more; what runs has so long to end. New requests are refused until it has, then not heard."""
+        """Report not ready, give running requests `seconds` to end, then stop. New requests are refused meanwhile."""
         self._draining = True
         if self._running:
             _, late = await asyncio.wait(self._running, timeout=seconds)
@@ -84,7 +84,7 @@ class HttpServer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """A name and a caller for each request; every failure in OpenAI's form."""
+        """Gives each request an id and a caller, and each failure OpenAI's form."""
         if request.path.startswith(_OPEN):
             return await handler(request)
         task = asyncio.current_task()
@@ -92,7 +92,7 @@ class HttpServer:
         self._running.add(task)
         try:
             call = enter_call(_method_of(request), request.headers)
-            # Scrapes are many and all alike.
+            # Scrapes are frequent, and all the same.
             with nullcontext() if request.path == _PAGE else self._recorder.recording(call):
                 return await self._answer(request, handler, call)
         finally:
@@ -123,7 +123,7 @@ class HttpServer:
         return web.json_response({"status": status}, status=503 if self._draining else 200)
 
     async def _page(self, request: web.Request) -> web.Response:
-        """Prometheus' page: the names of all adapters are on it."""
+        """Prometheus' page. For administrators: it names all adapters."""
         current_caller().check_admin()
         page = await asyncio.to_thread(generate_latest, self._metrics.registry)
         return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -133,7 +133,7 @@ class HttpServer:
 
 
 def _method_of(request: web.Request) -> str:
-    """What was called: a route, so that nobody can make up as many as they like."""
+    """The route, not the path: metrics have a label for each, and clients must not invent them."""
     route = request.match_info.route.resource
     return "unknown" if route is None else f"{request.method} {route.canonical}"
 

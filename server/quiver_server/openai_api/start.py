@@ -1,4 +1,4 @@
-"""Wiring of the HTTP front."""
+"""Starts the HTTP API: builds its parts and takes the port."""
 
 from quiver_peft.chat_template import read_chat_template
 from quiver_server.adapters.manager import AdapterManager
@@ -16,16 +16,16 @@ from quiver_server.tls import http_context, tls_files
 async def start_http_server(
     config: ServerConfig,
     handler: RequestHandler,
-    store: AdapterManager,
+    adapters: AdapterManager,
     access: Authenticator,
     recorder: CallRecorder,
     metrics: Metrics,
     fingerprint: str,
 ) -> tuple[HttpServer, str]:
-    """Begin to serve; returns the front and its address. fingerprint: of the base. Raises OSError and QuiverError."""
-    models = Models(config.base.resolve().name, fingerprint, store)
-    handlers = Routes(handler, models, read_chat_template(config.base))
-    front = HttpServer(handlers, access, recorder, metrics, config.max_message_mib * 2**20)
+    """Start the server; returns it and its address. fingerprint: of the base. Raises OSError and QuiverError."""
+    models = Models(config.base.resolve().name, fingerprint, adapters)
+    routes = Routes(handler, models, read_chat_template(config.base))
+    server = HttpServer(routes, access, recorder, metrics, config.max_message_mib * 2**20)
     files = tls_files(config)
-    address = await front.start(config.host, config.http_port, None if files is None else http_context(files))
-    return front, address
+    address = await server.start(config.host, config.http_port, None if files is None else http_context(files))
+    return server, address

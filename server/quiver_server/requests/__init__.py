@@ -1,1 +1,1 @@
-"""Requests on their way to the engine: validation, admission, sessions, detokenization. No wire format."""
+"""Requests between the APIs and the engine: validation, admission, sessions, detokenization. No message formats."""

@@ -1,4 +1,4 @@
-"""How many sequences may run or wait at once: in all, and of one adapter. Who finds no place is refused at once."""
+"""Admission control: bounds the sequences that run or wait, in all and for each adapter. Refuses at once."""
 
 from collections import Counter
 
@@ -6,10 +6,10 @@ from quiver_server.errors import BusyError, InvalidRequestError
 
 
 class Admission:
-    """Counts what is inside. Lives in the event loop.
+    """Counts the sequences that run or wait. Lives in the event loop.
 
-    max_open: sequences that may run or wait. max_share: of these, what one adapter (or the base) may take, so that no
-    flood of requests for it keeps others out.
+    max_open: the most in all. max_share: the part of these that one adapter (or the base) may take, so that a flood of
+    requests for one adapter leaves room for the other adapters.
     """
 
     def __init__(self, max_open: int, max_share: float) -> None:
@@ -17,8 +17,8 @@ class Admission:
         self._max_open_of_one = max(int(max_open * max_share), 1)
         self._num_open_of: Counter[str] = Counter()  # by adapter id
 
-    def check(self, tenant: str, num_sequences: int) -> None:
-        """Raises BusyError where there is no place for a request now, InvalidRequestError where there never is."""
+    def check(self, fairness_key: str, num_sequences: int) -> None:
+        """Raises BusyError when there is no room now, InvalidRequestError when there can never be."""
         if num_sequences > self._max_open_of_one:
             raise InvalidRequestError(
                 f"the request asks for {num_sequences} sequences at once; this server holds {self._max_open_of_one} of "
@@ -29,20 +29,18 @@ class Admission:
             raise BusyError(
                 f"{num_open} sequences are running or waiting, which is all this server holds; try again shortly"
             )
-        num_own = self._num_open_of[tenant]
+        num_own = self._num_open_of[fairness_key]
         if num_own + num_sequences > self._max_open_of_one:
-            who = f"adapter {tenant!r}" if tenant else "the base"
+            who = f"adapter {fairness_key!r}" if fairness_key else "the base"
             raise BusyError(
                 f"{who} has {num_own} sequences running or waiting and is asked for {num_sequences} more; its "
                 f"share of this server is {self._max_open_of_one} (--max-adapter-share)"
             )
 
-    def acquire(self, tenant: str, num_sequences: int) -> None:
-        """A request takes its places."""
-        self._num_open_of[tenant] += num_sequences
+    def acquire(self, fairness_key: str, num_sequences: int) -> None:
+        self._num_open_of[fairness_key] += num_sequences
 
-    def release(self, tenant: str, num_sequences: int) -> None:
-        """It gives them back; ids that nobody has leave nothing behind."""
-        self._num_open_of[tenant] -= num_sequences
-        if not self._num_open_of[tenant]:
-            del self._num_open_of[tenant]
+    def release(self, fairness_key: str, num_sequences: int) -> None:
+        self._num_open_of[fairness_key] -= num_sequences
+        if not self._num_open_of[fairness_key]:  # ids that no adapter has must not pile up
+            del self._num_open_of[fairness_key]

@@ -1,4 +1,4 @@
-"""From token ids to text, piece by piece: whole characters only, and stop strings found wherever tokens split them."""
+"""Incremental detokenization: whole characters only, and stop strings found across token boundaries."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -10,21 +10,20 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass
 class IncrementalDetokenizer:
-    """What each token adds to the text of those before it. num_characters: of the text so far."""
+    """Decodes token ids one by one. num_characters: of the text so far."""
 
     tokenizer: Tokenizer
     num_characters: int = 0
     _ids: list[int] = field(default_factory=list[int])
-    _window: int = 0  # ids from here on are decoded together, because a token's text may depend on its neighbours
+    _window: int = 0  # ids from here on are decoded together: a token's text may depend on its neighbors
     _num_read: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """So far."""
         return len(self._ids)
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that is whole now: not half a character."""
+        """Add a token; returns the text that is complete now, without half a character."""
         self._ids.append(token_id)
         before = self.tokenizer.decode(self._ids[self._window : self._num_read])
         now = self.tokenizer.decode(self._ids[self._window :])
@@ -35,7 +34,7 @@ class IncrementalDetokenizer:
         return now[len(before) :]
 
     def finish(self) -> str:
-        """No token follows; returns what was not whole."""
+        """Returns the incomplete rest, after the last token."""
         rest = self.tokenizer.decode(self._ids[self._window :])
         rest = rest[len(self.tokenizer.decode(self._ids[self._window : self._num_read])) :]
         self._num_read = len(self._ids)
@@ -44,7 +43,7 @@ class IncrementalDetokenizer:
 
 
 def token_offsets(tokenizer: Tokenizer, ids: Seq[int]) -> list[int]:
-    """Where in the text of all each token begins; within a character, where that does."""
+    """The character offset of each token in the text of all of them. A token within a character has its offset."""
     spelling, offsets = IncrementalDetokenizer(tokenizer), list[int]()
     for token_id in ids:
         offsets.append(spelling.num_characters)
@@ -54,9 +53,9 @@ def token_offsets(tokenizer: Tokenizer, ids: Seq[int]) -> list[int]:
 
 @dataclass
 class TextStream:
-    """The text of one candidate as it grows.
+    """The growing text of one candidate.
 
-    text: what may be shown so far. stopped: whether a stop string was found; `text` is then final.
+    text: the part that can be sent so far. stopped: whether a stop string was found; `text` is then final.
     """
 
     tokenizer: Tokenizer
@@ -71,17 +70,17 @@ class TextStream:
         self._spelling = IncrementalDetokenizer(self.tokenizer)
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that may now be shown: not half a character, not the start of a stop."""
+        """Add a token; returns the text that can be sent now, without the start of a stop string."""
         self._decoded += self._spelling.push(token_id)
         return self._emit(final=False)
 
     def finish(self) -> str:
-        """No token follows; returns the text that was held back."""
+        """Returns the text that was held back, after the last token."""
         self._decoded += self._spelling.finish()
         return self._emit(final=True)
 
     def _emit(self, *, final: bool) -> str:
-        """Move what is safe from `_decoded` to `text`."""
+        """Moves what can be sent from `_decoded` to `text`."""
         if self.stopped:
             return ""
         end = len(self._decoded)
@@ -95,7 +94,7 @@ class TextStream:
         return shown
 
     def _find_stop(self) -> int | None:
-        """Where the text ends because of the first stop string in it, or None."""
+        """Where the first stop string ends the text, or None."""
         found = [
             (start, start + len(stop) if self.include_stop_string else start)
             for stop in self.stop_strings
@@ -104,7 +103,7 @@ class TextStream:
         return min(found)[1] if found else None
 
     def _held_suffix(self) -> int:
-        """The length of the longest end of the text that a stop string could begin with."""
+        """The length of the longest suffix that could be the start of a stop string."""
         longest = max((len(stop) for stop in self.stop_strings), default=1) - 1
         for length in range(min(longest, len(self._decoded) - len(self.text)), 0, -1):
             if any(stop.startswith(self._decoded[-length:]) for stop in self.stop_strings):

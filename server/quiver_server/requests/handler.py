@@ -1,104 +1,67 @@
-"""Between the service and the engine: a request is read, allowed, admitted and run, and its end counted."""
+"""Request handler shared by gRPC and HTTP: authorize, validate, admit, run, record."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import TypeVar
 
-from quiver.v1 import generation_pb2
 from quiver_peft.tokenizer import Tokenizer
 from quiver_server.auth import current_caller
 from quiver_server.errors import DrainingError, RequestError, require
 from quiver_server.requests.generation import RequestRunner
 from quiver_server.requests.limits import Limits
-from quiver_server.requests.prompt_request import PromptRequest, fairness_key_of, prompt_error_context
+from quiver_server.requests.prompt_request import GenerationRequest, ScoringRequest, fairness_key_of
 from quiver_server.requests.session import Piece, Session
-from quiver_server.requests.validation import parse_generate_request, parse_score_request
-from quiver_server.telemetry.call import CallContext, current_call, set_request_id
+from quiver_server.requests.validation import validate
+from quiver_server.telemetry.call import CallContext, current_call
 from quiver_server.telemetry.metrics import Metrics
 
-_LONG_BYTES = 16 * 1024  # what takes milliseconds to tokenize
+_LONG_CHARACTERS = 16 * 1024  # tokenizing so many takes milliseconds
 
 T = TypeVar("T")
 
 
-async def _in_thread_if_long(num_bytes: int, work: Callable[[], T]) -> T:
-    """Long texts are read in a thread: the loop answers others meanwhile."""
-    return await asyncio.to_thread(work) if num_bytes > _LONG_BYTES else work()
+async def _in_thread_if_long(num_characters: int, work: Callable[[], T]) -> T:
+    """Long texts are tokenized in a thread, so that the event loop serves other requests meanwhile."""
+    return await asyncio.to_thread(work) if num_characters > _LONG_CHARACTERS else work()
 
 
 class RequestHandler:
     """Opens sessions for the current caller and runs them. Lives in the event loop."""
 
     def __init__(self, request_runner: RequestRunner, tokenizer: Tokenizer, limits: Limits, metrics: Metrics) -> None:
-        self.generator = request_runner
+        self.request_runner = request_runner
         self.tokenizer = tokenizer
         self.limits = limits
         self._metrics = metrics
 
-    async def submit(self, message: generation_pb2.GenerateRequest) -> Session:
-        """Admit a request to generate. Raises RequestError."""
-        return await self._submit(
-            message, lambda: (parse_generate_request(message, self.tokenizer, self.limits),), 1, message.ByteSize()
-        )
-
-    async def submit_batch(
-        self, message: generation_pb2.GenerateRequest, prompts: Sequence[str | list[int]], *, draws: bool
-    ) -> Session:
-        """Admit one request of several prompts, texts or token ids: all of them or none.
-
-        message: what else it says; its own prompt is overwritten. draws: whether tokens are generated; otherwise the
-        prompts are scored. Raises RequestError.
-        """
-
-        def read() -> tuple[PromptRequest, ...]:
-            several: list[PromptRequest] = []
-            for i, prompt in enumerate(prompts):
-                _set_prompt(message, prompt)
-                with prompt_error_context(i, len(prompts)):
-                    asked = parse_generate_request(message, self.tokenizer, self.limits)
-                several.append(asked if draws else asked.as_scoring_request())
-            return tuple(several)
-
-        return await self._submit(message, read, len(prompts), sum(map(len, prompts)))
-
-    async def submit_score(self, message: generation_pb2.ScoreRequest) -> Session:
-        """Admit a request to score. Raises RequestError."""
-        return await self._submit(
-            message, lambda: (parse_score_request(message, self.tokenizer, self.limits),), 1, message.ByteSize()
-        )
-
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text that could be a prompt. Raises RequestError."""
-        if self.generator.draining:
-            raise DrainingError("the server is stopping")
-        require(bool(text), "text", "empty", "at least one character")
-        self.limits.check_text(text, "text")
-        return await _in_thread_if_long(
-            len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        )
-
-    async def _submit(
-        self,
-        message: generation_pb2.GenerateRequest | generation_pb2.ScoreRequest,
-        read: Callable[[], tuple[PromptRequest, ...]],
-        num_prompts: int,
-        num_bytes: int,
-    ) -> Session:
+    async def open_session(self, request: GenerationRequest | ScoringRequest) -> Session:
+        """Admit a request: all of its prompts or none. Raises RequestError."""
         try:
-            if message.request_id:
-                set_request_id(message.request_id)
-            current_caller().check_adapter(message.adapter_id)
-            if num_prompts > 1:  # before anything is spent on them
-                self.generator.check_capacity(fairness_key_of(message.adapter_id), num_prompts)
-            return self.generator.admit(await _in_thread_if_long(num_bytes, read))
+            current_caller().check_adapter(request.adapter_id)
+            if len(request.prompts) > 1:  # before tokenizing any
+                self.request_runner.check_capacity(fairness_key_of(request.adapter_id), len(request.prompts))
+            num_characters = sum(map(len, request.prompts))
+            if isinstance(request, ScoringRequest):
+                num_characters += sum(map(len, request.continuations))
+            work = partial(validate, request, self.tokenizer, self.limits)
+            return self.request_runner.admit(await _in_thread_if_long(num_characters, work))
         except RequestError as error:
             self._metrics.requests.labels("", error.code.name).inc()
             raise
 
+    async def tokenize(self, text: str) -> list[int]:
+        """The token ids of a text, as a prompt has them. Raises RequestError."""
+        if self.request_runner.draining:
+            raise DrainingError("the server is stopping")
+        require(bool(text), "text", "empty", "at least one character")
+        self.limits.check_text(text, "text")
+        return await _in_thread_if_long(len(text), partial(self.tokenizer.encode, text))
+
     async def pieces(self, session: Session) -> AsyncIterator[Piece]:
         """The session's pieces, within the caller's limits. Raises RequestError."""
         code = "CANCELLED"
-        pieces = self.generator.run(session)
+        pieces = self.request_runner.run(session)
         try:
             with current_caller().reserve(session.num_candidates):
                 async for piece in pieces:
@@ -118,15 +81,8 @@ class RequestHandler:
             metrics.generated_tokens.labels(adapter).inc(session.num_generated_tokens)
 
 
-def _set_prompt(message: generation_pb2.GenerateRequest, prompt: str | list[int]) -> None:
-    if isinstance(prompt, str):
-        message.text = prompt
-    else:
-        message.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
-
-
 def _log_request(call: CallContext, session: Session) -> None:
-    """What a request came to, in the record of its call: counts and names, nothing that was said."""
+    """Adds the request's counts, names and times to the record of its call, and never its text."""
     if session.adapter is not None:
         call.details |= {"adapter": session.adapter.id, "revision": session.adapter.revision}
     call.details |= {

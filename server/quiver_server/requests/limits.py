@@ -1,4 +1,4 @@
-"""What requests are measured against: lengths in tokens, and how many of each thing. Cheap checks come first."""
+"""Limits of a request: the server's bounds on lengths and counts, and the checks that need them."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ MAX_PRIORITY = 10
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests are measured against. Lengths in tokens.
+    """The bounds of one server. Lengths are in tokens.
 
-    max_prompt, max_new: the server's own bounds, at most context_length. max_source_length: of what an encoder reads,
-    which it does in one step; None with a decoder-only base. longest_token: characters.
+    max_prompt, max_new: the server's options, at most context_length. max_source_length: the encoder's input, which
+    it reads in one step; None with a decoder-only base. longest_token: in characters.
     """
 
     vocab_size: int
@@ -32,17 +32,13 @@ class Limits:
     eos_ids: frozenset[int]
 
     def check_text(self, text: str, field: str) -> None:
-        """Before anything is spent on it: whether a text could be a prompt at all. Raises InvalidRequestError."""
+        """Raises InvalidRequestError for a text that is too long for any prompt, before it is tokenized."""
         most = self.max_prompt * self.longest_token
-        if len(text) > most:
-            raise InvalidRequestError(
-                f"{field} has {len(text)} characters; {self.max_prompt} tokens, the longest prompt that this server "
-                f"takes, have {most} at most",
-                field,
-            )
+        rule = f"at most {most} characters, the most that {self.max_prompt} tokens have (this server's longest prompt)"
+        require(len(text) <= most, field, f"a text of {len(text)} characters", rule)
 
     def check_tokens(self, tokens: Seq[int], field: str) -> None:
-        """Raises InvalidRequestError for one that the vocabulary lacks."""
+        """Raises InvalidRequestError for a token id outside of the vocabulary."""
         largest = max(tokens, default=0)
         require(largest < self.vocab_size, field, largest, f"below the vocabulary size {self.vocab_size}")
 
@@ -63,7 +59,7 @@ class Limits:
         self.check_source_length(num_tokens, 0, field)
 
     def check_source_length(self, num_tokens: int, num_virtual_tokens: int, field: str) -> None:
-        """Raises InvalidRequestError for a source that an encoder could not read in one step."""
+        """Raises InvalidRequestError for a prompt that the encoder cannot read in one step."""
         limit = self.max_source_length
         if limit is not None and num_virtual_tokens + num_tokens > limit:
             virtual = f" beside {num_virtual_tokens} virtual tokens of the adapter" if num_virtual_tokens else ""
@@ -74,9 +70,9 @@ class Limits:
             )
 
     def check_new_tokens(self, wanted: int) -> None:
-        """Raises InvalidRequestError for an answer longer than anybody may ask for."""
-        field = "stopping.max_new_tokens"
+        """Raises InvalidRequestError for an answer longer than the server allows."""
+        field = "max_new_tokens"
         require(wanted >= 1, field, wanted, "at least 1")
-        # As large as the context: cut where it ends, whatever was asked for.
+        # A bound of the whole context refuses nothing: longer answers are cut where the context ends.
         if self.max_new < self.context_length:
             require(wanted <= self.max_new, field, wanted, f"at most {self.max_new} (--max-new-tokens)")

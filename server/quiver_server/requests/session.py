@@ -1,4 +1,4 @@
-"""One admitted request while it runs: its prompts, the adapter it holds, its candidates, and when what happened."""
+"""Session: one admitted request while it runs, with its adapter, its candidates and timestamps."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from quiver_server.telemetry.metrics import Metrics
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token adds to one candidate. index: which, counted over all prompts."""
+    """What one token adds to one candidate. index: of the candidate, counted over all prompts."""
 
     index: int
     text: str
@@ -27,17 +27,17 @@ class Piece:
 
 @dataclass(eq=False)
 class Candidate:
-    """One candidate: its sequence in the engine and its text. number: among all of the request's, 0 ... ."""
+    """One candidate: its sequence in the engine and its text. number: counted over all prompts, from 0."""
 
     number: int
     sequence: Sequence
     text: TextStream
-    released: asyncio.Event  # set once the engine has let go of the sequence
+    released: asyncio.Event  # set when the engine has released the sequence
     ended: bool = False
     last_token_seconds: float | None = None
 
     def on_event(self, event: TokenEvent) -> Piece:
-        """The piece that an event makes; `ended` afterwards tells whether it was the last."""
+        """The event's piece. Sets `ended` with the last one."""
         token = event.token_id
         assert token is not None
         reason = event.finish_reason
@@ -53,11 +53,11 @@ class Candidate:
 class Session:
     """One admitted request. adapter: None for the base. Times are of the monotonic clock.
 
-    asked: one for each prompt, all of one adapter. Candidate c of prompt p is number p * n + c.
+    requests: one for each prompt, all for one adapter. Candidate c of prompt p has the number p * n + c.
     """
 
-    def __init__(self, prompts: tuple[PromptRequest, ...], arrival_seconds: float) -> None:
-        self.asked = prompts
+    def __init__(self, requests: tuple[PromptRequest, ...], arrival_seconds: float) -> None:
+        self.requests = requests
         self.adapter: LoadedRevision | None = None
         self.arrival_seconds = arrival_seconds
         self.leased_seconds: float | None = None  # when the adapter was in memory
@@ -72,41 +72,41 @@ class Session:
 
     @property
     def adapter_id(self) -> str:
-        """As it was asked for."""
-        return self.asked[0].adapter_id
+        """As the client sent it."""
+        return self.requests[0].adapter_id
 
     @property
     def fairness_key(self) -> str:
-        """Whose places it takes."""
-        return self.asked[0].fairness_key
+        """The adapter's id without a revision; "" for the base."""
+        return self.requests[0].fairness_key
 
     @property
     def is_generation(self) -> bool:
         """Whether it generates; otherwise it scores."""
-        return self.asked[0].is_generation
+        return self.requests[0].is_generation
 
     @property
     def num_candidates(self) -> int:
-        """Of all prompts."""
-        return sum(asked.num_candidates for asked in self.asked)
+        return sum(request.num_candidates for request in self.requests)
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Each prompt's counted once; what continues it, when scoring, is none of it."""
-        return sum(len(asked.prompt) for asked in self.asked)
+        """Prompt tokens, each prompt once; continuations of a scoring request do not count."""
+        return sum(len(request.prompt) for request in self.requests)
 
     @property
     def num_sent_tokens(self) -> int:
-        """Tokens that were sent: the prompts, and each continuation."""
-        return self.num_prompt_tokens + sum(len(tokens) for asked in self.asked for tokens in asked.continuations)
+        """Tokens that the client sent: the prompts and each continuation."""
+        scored = sum(len(tokens) for request in self.requests for tokens in request.continuations)
+        return self.num_prompt_tokens + scored
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Rows that the adapter puts before the prompt."""
+        """The adapter's rows before the prompt."""
         return 0 if self.adapter is None else self.adapter.num_virtual_tokens
 
     def set_cancel_callback(self, end: Callable[[RequestError], None] | None) -> None:
-        """How the adapter may end this request from outside; None: no more."""
+        """Let the adapter fail this request when it is unloaded; None takes the callback away."""
         if self.adapter is not None:
             if self._end is not None:
                 self.adapter.cancel_callbacks.discard(self._end)
@@ -115,7 +115,7 @@ class Session:
         self._end = end
 
     def note_started(self, prompt: int, num_reused_tokens: int) -> None:
-        """A candidate runs; what the first one of its prompt found in the cache counts. In the engine's thread."""
+        """A candidate runs. Only the first one of each prompt counts its cached tokens. In the engine's thread."""
         if self.started_seconds is None:
             self.started_seconds = time.monotonic()
         if prompt not in self._started_prompts:
@@ -123,7 +123,7 @@ class Session:
             self.num_reused_tokens += num_reused_tokens
 
     def note_token(self, candidate: Candidate, metrics: Metrics) -> None:
-        """A token of a candidate arrived now; when scoring, a continuation's score."""
+        """Updates times and metrics for a candidate's token, or for a score, that arrived now."""
         now = time.monotonic()
         if self.first_token_seconds is None:
             self.first_token_seconds = now
@@ -140,7 +140,7 @@ class Session:
         self.note_remaining(self.num_remaining_tokens - 1)
 
     def note_remaining(self, num_tokens: int) -> None:
-        """So many tokens may still be generated, which is how long the adapter may be needed."""
+        """How many tokens may still be generated: an estimate of how long the adapter is needed."""
         if self.adapter is not None:
             self.adapter.num_remaining_tokens += num_tokens - self.num_remaining_tokens
         self.num_remaining_tokens = num_tokens

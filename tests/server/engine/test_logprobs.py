@@ -1,32 +1,11 @@
 """Log-probabilities of prompt and answer against transformers' own log-softmax."""
 
 import pytest
-import torch
+from support.logprobs import assert_logprobs, hf_logprobs
 from support.server_fixture import ServerFixture
-from support.tiny import assert_close, hf_logits, random_tokens
-from torch import Tensor
+from support.tiny import random_tokens
 
 from quiver import Client
-from quiver.results import TokenLogprob
-
-
-def hf_logprobs(llama: ServerFixture, adapter_id: str, tokens: list[int]) -> Tensor:
-    """Row i: of the token after tokens[i]. [S, V]"""
-    logits = hf_logits(llama.oracles[adapter_id], torch.tensor([tokens]))[0]
-    return torch.log_softmax(logits.float(), -1)
-
-
-def assert_logprobs(items: tuple[TokenLogprob, ...], token_ids: list[int], rows: Tensor, num_top: int) -> None:
-    """rows: [len(token_ids), V]."""
-    assert [item.token_id for item in items] == token_ids
-    chosen = rows.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
-    assert_close(torch.tensor([item.logprob for item in items]), chosen)
-    values, ids = rows.topk(max(num_top, 1), -1)
-    if not num_top:
-        assert all(item.top == () for item in items)
-        return
-    assert_close(torch.tensor([[other.logprob for other in item.top] for item in items]), values)
-    assert [[other.token_id for other in item.top] for item in items] == ids.tolist()
 
 
 @pytest.mark.parametrize("adapter_id", ["", "pattern-r3"])
@@ -52,7 +31,7 @@ def test_logprobs_of_prompt_and_answer(llama: ServerFixture, client: Client, ada
     assert_logprobs(candidate.prompt_logprobs, prompt[1:], rows[: len(prompt) - 1], num_top)
 
 
-def test_none_unless_asked_for(client: Client) -> None:
+def test_logprobs_absent_by_default(client: Client) -> None:
     candidate = client.generate([5, 6, 7], max_new_tokens=3).candidates[0]
     assert (candidate.logprobs, candidate.prompt_logprobs) == ((), ())
 

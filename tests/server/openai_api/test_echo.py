@@ -9,8 +9,8 @@ import pytest
 import torch
 from openai import OpenAI
 from openai.types import CompletionChoice
-from server.engine.test_logprobs import hf_logprobs
 from support.http_completions import PROMPT, SAMPLED, assert_adds_up, complete, ids, stream
+from support.logprobs import hf_logprobs
 from support.server_fixture import ServerFixture
 from support.tiny import assert_close, random_prompts, random_tokens
 from torch import Tensor

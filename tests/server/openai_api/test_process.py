@@ -120,7 +120,7 @@ def test_without_its_packages_it_says_what_to_install(
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # makes every attempt to import it fail
-    assert run([*options(llama_base, tmp_path)]) == 1
+    assert run([*options(llama_base, tmp_path)]) == 2
     assert f"--http-port needs the package {package}: pip install 'quiver[http]'" in caplog.text
 
 
@@ -130,7 +130,7 @@ def test_a_template_that_is_not_valid_is_refused_at_the_start(
     base = tmp_path / "base"
     shutil.copytree(llama_base, base)
     (base / "chat_template.jinja").write_text("{% if %}")
-    assert run([*options(base, tmp_path)]) == 1
+    assert run([*options(base, tmp_path)]) == 2
     assert "chat_template.jinja: the chat template, line 1" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""What is refused, with which status and words; and after each refusal the server answers as before."""
+"""Impossible requests: their status, field and message; and the server still answers afterwards."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"priority": -11}, "priority is -11"),
     ({"n": 0}, "sampling.n is 0; it must be from 1 to 16"),
     ({"n": 17, "temperature": 1.0}, "sampling.n is 17"),
-    ({"n": 2}, "sampling.n is 2 with temperature 0: all candidates would be the same"),
+    ({"n": 2}, "sampling.n is 2 with temperature 0; it must be 1: all candidates would be the same"),
     ({"max_new_tokens": 0}, "stopping.max_new_tokens is 0; it must be at least 1"),
     ({"min_new_tokens": 9, "max_new_tokens": 8}, "stopping.min_new_tokens is 9; it must be at most 8"),
     ({"stop": ["x"] * 17}, "stopping.strings is 17; it must be at most 16 strings"),
@@ -66,7 +66,7 @@ def test_impossible_values(client: Client, options: dict[str, Any], fragment: st
         ([7, 320], "tokens.ids is 320; it must be below the vocabulary size 320"),
         ([7] * CONTEXT, f"the prompt has {CONTEXT} tokens; with at least one generated token it must fit"),
         ("parcel " * CONTEXT, f"must fit into the context of {CONTEXT}"),
-        ("x" * 10_000_000, "text has 10000000 characters; 256 tokens, the longest prompt that this server takes, have"),
+        ("x" * 10_000_000, "text is a text of 10000000 characters; it must be at most"),
     ],
     ids=["text", "tokens", "vocabulary", "context", "long text", "very long text"],
 )
@@ -75,14 +75,14 @@ def test_impossible_prompts(client: Client, prompt: str | list[int], fragment: s
     refusal(lambda: list(client.stream(prompt)), InvalidRequest, fragment)
 
 
-def test_the_longest_prompt_gets_one_token(llama: ServerFixture, client: Client) -> None:
+def test_longest_prompt_gets_one_token(llama: ServerFixture, client: Client) -> None:
     prompt = [7] * (CONTEXT - 1)
     answer = client.generate(prompt, max_new_tokens=50, ignore_eos=True)
     assert len(answer.token_ids) == 1
     assert answer.finish_reason == "length"
 
 
-def test_a_request_without_prompt(llama: ServerFixture) -> None:
+def test_missing_prompt(llama: ServerFixture) -> None:
     with grpc.insecure_channel(llama.server.target) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
@@ -91,10 +91,14 @@ def test_a_request_without_prompt(llama: ServerFixture) -> None:
         assert "the prompt is missing: set text or tokens" in (caught.value.details() or "")
 
 
-def test_texts_that_are_not_tokenized(client: Client) -> None:
+def test_impossible_texts_to_tokenize(client: Client) -> None:
     refusal(lambda: client.tokenize(""), InvalidRequest, "text is empty; it must be at least one character")
-    refusal(lambda: client.tokenize("x" * 10_000_000), InvalidRequest, "text has 10000000 characters; 256 tokens")
-    refusal(lambda: client.score([5], ["x" * 10_000_000]), InvalidRequest, "continuations[0] has 10000000 characters")
+    refusal(lambda: client.tokenize("x" * 10_000_000), InvalidRequest, "text is a text of 10000000 characters")
+    refusal(
+        lambda: client.score([5], ["x" * 10_000_000]),
+        InvalidRequest,
+        "continuations[0] is a text of 10000000 characters",
+    )
     assert len(client.tokenize("x y " * 400).token_ids) > 256, "longer than a prompt, but no flood"
 
 
@@ -127,7 +131,7 @@ def test_unknown_revision(client: Client) -> None:
 
 
 @pytest.mark.parametrize("adapter_id", ["../x", "a/b", "..", ".hidden", "/etc", "a\\b", "a b", "ä", "x" * 129])
-def test_paths_and_other_malformed_ids(client: Client, adapter_id: str) -> None:
+def test_malformed_adapter_ids(client: Client, adapter_id: str) -> None:
     fragment = f"adapter_id {adapter_id!r} is malformed"
     refusal(lambda: client.generate("hello", adapter=adapter_id), InvalidRequest, fragment)
     for call in (client.load_adapter, client.unload_adapter, client.get_adapter):

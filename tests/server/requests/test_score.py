@@ -7,8 +7,8 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from server.engine.test_logprobs import assert_logprobs, hf_logprobs
 from support.error_assertions import refusal
+from support.logprobs import assert_logprobs, hf_logprobs
 from support.server_fixture import LLAMA_ADAPTERS, ServerFixture, make_base, running_server
 from support.tiny import EOS, PAD, assert_close, random_prompts, random_tokens
 from torch import Tensor
@@ -48,7 +48,7 @@ def test_scores_equal_transformers(
     assert (scoring.adapter.id if scoring.adapter else "") == adapter_id
 
 
-def test_what_greedy_decoding_gives_is_greedy(client: Client) -> None:
+def test_greedy_continuations_are_marked(client: Client) -> None:
     prompt = random_tokens(12, seed=1).tolist()
     answer = client.generate(prompt, adapter="all-r2", max_new_tokens=6, ignore_eos=True, logprobs=True)
     given = list(answer.token_ids)
@@ -68,7 +68,7 @@ def test_text_is_tokenized_by_itself(llama: ServerFixture, client: Client) -> No
     assert_score(by_text, ids, expected_rows(llama, "", tokenizer.encode("Where is"), ids))
 
 
-def test_scores_do_not_depend_on_company(llama: ServerFixture, client: Client) -> None:
+def test_scores_are_independent_of_the_batch(llama: ServerFixture, client: Client) -> None:
     """Every adapter's scores at once, among generating requests."""
     prompt, continuations = random_tokens(30, seed=4).tolist(), random_prompts((5, 20), seed=9)
     names = ["", *LLAMA_ADAPTERS]
@@ -108,8 +108,8 @@ def test_continuations_share_the_prompt(llama: ServerFixture, client: Client) ->
 REFUSED: list[tuple[Sequence[int], list[str | Sequence[int]], str]] = [
     ([5], [], "continuations is 0; it must be from 1 to 128 of them"),
     ([5], [[6]] * 129, "continuations is 129; it must be from 1 to 128 of them"),
-    ([5], [[6], []], "continuations[1] is empty; it must have at least one token"),
-    ([5], [""], "continuations[0] is empty; it must have at least one token"),
+    ([5], [[6], []], "continuations[1] is empty; it must be at least one token"),
+    ([5], [""], "continuations[0] is empty; it must be at least one token"),
     ([5], [[6], [320]], "continuations[1] is 320; it must be below the vocabulary size 320"),
     ([], [[6]], "the prompt is empty; it must have at least one token"),
     ([5] * 200, [[6], [6] * 57], f"with a continuation of 57 it must fit into the context of {CONTEXT}"),
@@ -118,14 +118,14 @@ REFUSED: list[tuple[Sequence[int], list[str | Sequence[int]], str]] = [
 
 @pytest.mark.parametrize(("prompt", "continuations", "fragment"), REFUSED, ids=[row[2][:40] for row in REFUSED])
 @pytest.mark.usefixtures("still_serving")
-def test_what_cannot_be_scored(
+def test_impossible_scoring_requests(
     client: Client, prompt: list[int], continuations: list[str | Sequence[int]], fragment: str
 ) -> None:
     error = refusal(lambda: client.score(prompt, continuations), InvalidRequest, fragment)
     assert error.reason == "INVALID_REQUEST"
 
 
-def test_other_refusals(client: Client) -> None:
+def test_impossible_top_logprobs_and_unknown_adapter(client: Client) -> None:
     refusal(lambda: client.score([5], [[6]], top_logprobs=21), InvalidRequest, "top_logprobs is 21; it must be at most")
     refusal(lambda: client.score([5], [[6]], adapter="nobody"), AdapterNotFound, "no adapter has the id 'nobody'")
 
@@ -153,7 +153,7 @@ def test_an_encoder_decoder_scores_what_its_decoder_would_answer(tmp_path: Path)
     with running_server(tmp_path, base, adapters, "--http-port", "0") as bench, bench.server.client() as client:
         with bench.server.openai() as http, pytest.raises(openai.BadRequestError) as caught:
             http.completions.create(model="lora-r4", prompt=source, echo=True, logprobs=0)
-        assert "echo is set; an encoder-decoder reads its prompt and predicts none of it" in str(caught.value)
+        assert caught.value.param == "echo"
         for adapter_id in ("", "lora-r4"):
             scores = client.score(source, targets, adapter=adapter_id, top_logprobs=2).scores
             for score, target in zip(scores, targets, strict=True):
