@@ -42,7 +42,7 @@ from quiver_trainer import TrainConfig, TrainingInterrupted
 from quiver_trainer.parallel import convert
 from quiver_trainer.parallel.launch import train_on_mesh
 from quiver_trainer.parallel.measure import greedy_answers
-from quiver_trainer.reports.terminal import SilentReporter
+from quiver_trainer.reports.terminal import Reporter
 
 torch.set_num_threads(1)
 
@@ -214,7 +214,9 @@ def train(
                 return step == stop_after and is_last
 
             try:
-                result = train_on_mesh(config, mesh, reporter=SilentReporter(), should_stop=should_stop)
+                result = train_on_mesh(
+                    config, mesh, reporter=Reporter(quiet=True, warns=False), should_stop=should_stop
+                )
                 revisions.append(result.revision)
             except TrainingInterrupted as error:
                 revisions.append(str(error))

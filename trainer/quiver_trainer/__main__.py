@@ -1,4 +1,4 @@
-"""`python -m quiver_trainer` is `quiver train`: what torchrun starts in every process."""
+"""`python -m quiver_trainer`: `quiver train`, as torchrun starts it in every process."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What all commands of the trainer share: the end of their help, their messages and their exit codes."""
+"""Shared by the trainer's commands: the parser, error messages and exit codes."""
 
 import argparse
 import sys

@@ -1,8 +1,8 @@
 """The exception tree of the trainer: one class for each way a caller can react.
 
     QuiverError (quiver_peft)      anything this project raises on purpose
-    ├── ConfigError                the recipe, an override or the output folder is wrong: mend it, nothing was started
-    ├── DataError                  a JSONL file is wrong: mend it, nothing was started
+    ├── ConfigError                the recipe, an override or the output folder is wrong; nothing was started
+    ├── DataError                  a JSONL file is wrong; nothing was started
     ├── TrainingError              the run itself failed: its last checkpoint stays
     └── TrainingInterrupted        the run was asked to stop: a checkpoint was saved, the same command goes on
 

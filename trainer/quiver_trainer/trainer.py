@@ -1,6 +1,6 @@
-"""`Trainer`: `fit` trains a model by a configuration and writes the result, `predict` answers prompts.
+"""`Trainer`: `fit` trains a model and writes the output folder, `predict` answers prompts.
 
-`fit_together` does the same for many adapters on one frozen base in one process.
+`fit_together` trains many adapters on one frozen base in one process.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +26,9 @@ from quiver_trainer.reports.terminal import Reporter
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """revision: of the adapter, "" after full fine-tuning. record: what the artefact says of its training.
+    """The result of a run. revision: of the adapter, "" after full fine-tuning. record: the training record.
 
-    was_finished: nothing was trained, the result was there already.
+    was_finished: the result existed already, nothing was trained.
     """
 
     revision: str
@@ -37,10 +37,10 @@ class TrainingResult:
 
 
 class Trainer:
-    """Trains what of a model is trainable: its adapter, or all of it.
+    """Trains a model's trainable parameters: its adapter, or all of them.
 
-    config: its `adapter`, `device` and `dtype` are for whoever makes the model; here the model's own adapter counts.
-    restart: forget an unfinished or finished run in the output folder. should_stop: asked before each step.
+    config: `adapter`, `device` and `dtype` are ignored here; the model's own adapter is trained.
+    restart: discard an unfinished or finished run in the output folder. should_stop: called before each step.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trainer:
         self._should_stop = should_stop
 
     def fit(self, model: AnyModel) -> TrainingResult:
-        """Train, or go on with an interrupted training of the same settings, and write the output folder in one step.
+        """Train, or resume an interrupted training of the same settings, and write the output folder atomically.
 
         With an adapter only its weights are saved; without, a Hugging Face folder of the fine-tuned base.
         Seeds torch's global random generator. Raises ConfigError, DataError, TrainingError, TrainingInterrupted.
@@ -85,8 +85,8 @@ def fit_together(
 ) -> list[TrainingResult | TrainingError]:
     """As `Trainer.fit` for each of several models on one and the same base object, all of them at once.
 
-    Each result is what its training alone would have given, and is written as soon as it is there. One that fails
-    leaves its error in its place and the others go on. pass_tokens: see `train`.
+    Each result equals that of its training alone and is written as soon as it is finished. A failed run
+    returns its error; the others continue. pass_tokens: see `train`.
     Raises ConfigError, DataError before anything was started; TrainingInterrupted.
     """
     reporter = reporter or Reporter()
@@ -118,7 +118,7 @@ def fit_together(
 def _prepare(
     config: TrainConfig, model: AnyModel, tokenizer: Tokenizer, restart: bool, reporter: Reporter
 ) -> Run | TrainingResult:
-    """A run, where there is anything left to do."""
+    """The prepared run, or the finished result."""
     methods = () if model.adapter is None else model.adapter.configs
     model.base.recomputes = config.checkpoint_activations
     settings = run_settings(config, model.base.fingerprint, [method.to_dict() for method in methods])

@@ -18,7 +18,7 @@ from trainer.conftest import ROWS, write_rows
 
 from quiver_peft.model import load_model
 from quiver_trainer import TrainConfig, Trainer
-from quiver_trainer.reports.terminal import SilentReporter
+from quiver_trainer.reports.terminal import Reporter
 
 METHODS: dict[str, Any] = {
     "lora": {"method": "lora", "adapter_dim": 4, "target_modules": ["all"]},
@@ -84,7 +84,7 @@ def train_alone(recipe: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     if config.adapter is not None:
         model.add_adapter([section.to_peft() for section in config.adapter])
-    Trainer(config, reporter=SilentReporter()).fit(model)
+    Trainer(config, reporter=Reporter(quiet=True, warns=False)).fit(model)
 
 
 def require_same_training(actual: Path, expected: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `quiver merge`, `export` and `import` share: base, adapter and output on the command line."""
+"""Command line of `quiver merge`, `export` and `import`: base, adapter and output."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`quiver export`: an adapter as Hugging Face PEFT folders, wherever it was made."""
+"""`quiver export`: writes an adapter of any format as Hugging Face PEFT folders."""
 
 from pathlib import Path
 

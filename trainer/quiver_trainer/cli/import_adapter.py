@@ -1,4 +1,4 @@
-"""`quiver import`: an adapter made elsewhere as a folder of our own, which `quiver serve` serves."""
+"""`quiver import`: converts a foreign adapter file to an adapter folder that `quiver serve` loads."""
 
 from pathlib import Path
 

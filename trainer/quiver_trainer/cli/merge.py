@@ -1,4 +1,4 @@
-"""`quiver merge`: an adapter folded into its base, as a Hugging Face folder of its own."""
+"""`quiver merge`: folds an adapter into its base and writes a Hugging Face folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`quiver predict`: the answers of a base, or of an adapter on it, for the prompts of a JSONL file."""
+"""`quiver predict`: answers the prompts of a JSONL file with a base or an adapter."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ white space around it).
 
 @dataclass(frozen=True)
 class _Row:
-    """completion: None where the file gives none. number: of its line."""
+    """One prompt. completion: None if the file gives none. number: its line, from 1."""
 
     prompt: str
     completion: str | None

@@ -1,4 +1,4 @@
-"""`quiver publish`: an adapter into a store, once it has loaded and given again the metrics of its record."""
+"""`quiver publish`: puts an adapter into a store after it loaded and reproduced its recorded metrics."""
 
 import argparse
 import json
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _training_record(adapter: Path) -> Mapping[str, Any]:
-    """What the artefact says of its training; nothing where it says nothing. Whether it is whole, loading will tell."""
+    """The training record of the folder's quiver.json; empty without one. Loading checks the rest."""
     try:
         return json.loads((adapter / RECORD_FILE).read_bytes())["training"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -83,7 +83,7 @@ def _training_record(adapter: Path) -> Mapping[str, Any]:
 
 
 def _require_record(options: argparse.Namespace, record: Mapping[str, Any]) -> None:
-    """Raises DataError where there is nothing to compare with, or other rows."""
+    """Raises DataError if the record holds no metrics, or those of other rows."""
     if record.get("validation_loss") is None:
         raise DataError(
             f"{options.adapter}: records no validation loss to compare with; --unmeasured publishes it once it loads"
@@ -99,7 +99,6 @@ def _require_record(options: argparse.Namespace, record: Mapping[str, Any]) -> N
 
 
 def _measure(options: argparse.Namespace, model: AnyModel, settings: Mapping[str, Any]) -> ValidationRecord:
-    """As the training did."""
     tokenizer, template = Tokenizer(options.base), read_chat_template(options.base)
     evaluation = {
         key.removeprefix("evaluation."): value for key, value in settings.items() if key.startswith("evaluation.")
@@ -121,7 +120,7 @@ def _measure(options: argparse.Namespace, model: AnyModel, settings: Mapping[str
 
 
 def _compare(record: Mapping[str, Any], measured: ValidationRecord) -> None:
-    """Raises AdapterError when an adapter is not as good as it says."""
+    """Raises AdapterError if the measured metrics are worse than the recorded ones."""
     for name, recorded, now in (
         ("validation loss", record["validation_loss"], measured.validation_loss),
         ("exact match", record["exact_match"], measured.exact_match),

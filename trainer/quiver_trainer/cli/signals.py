@@ -1,4 +1,4 @@
-"""A request to stop (SIGINT, SIGTERM) as a flag that the training loop looks at between steps."""
+"""SIGINT and SIGTERM as a flag that the training loop checks between steps."""
 
 import os
 import signal
@@ -11,18 +11,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """signal_number: which signal came, 0 while none has."""
+    """The flag. signal_number: the signal received, or 0."""
 
     def __init__(self) -> None:
         self.signal_number = 0
 
     def __call__(self) -> bool:
-        """Whether to stop."""
         return self.signal_number != 0
 
     @property
     def exit_code(self) -> int:
-        """What shells expect of a program that ends for this signal."""
+        """The exit code that shells expect after this signal: 128 + its number."""
         return 128 + self.signal_number
 
 

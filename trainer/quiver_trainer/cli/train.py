@@ -1,4 +1,4 @@
-"""`quiver train`: a recipe in, an adapter folder (or a fine-tuned base) out."""
+"""`quiver train`: trains an adapter, or a whole base, from a recipe."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ from quiver_trainer.loop.run_directory import RunDirectory
 from quiver_trainer.recipe.config import TrainConfig
 from quiver_trainer.recipe.help import list_settings, to_recipe
 from quiver_trainer.recipe.sweep import ManyRecipe, load_recipes
-from quiver_trainer.reports.terminal import Reporter, SilentReporter
+from quiver_trainer.reports.terminal import Reporter
 from quiver_trainer.trainer import Trainer, TrainingResult
 
 _DESCRIPTION = """\
@@ -118,7 +118,8 @@ def _train_over_ranks(config: TrainConfig, restart: bool, stop: StopRequest) -> 
     # Megatron-Core is imported here and in no other case.
     from quiver_trainer.parallel.launch import train_over_ranks
 
-    reporter = Reporter() if os.environ["RANK"] == "0" else SilentReporter()
+    is_first = os.environ["RANK"] == "0"
+    reporter = Reporter(quiet=not is_first, warns=is_first)
     result = train_over_ranks(config, restart=restart, reporter=reporter, should_stop=stop)
     if not result.was_finished:
         _conclude(config, result, reporter)

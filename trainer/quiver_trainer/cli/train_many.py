@@ -1,4 +1,4 @@
-"""`quiver train` of a recipe of many runs: one base in memory, all adapters at once, one comparison in the end."""
+"""`quiver train` with several runs: one base in memory, all adapters at once, one comparison report."""
 
 from collections.abc import Callable
 
@@ -45,7 +45,7 @@ def train_many(recipe: ManyRecipe, *, restart: bool, should_stop: Callable[[], b
 
 
 def _new_model(base: GPTBase | T5Base, config: TrainConfig) -> AnyModel:
-    """The base with a new adapter, started as it would be alone."""
+    """The shared base with a freshly initialized adapter, seeded as in a run of its own."""
     model = model_of(base)
     torch.manual_seed(config.seed)
     model.add_adapter([section.to_peft() for section in config.adapter or ()])

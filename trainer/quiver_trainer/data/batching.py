@@ -1,4 +1,4 @@
-"""Which samples go together in which order, and what of a batch is learnt."""
+"""Batching: order, grouping by length, and the loss mask."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +15,10 @@ _BATCHES_SORTED_TOGETHER = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples as a model takes them, and where the loss is taken.
+    """Model inputs of some samples, and the positions of the loss.
 
-    positions: among the rows of all that is written, one sequence after the other, those that foretell a completion
-        token; targets: those tokens. num_tokens: prompts and completions.
+    positions: rows that predict a completion token, among the concatenated target sequences; targets: these tokens.
+    num_tokens: prompts and completions.
     """
 
     inputs: ModelInput
@@ -28,19 +28,19 @@ class Batch:
 
     @property
     def num_target_tokens(self) -> int:
-        """Rows of all that is written."""
+        """Tokens of all target sequences."""
         return sum(map(len, self.inputs.written))
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """A batch is closed before it exceeds either. tokens: padding included. A single row is always a batch."""
+    """Limits of a batch. tokens: padding included. A single row always makes a batch."""
 
     tokens: int | None
     rows: int | None
 
     def admit(self, num_rows: int, longest: int) -> bool:
-        """Whether so many rows of so many tokens each are within both."""
+        """Whether a batch of this shape is within both limits."""
         return (self.tokens is None or num_rows * longest <= self.tokens) and (
             self.rows is None or num_rows <= self.rows
         )
@@ -49,9 +49,9 @@ class BatchLimits:
 def plan_epoch(
     places: Iterable[int], lengths: Sequence[int], limits: BatchLimits, *, seed: int, epoch: int
 ) -> list[list[int]]:
-    """The batches of an epoch: the places of its samples shuffled, each batch of rows of like length.
+    """The batches of an epoch, as sample indices: shuffled, then grouped by similar length.
 
-    lengths: of all samples, by place. The same arguments give the same plan, on every machine.
+    lengths: tokens of each sample. Deterministic: the same arguments give the same plan on every machine.
     """
     # Text seeds are hashed whole, so that neighbouring seeds and epochs are unrelated.
     generator = random.Random(f"seed {seed}, epoch {epoch}")
@@ -67,7 +67,7 @@ def plan_epoch(
 
 
 def to_batches(order: Iterable[int], lengths: Sequence[int], limits: BatchLimits) -> Iterator[list[int]]:
-    """Consecutive positions as batches within the limits."""
+    """Consecutive sample indices as batches within the limits."""
     batch: list[int] = []
     longest = 0
     for i in order:
@@ -81,14 +81,14 @@ def to_batches(order: Iterable[int], lengths: Sequence[int], limits: BatchLimits
 
 
 def sorted_by_length(samples: Sequence[Sample], limits: BatchLimits) -> Iterator[list[Sample]]:
-    """All samples once, in batches of like length: for measuring."""
+    """Every sample once, in batches of similar length: the order of validation."""
     lengths = [len(sample.tokens) for sample in samples]
     for batch in to_batches(sorted(range(len(samples)), key=lambda i: lengths[i]), lengths, limits):
         yield [samples[i] for i in batch]
 
 
 def collate(samples: Sequence[Sample], model: AnyModel) -> Batch:
-    """Some samples for a model: a T5 reads the prompt and writes the completion, a GPT continues one with the other."""
+    """Model inputs: a T5 encodes the prompt and decodes the completion, a GPT reads both as one sequence."""
     if isinstance(model, T5):
         start = model.base.config.start_token_id
         sources = [sample.tokens[: sample.num_prompt_tokens] for sample in samples]
@@ -108,7 +108,6 @@ def collate(samples: Sequence[Sample], model: AnyModel) -> Batch:
 
 
 def _typical_rows(lengths: Sequence[int], limits: BatchLimits) -> int:
-    """About how many rows a batch will have."""
     mean = sum(lengths) / len(lengths)
     bounds = [limits.rows, None if limits.tokens is None else int(limits.tokens / mean)]
     return max(1, min((bound for bound in bounds if bound is not None), default=len(lengths)))

@@ -1,6 +1,6 @@
-"""The samples of one or several JSONL files: token ids in a mapped temporary file, so that they need no memory.
+"""Datasets: the samples of one or several JSONL files, their token ids in a memory-mapped temporary file.
 
-What stays in memory is three numbers for each sample: where its tokens begin, how many they are, how many are given.
+Memory holds three numbers for each sample: offset, length and number of prompt tokens.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from quiver_trainer.errors import DataError
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a dataset. weight: how often an epoch passes over it. samples: the places of its samples.
+    """One file of a dataset. weight: its passes per epoch. samples: indices of its samples.
 
-    num_skipped: rows left out as too long, `first_skipped` the line of the first.
+    num_skipped: rows left out as too long; first_skipped: the line of the first.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class DataFile:
 
 
 class Dataset(Sequence[Sample]):
-    """files: in their order. lengths: tokens of each sample."""
+    """Samples by index. files: in their order. lengths: tokens of each sample."""
 
     def __init__(self) -> None:
         self.files: list[DataFile] = []
@@ -65,13 +65,13 @@ class Dataset(Sequence[Sample]):
 
     @property
     def has_raw_text(self) -> bool:
-        """Whether any sample is a text that an encoder-decoder is to mend."""
+        """Whether any sample is raw text for span corruption."""
         return any(given == 0 for given in self._given)
 
     def add_file(
         self, path: Path, weight: float, encoder: Encoder, *, skip_too_long: bool, on_row: Callable[[], object]
     ) -> None:
-        """All rows of a file.
+        """Encode and append all rows of a file.
 
         Rows of more tokens than the encoder's limit are never cut: they are left out and counted, or an error.
         on_row: called after each. Raises DataError.
@@ -104,9 +104,9 @@ class Dataset(Sequence[Sample]):
         self._file.write(np.array(sample.tokens, dtype=np.int32).tobytes())
 
     def epoch(self, seed: int, epoch: int) -> list[int]:
-        """The places of the samples of an epoch, in the order of the files: each as often as its file's weight says.
+        """The sample indices of an epoch, in the order of the files; each file is repeated by its weight.
 
-        Of a weight's fraction another part of the file comes in each epoch, the same for the same seed.
+        A fractional weight takes another part of the file in each epoch, deterministically by seed.
         """
         chosen: list[int] = []
         for number, file in enumerate(self.files):
@@ -119,14 +119,14 @@ class Dataset(Sequence[Sample]):
 
 
 def read_dataset(path: Path, encoder: Encoder, *, skip_too_long: bool = False) -> Dataset:
-    """One file. Raises DataError."""
+    """A dataset of one file. Raises DataError."""
     data = Dataset()
     data.add_file(path, 1.0, encoder, skip_too_long=skip_too_long, on_row=lambda: None)
     return data
 
 
 def file_sha256(path: Path) -> str:
-    """What identifies a file's content. Raises DataError."""
+    """SHA-256 of a file's content. Raises DataError."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -135,7 +135,7 @@ def file_sha256(path: Path) -> str:
 
 
 def evenly_spaced(samples: Sequence[Sample], count: int | None) -> list[Sample]:
-    """`count` samples at even distances, so that a sorted file is not judged by its head; all where None."""
+    """`count` evenly spaced samples, so that a sorted file is represented whole. None: all."""
     if count is None or count >= len(samples):
         return list(samples)
     return [samples[i * len(samples) // count] for i in range(count)]

@@ -1,8 +1,8 @@
-"""JSONL rows, read strictly: what each kind of row says, and the token ids that a model learns from it.
+"""Strict reader of JSONL training rows, and their encoding as token ids.
 
-{"prompt": "...", "completion": "..."}                     the completion is learnt
+{"prompt": "...", "completion": "..."}                     loss on the completion
 {"prompt_tokens": [1, 2], "completion_tokens": [3]}        the same as token ids, taken as they are
-{"text": "..."}                                            all of it is learnt: continued pre-training
+{"text": "..."}                                            loss on every token: continued pre-training
 """
 
 import json
@@ -22,9 +22,9 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a model learns from: token ids, of which the first `num_prompt_tokens` are given and the rest learnt.
+    """Token ids of one sample: the first `num_prompt_tokens` are the prompt, the loss is on the rest.
 
-    num_prompt_tokens: 0 for a text that an encoder-decoder is to mend.
+    num_prompt_tokens: 0 for raw text that an encoder-decoder corrupts.
     """
 
     tokens: list[int]
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class JsonlRow:
-    """One row as it stands in its file. number: from 1."""
+    """One parsed row. number: its line, from 1."""
 
     value: dict[str, Any]
     path: Path
@@ -41,11 +41,10 @@ class JsonlRow:
 
     @property
     def where(self) -> str:
-        """For messages."""
         return f"{self.path}:{self.number}"
 
     def text(self, key: str) -> str:
-        """A text that is there and not empty. Raises DataError."""
+        """A required, non-empty string. Raises DataError."""
         if key not in self.value:
             known = ", ".join(sorted(self.value)) or "none"
             raise DataError(f"{self.where}: the key {key!r} is missing; keys here: {known}")
@@ -61,7 +60,7 @@ class JsonlRow:
         return text
 
     def messages(self) -> list[Message]:
-        """A chat that ends with the assistant's turn. Raises DataError."""
+        """A chat whose last turn is the assistant's. Raises DataError."""
         value = self.value["messages"]
         messages = cast(list[Any], value) if isinstance(value, list) else []
         for message in messages:
@@ -72,7 +71,7 @@ class JsonlRow:
         return messages
 
     def token_ids(self, key: str, vocab_size: int) -> list[int]:
-        """A list of ids of the vocabulary, at least one. Raises DataError."""
+        """A non-empty list of token ids below the vocabulary size. Raises DataError."""
         ids = self.value.get(key)
         if not isinstance(ids, list) or not ids:
             raise DataError(f"{self.where}: {key!r} must be a list of token ids, not {_shorten(ids)}")
@@ -83,7 +82,7 @@ class JsonlRow:
 
 
 def read_lines(path: Path) -> Iterator[JsonlRow]:
-    """Every row of a file, one at a time; blank lines are passed over. Raises DataError with file and line."""
+    """The rows of a file, one at a time; skips blank lines. Raises DataError with file and line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -97,9 +96,9 @@ def read_lines(path: Path) -> Iterator[JsonlRow]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Rows as samples. eos: ends what is learnt. max_length: most tokens of a sample, None: no limit.
+    """Encodes rows as samples. eos: appended to completions. max_length: most tokens of a sample; None: no limit.
 
-    mends_texts: whether a text is one that an encoder-decoder mends, not one that a decoder continues.
+    corrupt_spans: raw text is for span corruption (encoder-decoder) rather than for continuation.
     """
 
     tokenizer: Tokenizer
@@ -110,7 +109,7 @@ class Encoder:
     chat_template: ChatTemplate | None = None
 
     def encode(self, line: JsonlRow) -> list[Sample]:
-        """Of one row; a text longer than `max_length` gives several. Raises DataError."""
+        """The samples of one row: several for a text longer than `max_length`. Raises DataError."""
         if "text" in line.value:
             return self._chunk_text(line)
         if "messages" in line.value:
@@ -127,7 +126,7 @@ class Encoder:
         return [Sample([*prompt, *completion, self.eos], len(prompt))]
 
     def _chat(self, line: JsonlRow) -> Sample:
-        """The prompt is what a server gives the model for the last turn."""
+        """The prompt equals what the server renders for the last turn."""
         messages = line.messages()
         if self.chat_template is None:
             raise DataError(f"{line.where}: 'messages' need a base with a chat template; this one's folder has none")

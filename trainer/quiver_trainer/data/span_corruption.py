@@ -1,4 +1,4 @@
-"""Texts as an encoder-decoder learns from them: some spans are missing in what it reads, and are what it writes.
+"""T5 span corruption: masked spans are removed from the source and form the target.
 
     thank you for inviting me  ->  source: thank you <x> me <eos>   target: <x> for inviting <y> <eos>
 
@@ -18,7 +18,7 @@ MEAN_SPAN_LENGTH = 3.0
 
 
 def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that stand for missing spans, in order. Raises DataError where the tokenizer has none."""
+    """The sentinel tokens, in order. Raises DataError if the tokenizer has none."""
     found: list[int] = []
     while (token := tokenizer.id_of(f"<extra_id_{len(found)}>")) is not None:
         found.append(token)
@@ -28,7 +28,7 @@ def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 class SpanCorruptor:
-    """Draws the missing spans of texts anew in each epoch, the same for the same seed. Raises DataError."""
+    """Draws new spans in each epoch, deterministically by seed. Raises DataError."""
 
     def __init__(self, tokenizer: Tokenizer, eos: int, seed: int) -> None:
         self._sentinels = sentinel_ids(tokenizer)
@@ -36,7 +36,7 @@ class SpanCorruptor:
         self._seed = seed
 
     def __call__(self, sample: Sample, place: int, epoch: int) -> Sample:
-        """A text as a source and a target; other samples as they are."""
+        """Raw text as a source and a target; other samples unchanged."""
         if sample.num_prompt_tokens:
             return sample
         generator = random.Random(f"seed {self._seed}, epoch {epoch}, sample {place}")
@@ -44,7 +44,7 @@ class SpanCorruptor:
 
 
 def corrupt_spans(tokens: Sequence[int], sentinels: Sequence[int], eos: int, generator: random.Random) -> Sample:
-    """A text of at least two tokens as a source and a target."""
+    """Source and target of a text of at least two tokens."""
     num_missing = min(max(round(len(tokens) * NOISE_DENSITY), 1), len(tokens) - 1)
     # The last sentinel ends the target.
     num_spans = min(max(round(num_missing / MEAN_SPAN_LENGTH), 1), len(tokens) - num_missing, len(sentinels) - 1)
@@ -64,6 +64,6 @@ def corrupt_spans(tokens: Sequence[int], sentinels: Sequence[int], eos: int, gen
 
 
 def _segments(total: int, count: int, generator: random.Random) -> list[int]:
-    """`total` cut at random into so many parts, none of them empty."""
+    """`total` split at random into non-empty parts."""
     cuts = sorted(generator.sample(range(1, total), count - 1))
     return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]

@@ -1,4 +1,4 @@
-"""The state of an unfinished run on disk, written atomically: what a killed run goes on from, bit for bit.
+"""Training checkpoints: the state from which an interrupted run resumes bit for bit, written atomically.
 
 state.json          schema version, the settings of the run, its progress
 state.safetensors   parameters, AdamW's moments, states of the random generators
@@ -28,7 +28,7 @@ _SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint, read. settings: of the run that wrote it."""
+    """A checkpoint as read. settings: of the run that wrote it."""
 
     settings: Mapping[str, Any]
     progress: Progress
@@ -43,7 +43,7 @@ def write_checkpoint(
     progress: Progress,
     settings: Mapping[str, Any],
 ) -> None:
-    """Replace the checkpoint in `folder`; a crash leaves the one before."""
+    """Replace the checkpoint in `folder` atomically."""
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
     moments: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     for index, state in moments.items():
@@ -72,7 +72,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: AdamW, stream: RunRng) -> None:
-    """Put parameters, moments and random numbers back where they were. The settings must have been compared."""
+    """Restore parameters, optimizer moments and RNG states. The caller has compared the settings."""
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         kind, _, rest = name.partition(".")

@@ -1,4 +1,4 @@
-"""What a run reads before it can begin: its rows, as samples that fit the model."""
+"""Reads a run's datasets as samples that fit the model."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from quiver_trainer.reports.terminal import Reporter
 
 
 def read_datasets(config: TrainConfig, model: AnyModel, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, Dataset]:
-    """ "train" and, where there is one, "validation"; says how many rows were left out.
+    """The datasets "train" and, if configured, "validation"; reports how many rows were skipped.
 
     Raises ConfigError, DataError.
     """
@@ -52,7 +52,7 @@ def _read(files: Sequence[WeightedFile], encoder: Encoder, config: TrainConfig, 
 
 
 def _max_length(config: TrainConfig, model: AnyModel) -> int | None:
-    """Most tokens of a row; None: no limit."""
+    """Most tokens of a sample; None: no limit."""
     room = model.max_tokens
     max_length = config.data.max_length or room
     if max_length is not None and room is not None and max_length > room:

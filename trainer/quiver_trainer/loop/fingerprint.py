@@ -1,4 +1,4 @@
-"""What determines a run's result, as a flat table: to tell whether a checkpoint or a result belongs to a recipe."""
+"""Fingerprint of a run: the settings that determine its result, to match checkpoints and results to recipes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def run_settings(config: TrainConfig, base_fingerprint: str, methods: Sequence[M
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The keys that differ, for people, at most three of them; "" when there is none."""
+    """Up to three differing keys with their values, as text; "" if none differs."""
     keys = [key for key in {**then, **now} if then.get(key, "unset") != now.get(key, "unset")]
     told = [
         f"{key} was {_brief(then.get(key, 'unset'))} and is now {_brief(now.get(key, 'unset'))}" for key in keys[:3]

@@ -1,6 +1,6 @@
 """The training loop: the batches of all runs on one frozen base go through it in one forward and backward pass.
 
-A run's result does not depend on the others: rows meet nowhere, and each run has its own optimizer, order and numbers.
+A run's result does not depend on the other runs: each has its own rows, optimizer, order and RNG.
 """
 
 import time
@@ -26,11 +26,11 @@ def train(
     should_stop: Callable[[], bool],
     on_over: Callable[[Run], None],
 ) -> None:
-    """All remaining steps of all runs, from wherever each stands.
+    """Train all runs to their end, each from its current step.
 
-    pass_tokens: about how many tokens go through the base together; it bounds the memory of many runs.
-    should_stop: asked before each step; TrainingInterrupted is then raised, with a checkpoint saved for each run.
-    on_over: called with each run as soon as it is over.
+    pass_tokens: tokens per forward pass, approximately; it bounds the memory of many runs.
+    should_stop: called before each step; if true, saves a checkpoint of each run and raises TrainingInterrupted.
+    on_over: called with each finished run.
     """
     first_step, num_steps = sum(run.progress.step for run in runs), sum(run.num_steps for run in runs)
     with reporter.training(first_step, num_steps, several=len(runs) > 1):
@@ -52,7 +52,7 @@ def train(
 
 
 def _passes(work: Sequence[_Work], pass_tokens: int) -> Iterator[list[_Work]]:
-    """The runs in portions whose largest batches have at most so many tokens together; or one run."""
+    """Groups of runs whose largest batches fit into `pass_tokens` together; at least one run each."""
     portion: list[_Work] = []
     size = 0
     for run, batches in work:
@@ -66,7 +66,7 @@ def _passes(work: Sequence[_Work], pass_tokens: int) -> Iterator[list[_Work]]:
 
 
 def _step(together: Sequence[_Work]) -> None:
-    """One step of each run: a pass for the first batch of all, one for the second, ..."""
+    """One step of each run: the first micro-batch of all runs together, then the second, ..."""
     started = time.perf_counter()
     num_targets = {run: sum(len(batch.targets) for batch in batches) for run, batches in together}
     losses = {run: 0.0 for run, _ in together}
@@ -82,7 +82,7 @@ def _step(together: Sequence[_Work]) -> None:
 
 
 def _backward(part: Sequence[tuple[Run, Batch]], shares: Sequence[float]) -> list[float]:
-    """Adds to the gradients of each run; returns the losses. shares: of the batches in the losses of their steps."""
+    """Accumulates the gradients of each run; returns the losses. shares: weight of each batch in its step's loss."""
     models, batches = [run.model for run, _ in part], [batch for _, batch in part]
     streams = [run.stream for run, _ in part]
     alone = len(part) == 1
@@ -96,7 +96,6 @@ def _backward(part: Sequence[tuple[Run, Batch]], shares: Sequence[float]) -> lis
 
 
 def _stopped(running: Sequence[Run]) -> TrainingInterrupted:
-    """Saves all of them."""
     for run in running:
         run.save()
     done = ", ".join(f"{run.name} " * (len(running) > 1) + f"{run.progress.step} of {run.num_steps}" for run in running)

@@ -1,4 +1,4 @@
-"""How good a model is on validation rows: its loss on the completions, and how many it generates exactly."""
+"""Validation metrics: loss and token accuracy on completions, exact match, ROUGE and BLEU of generated answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def _completion_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of completion tokens [R, V] and these tokens [R], those of the first batch first.
 
-    Of these alone: most rows of a batch are prompt, and the vocabulary is wide.
+    Other rows are skipped: most of a batch is prompt, and the vocabulary is wide.
     """
     hidden = joint_hidden(models, [batch.inputs for batch in batches], drawing)
     positions: list[int] = []
@@ -47,14 +47,12 @@ def _completion_logits(
 
 
 def completion_loss(model: AnyModel, batch: Batch) -> Tensor:
-    """Of one model."""
     return completion_losses([model], [batch])[0]
 
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """loss: mean cross-entropy of all completion tokens, in nats. token_accuracy: share of them foretold greedily from
-    the right tokens before."""
+    """Teacher-forced. loss: mean cross-entropy of completion tokens, nats. token_accuracy: share that are the argmax."""
 
     loss: float
     token_accuracy: float
@@ -62,7 +60,7 @@ class ValidationMetrics:
 
 @torch.inference_mode()
 def validation_metrics(model: AnyModel, samples: Sequence[Sample], limits: BatchLimits) -> ValidationMetrics:
-    """Of all completion tokens of the samples, without dropout."""
+    """Metrics over all completion tokens of the samples, without dropout."""
     total, right, count = 0.0, 0, 0
     was_training = model.training
     model.eval()
@@ -77,13 +75,12 @@ def validation_metrics(model: AnyModel, samples: Sequence[Sample], limits: Batch
 
 
 def validation_loss(model: AnyModel, samples: Sequence[Sample], limits: BatchLimits) -> float:
-    """The loss alone."""
     return validation_metrics(model, samples, limits).loss
 
 
 @dataclass(frozen=True)
 class GeneratedMetrics:
-    """Of greedy answers. exact_match: share of those equal to the completion, white space around it aside.
+    """Metrics of greedy answers. exact_match: share equal to the completion after stripping white space.
     rouge_l (its F1, mean over answers) and bleu (of all answers, as SacreBLEU counts): in [0, 1], where asked for."""
 
     exact_match: float
@@ -110,7 +107,7 @@ def generated_metrics(
 
 
 def compare_texts(predicted: Sequence[str], wanted: Sequence[str], *, overlap: bool) -> GeneratedMetrics:
-    """One text to compare with for each prediction. overlap: ROUGE and BLEU too."""
+    """One reference for each prediction. overlap: ROUGE and BLEU too."""
     right = [is_exact_match(ours, theirs) for ours, theirs in zip(predicted, wanted, strict=True)]
     share = sum(right) / len(right)
     if not overlap:

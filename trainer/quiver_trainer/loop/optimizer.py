@@ -16,7 +16,7 @@ DEFAULT_RATE = 2e-4
 
 
 def peak_rate(settings: OptimizerSection, method: str) -> float:
-    """As set, for all or for this method; otherwise what suits it ("": the whole base is trained)."""
+    """The configured learning rate, or the method's default. "": full fine-tuning."""
     given = settings.learning_rate
     if isinstance(given, dict):
         given = given.get(method)
@@ -26,8 +26,8 @@ def peak_rate(settings: OptimizerSection, method: str) -> float:
 def peak_rates(
     parameters: Iterable[str], settings: OptimizerSection, methods: Sequence[str] | None
 ) -> dict[str, float]:
-    """The rate of each parameter of a model, by name. methods: of its adapter, in the order in which they act; None:
-    the whole base is trained."""
+    """The learning rate of each parameter, by name. methods: of the adapter, in order of application; None:
+    full fine-tuning."""
     if methods is None:
         return {name: peak_rate(settings, "") for name in parameters}
     return {name: peak_rate(settings, methods[int(name.split(".")[2])]) for name in parameters}  # adapter.methods.0...
@@ -50,9 +50,9 @@ def make_optimizer(
 
 
 def rate_factor(step: int, num_steps: int, schedule: ScheduleSection) -> float:
-    """The share of its peak that the rate of step `step` (from 0) of `num_steps` has.
+    """Learning rate of step `step` (from 0) of `num_steps`, as a share of the peak.
 
-    A linear rise, then constant, or half a cosine or a line down to `final_fraction`.
+    Linear warm-up, then constant, cosine or linear decay to `final_fraction`.
     """
     warmup_steps = math.ceil(schedule.warmup_fraction * num_steps)
     if step < warmup_steps:
@@ -65,7 +65,7 @@ def rate_factor(step: int, num_steps: int, schedule: ScheduleSection) -> float:
 
 
 def set_learning_rate(optimizer: AdamW, factor: float) -> float:
-    """For the next step, in every group, as a share of its peak; returns the highest."""
+    """Set the rate of every group to this share of its peak; returns the highest."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     return max(group["lr"] for group in optimizer.param_groups)

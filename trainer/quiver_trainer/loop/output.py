@@ -1,4 +1,4 @@
-"""What a finished run leaves: the adapter folder, or the Hugging Face folder of a fully fine-tuned base."""
+"""Writes the output folder: the adapter, or the Hugging Face folder of a fully fine-tuned base."""
 
 import json
 import platform
@@ -30,7 +30,7 @@ _NOT_COMPANIONS = ("model.safetensors.index.json", RECORD_FILE)
 
 
 def write_result(run: Run, tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
-    """Replace the output folder of a run that is over; returns the adapter's revision ("": a base) and its record."""
+    """Replace the output folder of a finished run; returns the adapter's revision ("" for a base) and its record."""
     config, model, progress = run.config, run.model, run.progress
     num_parameters = sum(parameter.numel() for parameter in run.parameters.values())
     record = training_record(progress, run.settings, run.datasets, num_parameters)
@@ -58,7 +58,7 @@ def write_result(run: Run, tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
 def training_record(
     progress: Progress, settings: Mapping[str, Any], datasets: Mapping[str, Dataset], num_parameters: int
 ) -> dict[str, Any]:
-    """What the artefact says about how it came to be; JSON-ready, free of paths."""
+    """The training record for quiver.json: JSON-ready, without paths."""
     first = progress.validation_records[0] if progress.validation_records else None
     last = progress.validation_records[-1] if progress.validation_records else None
     if settings["evaluation.keep"] == "best":

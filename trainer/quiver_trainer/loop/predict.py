@@ -1,4 +1,4 @@
-"""Greedy answers of a model to many prompts: shared by validation, `trainer.predict` and `quiver predict`."""
+"""Greedy decoding of many prompts, for validation, `Trainer.predict` and `quiver predict`."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +17,7 @@ def predict_tokens(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, at most up to the end of the base's context.
 
-    Dropout is off meanwhile. on_finished: called with the number of new tokens whenever one is done.
+    Dropout is off. on_finished: called with the number of new tokens of each finished answer.
     Raises DataError for a prompt that fills the context.
     """
     max_tokens = model.max_tokens
@@ -57,12 +57,12 @@ def predict_texts(
     max_new_tokens: int,
     on_finished: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """As `predict_tokens`, from text to text."""
+    """`predict_tokens` on texts."""
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     answers = predict_tokens(model, encoded, max_new_tokens=max_new_tokens, on_finished=on_finished)
     return [tokenizer.decode(answer) for answer in answers]
 
 
 def is_exact_match(prediction: str, reference: str) -> bool:
-    """Whether the two are the same but for white space around them."""
+    """Whether both are equal after stripping white space."""
     return prediction.strip() == reference.strip()

@@ -1,4 +1,4 @@
-"""Random numbers of one run: the same whether it trains alone or beside others."""
+"""Per-run RNG: a run draws the same numbers whether it trains alone or beside others."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class RunRng:
-    """A state of torch's own generators that only moves while its run draws.
+    """States of torch's generators that advance only within `scope`.
 
-    states: {"cpu": ..., "cuda": ... where that is in use}, as `torch.get_rng_state` gives them; for checkpoints.
+    states: {"cpu": ..., "cuda": ... if used}, as `torch.get_rng_state` returns them; kept in checkpoints.
     """
 
     def __init__(self, seed: int) -> None:
@@ -20,7 +20,7 @@ class RunRng:
 
     @contextmanager
     def scope(self) -> Generator[None]:
-        """What draws meanwhile draws from here."""
+        """Within this context torch draws from this run's states."""
         outer = _current_states()
         _set_states(self.states)
         try:

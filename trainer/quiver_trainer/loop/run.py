@@ -1,4 +1,4 @@
-"""One run: its rows, what it trains, its optimizer, its progress. The loop computes; a run says what, and keeps it."""
+"""A training run: its datasets, parameters, optimizer, progress and checkpoints. The loop computes its gradients."""
 
 import math
 import time
@@ -21,7 +21,7 @@ from quiver_trainer.loop.checkpoint import read_checkpoint, restore, write_check
 from quiver_trainer.loop.optimizer import make_optimizer, peak_rates, rate_factor, set_learning_rate
 from quiver_trainer.loop.rng import RunRng
 from quiver_trainer.loop.run_directory import RunDirectory
-from quiver_trainer.loop.validation import BestWeights, Validator
+from quiver_trainer.loop.validation import BestWeights, BestWeightsFile, Validator
 from quiver_trainer.recipe.config import TrainConfig
 from quiver_trainer.reports.progress import Progress, TrainRecord, ValidationRecord, record_interval
 from quiver_trainer.reports.tensorboard import EventFile
@@ -32,7 +32,7 @@ _STEPS_AT_SCALE = 200
 
 
 class Run:
-    """Everything is settled at construction. failure: why it cannot go on, once it cannot."""
+    """The state of one run. failure: the error that ended it, or None."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Run:
         settings: Mapping[str, Any],
         reporter: Reporter,
     ) -> None:
-        """datasets: "train" and, where there is one, "validation". settings: what a checkpoint must agree with."""
+        """datasets: "train" and optionally "validation". settings: what a checkpoint must match."""
         self.config = config
         self.model = model
         self.name = config.output.name
@@ -70,12 +70,12 @@ class Run:
         self.validator = None
         if validation is not None:
             self.validator = self.make_validator(validation, self._span_corruptor)
-        self.best = BestWeights(self.run_directory.folder / "best.safetensors")
+        self.best: BestWeights = BestWeightsFile(self.run_directory.folder / "best.safetensors")
         self._events = config.tensorboard and EventFile(config.tensorboard / self.name)
         self.progress = Progress()
 
     def _count_steps(self) -> int:
-        """All steps of the run. Batches are cut anew for each epoch, so epochs may differ a little."""
+        """Steps of the whole run. Batches are planned for each epoch, so epochs may differ slightly."""
         limit = self.config.max_steps
         total = 0
         for epoch in range(self.config.epochs):
@@ -91,23 +91,23 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to do: all steps are done, it stopped early, or it failed."""
+        """Whether the run has ended: all steps done, stopped early, or failed."""
         return self.failure is not None or self.progress.stopped_early or self.progress.step >= self.num_steps
 
     @property
     def loss_scale(self) -> float:
-        """What a loss is multiplied with, so that its gradients can be told in float16."""
+        """The loss scale of float16 training; 1 otherwise."""
         return self.progress.loss_scale if self.config.dtype == "float16" else 1.0
 
     def resume(self) -> None:
-        """Go on from the checkpoint, whose settings have been compared."""
+        """Resume from the checkpoint, whose settings have been compared."""
         checkpoint = read_checkpoint(self.run_directory.checkpoint)
         assert checkpoint is not None
         restore(checkpoint, self.parameters, self.optimizer, self.stream)
         self.progress = checkpoint.progress
 
     def begin(self) -> None:
-        """Before the first step of this process; measures where nothing was trained yet."""
+        """Start this process's part of the run; a fresh run validates first."""
         self.run_directory.write_metrics([*self.progress.train_records, *self.progress.validation_records])
         self._plan = self._plan_epoch(self.progress.epoch)
         self.model.train()
@@ -115,11 +115,11 @@ class Run:
             self._validate()
 
     def make_validator(self, validation: Dataset, mender: SpanCorruptor | None) -> Validator:
-        """On the validation rows."""
+        """The validator of the validation rows."""
         return Validator(self.config.evaluation, validation, mender, self.limits, self.num_steps)
 
     def next_samples(self) -> list[list[Sample]]:
-        """What the next step learns from: `accumulation` batches, fewer at the end of an epoch."""
+        """Samples of the next step: `accumulation` batches, fewer at the end of an epoch."""
         progress = self.progress
         if progress.batch == len(self._plan):
             progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -128,7 +128,7 @@ class Run:
         return [[self._sample(place) for place in batch] for batch in batches]
 
     def next_batches(self) -> list[Batch]:
-        """The same as the model takes them."""
+        """`next_samples` as model inputs."""
         return [collate(samples, self.model) for samples in self.next_samples()]
 
     def _sample(self, place: int) -> Sample:
@@ -136,9 +136,9 @@ class Run:
         return sample if self._span_corruptor is None else self._span_corruptor(sample, place, self.progress.epoch)
 
     def take_step(self, batches: Sequence[Batch], loss: float, seconds: float) -> None:
-        """Use the gradients of some batches. Sets `failure`, and keeps nothing of the step, when they are no numbers.
+        """Apply the accumulated gradients. Sets `failure` and discards the step if they are not finite.
 
-        seconds: that the loss and its gradients took.
+        seconds: time of the forward and backward pass.
         """
         started = time.perf_counter()
         factor = rate_factor(self.progress.step, self.num_steps, self.config.schedule)
@@ -166,7 +166,7 @@ class Run:
         self._after_step(rate, norm)
 
     def _clip_gradients(self) -> float:
-        """Takes the loss scale out and clips; the length before."""
+        """Unscale and clip the gradients; returns their norm before clipping."""
         parameters = list(self.parameters.values())
         if self.loss_scale != 1.0:
             for parameter in parameters:
@@ -176,7 +176,7 @@ class Run:
         return self.clip(math.inf if limit is None else limit)
 
     def clip(self, longest: float) -> float:
-        """Scale the gradients down to `longest`; returns their length before."""
+        """Clip the gradient norm to `longest`; returns the norm before clipping."""
         return nn.utils.clip_grad_norm_(list(self.parameters.values()), longest).item()
 
     def _adapt_scale(self, overflowed: bool) -> None:
@@ -194,7 +194,7 @@ class Run:
         )
 
     def _after_step(self, rate: float, gradient_norm: float) -> None:
-        """Records, measurements and checkpoints that are due."""
+        """Write the records, validations and checkpoints that are due."""
         progress, step = self.progress, self.progress.step
         last = step == self.num_steps
         if last or (self.validator is not None and step % self.validator.every == 0):
@@ -207,25 +207,25 @@ class Run:
             self.save()
 
     def _record(self, record: TrainRecord | ValidationRecord) -> None:
-        """For whoever watches."""
+        """Append to metrics.jsonl and TensorBoard."""
         self.run_directory.append_metrics(record)
         if self._events:
             scalars = {name: value for name, value in asdict(record).items() if value is not None and name != "step"}
             self._events.add(record.step, scalars)
 
     def save(self) -> None:
-        """Write a checkpoint to go on from."""
+        """Write a checkpoint."""
         write_checkpoint(
             self.run_directory.checkpoint, self.parameters, self.optimizer, self.stream, self.progress, self.settings
         )
 
     def finish(self) -> None:
-        """All steps are done: the model becomes what is to be kept."""
+        """Finish the run: restore the best weights if they are to be kept."""
         if self.config.evaluation.keep == "best":
             self.best.restore(self.parameters)
 
     def _validate(self) -> None:
-        """Append a validation record, where there is anything to measure on."""
+        """Validate and append a record; nothing without validation rows."""
         if self.validator is None:
             return
         with self._reporter.validating():
@@ -240,7 +240,7 @@ class Run:
 
 
 def trainable(model: AnyModel) -> dict[str, nn.Parameter]:
-    """What is trained, by name. Raises TrainingError when everything is frozen."""
+    """The trainable parameters by name. Raises TrainingError if everything is frozen."""
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
         raise TrainingError("nothing of this model is trainable: it was frozen; load it again, then add_adapter")

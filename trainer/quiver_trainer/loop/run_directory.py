@@ -1,7 +1,7 @@
-"""The folders of a run: what it writes in the end, where it works meanwhile, and whether it may begin.
+"""Folders of a run: its output, its working folder, and the decision how to start.
 
-adapters/routing               the output: appears whole, when all is done
-adapters/.routing.training     meanwhile: checkpoint, live metrics.jsonl, a lock. A server passes over hidden folders.
+adapters/routing               the output: appears at the end, in one rename
+adapters/.routing.training     while training: checkpoint, metrics.jsonl, lock. Servers ignore hidden folders.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins. record, revision: of the result that is there already, where it is finished."""
+    """How a run starts. record, revision: of the existing result if it is finished."""
 
     kind: Literal["fresh", "resume", "finished"]
     record: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -32,17 +32,18 @@ class Start:
 
 
 class RunDirectory:
-    """The two folders of one run."""
+    """The output and the working folder of a run. writes_metrics: False on ranks other than the first."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, writes_metrics: bool = True) -> None:
         self.output = output
+        self._writes_metrics = writes_metrics
         self.folder = output.with_name(f".{output.name}.training")
         self.checkpoint = self.folder / "checkpoint"
         self.distributed = self.folder / "distributed"  # the checkpoint of a run over several processes
         self.metrics = self.folder / METRICS_FILE
 
     def decide_start(self, settings: Mapping[str, Any], *, restart: bool) -> Start:
-        """What to do about what is there. Raises ConfigError rather than overwrite something else."""
+        """Whether to start, resume or return a finished result. Raises ConfigError to protect anything else."""
         result = self._read_result()
         if restart:
             return Start("fresh")
@@ -70,9 +71,9 @@ class RunDirectory:
         return Start("fresh")
 
     def _read_result(self) -> dict[str, Any] | None:
-        """The output's record; None where there is no output. Raises ConfigError for what is not ours.
+        """The output's record; None without an output. Raises ConfigError for a folder that is no training result.
 
-        The output is replaced as a whole in the end, so it must be.
+        The output folder is replaced as a whole at the end.
         """
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return None
@@ -87,7 +88,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Generator[None]:
-        """Keeps other runs out. Raises ConfigError when one is at work here."""
+        """Lock the working folder. Raises ConfigError if another process holds the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             try:
@@ -97,20 +98,22 @@ class RunDirectory:
             yield
 
     def clear(self) -> None:
-        """Forget an unfinished run."""
+        """Delete checkpoints and metrics of an unfinished run."""
         shutil.rmtree(self.checkpoint, ignore_errors=True)
         shutil.rmtree(self.distributed, ignore_errors=True)
         self.metrics.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """All is done."""
+        """Delete the working folder of a finished run."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def write_metrics(self, records: Sequence[TrainRecord | ValidationRecord]) -> None:
-        """Begin the live metrics with what is known already."""
-        self.metrics.write_text(to_jsonl(records))
+        """Start metrics.jsonl with the records so far."""
+        if self._writes_metrics:
+            self.metrics.write_text(to_jsonl(records))
 
     def append_metrics(self, record: TrainRecord | ValidationRecord) -> None:
-        """One more line for whoever watches."""
-        with self.metrics.open("a") as file:
-            file.write(to_jsonl([record]))
+        """Append a record to metrics.jsonl."""
+        if self._writes_metrics:
+            with self.metrics.open("a") as file:
+                file.write(to_jsonl([record]))

@@ -1,8 +1,9 @@
-"""What a run is measured on while it trains, and its best weights so far."""
+"""Validation during training, and the best weights so far."""
 
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from quiver_trainer.reports.progress import Progress, ValidationRecord
 
 
 class Validator:
-    """Validation samples. every: steps from one measurement to the next."""
+    """Computes the validation metrics. every: steps between validations."""
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class Validator:
         self.limits = limits
 
     def measure(self, model: AnyModel, tokenizer: Tokenizer, progress: Progress) -> ValidationRecord:
-        """How good the model is now."""
+        """The validation record of the model at this step."""
         started = time.perf_counter()
         metrics = self.loss_metrics(model)
         generated = self.generation_metrics(model, tokenizer) if self.match_samples else None
@@ -59,27 +60,39 @@ class Validator:
         )
 
     def loss_metrics(self, model: AnyModel) -> ValidationMetrics:
-        """On the samples for the loss."""
+        """Teacher-forced metrics on `loss_samples`."""
         return validation_metrics(model, self.loss_samples, self.limits)
 
     def generation_metrics(self, model: AnyModel, tokenizer: Tokenizer) -> GeneratedMetrics:
-        """On the samples that are answered."""
+        """Metrics of greedy answers to `match_samples`."""
         return generated_metrics(model, tokenizer, self.match_samples, self.max_new_tokens, overlap=self.overlap)
 
 
-class BestWeights:
-    """The trained parameters at the lowest validation loss, in a file: an interrupted run still knows them."""
+class BestWeights(Protocol):
+    """The trained parameters at the lowest validation loss, on disk so that a resumed run still has them."""
+
+    def keep(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Save these as the best so far."""
+        ...
+
+    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Load the best into these."""
+        ...
+
+
+class BestWeightsFile:
+    """`BestWeights` in one safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def keep(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """These are the best so far."""
+        """Save these as the best so far."""
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         write_atomically(self._path, save_tensors(tensors))
 
     @torch.no_grad()
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Make the model what it was then."""
+        """Load the best into these."""
         for name, tensor in load_file(self._path).items():
             parameters[name].copy_(tensor)

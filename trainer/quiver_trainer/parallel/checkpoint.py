@@ -1,10 +1,10 @@
-"""The state of an unfinished run of several processes on disk, which any other number of them can go on from.
+"""Distributed training checkpoints: any number of processes can resume from them.
 
     state.json     schema version, the settings of the run, its progress
-    tensors/       parameters and AdamW's moments, as Megatron-Core's distributed checkpoints: every process writes what
-                   it has, and reads what it needs, however the writers had cut it
+    tensors/       parameters and AdamW's moments, as Megatron-Core's distributed checkpoints: every process writes its
+                   shards and reads those that it needs, whatever the number of writers
 
-Written beside the one before and exchanged for it: a crash leaves the old one or the new one.
+Written beside the previous one and exchanged atomically.
 """
 
 import json
@@ -25,7 +25,6 @@ from quiver_peft.files.atomic_folder import rename_into_place
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import get_shard
 from quiver_trainer.errors import TrainingError
-from quiver_trainer.loop.validation import BestWeights
 from quiver_trainer.reports.progress import Progress
 
 _STATE_FILE = "state.json"
@@ -42,23 +41,23 @@ def write_checkpoint(
     progress: Progress,
     settings: Mapping[str, Any],
 ) -> None:
-    """Replace the checkpoint in `folder`, which all processes see; all of them must call."""
+    """Replace the checkpoint in the shared `folder`; called by all processes."""
     state = {"schema_version": _SCHEMA_VERSION, "settings": dict(settings), "progress": progress.to_json()}
     _write(folder, _shards(parameters, optimizer, mesh), mesh, state)
 
 
-class DistributedBest(BestWeights):
-    """The trained parameters at the lowest validation loss, in a checkpoint of their own."""
+class DistributedBest:
+    """`BestWeights` in a distributed checkpoint; all ranks call its methods."""
 
     def __init__(self, folder: Path, mesh: Mesh) -> None:
         self._folder, self._mesh = folder, mesh
 
     def keep(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """These are the best so far; all processes must call."""
+        """Save these as the best so far."""
         _write(self._folder, _shards(parameters, None, self._mesh), self._mesh, {})
 
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Make the model what it was then."""
+        """Load the best into these."""
         _read(self._folder, _shards(parameters, None, self._mesh))
 
 
@@ -92,7 +91,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Progress] | None:
 
 
 def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: AdamW, mesh: Mesh, num_steps: int) -> None:
-    """Put this process's shares of parameters and moments where they were after `num_steps` steps.
+    """Restore this process's shards of parameters and moments, as after `num_steps` steps.
 
     Raises TrainingError when something is missing or damaged.
     """
@@ -121,7 +120,7 @@ def _read(folder: Path, shards: Iterable[ShardedTensor]) -> None:
 
 
 def _shards(parameters: Mapping[str, nn.Parameter], optimizer: AdamW | None, mesh: Mesh) -> Iterator[ShardedTensor]:
-    """Everything of this process, each part of what is fused apart: another number of ranks cuts it elsewhere."""
+    """This process's shards, the parts of fused linears apart: another number of ranks splits each part."""
     for name, parameter in parameters.items():
         yield from _parts_of(f"parameter.{name}", parameter, parameter.detach(), mesh)
         for moment in _MOMENTS:

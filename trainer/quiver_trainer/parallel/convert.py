@@ -1,4 +1,4 @@
-"""Bases to and from Megatron-Core's distributed checkpoints of GPTModel and T5Model, as a command."""
+"""Converts bases from and to Megatron-Core's distributed checkpoints of GPTModel and T5Model."""
 
 import argparse
 import os
@@ -64,7 +64,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _single_rank_group() -> None:
-    """A mesh of this process."""
+    """A process group of this process alone."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

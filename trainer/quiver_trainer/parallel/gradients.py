@@ -1,7 +1,7 @@
-"""The gradients of a batch over all ranks: their shares of the loss, and Megatron's reduction of what comes of them.
+"""Distributed gradients: each rank's share of the loss, reduced by Megatron-Core.
 
-The loss of a batch is the mean over its completion tokens, wherever their rows are computed: each rank's share is its
-sum over the number of all, so gradients are summed, never averaged, and the result is that of one device.
+The loss of a batch is the mean over its completion tokens, on whichever rank their rows are: each rank's share is its
+sum divided by the total count, so gradients are summed, never averaged, and equal those of one device.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from quiver_trainer.parallel.rows import pad_rows, shard_rows
 
 
 class Gradients:
-    """Of what is trained. parameters: this rank's shares, by the name they have on one device."""
+    """Gradients of the trainable parameters. parameters: this rank's shards, by their single-device names."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Gradients:
         *,
         overlap: bool = True,
     ) -> None:
-        """overlap: reduce gradients while those of earlier layers are still computed; False is for measuring that."""
+        """overlap: reduce gradients during the backward pass; False only for measurements."""
         self._parameters = list(parameters.values())
         self._model, self._mesh, self._seed = model, mesh, seed
         # Megatron starts each bucket's all-reduce as soon as it is full.
@@ -41,7 +41,7 @@ class Gradients:
         self._ddp = DistributedDataParallel(_megatron_config(model, mesh), reduction, model)
 
     def compute(self, batches: Sequence[Sequence[Sample]], step: int, loss_scale: float) -> float:
-        """Put the gradients of a step's batches in place, on every rank, `loss_scale` times; returns the loss."""
+        """Compute a step's gradients times `loss_scale` on every rank; returns the loss."""
         num_targets = sum(len(s.tokens) - s.num_prompt_tokens for samples in batches for s in samples)
         self._ddp.zero_grad_buffer()
         torch.manual_seed(_step_seed(self._seed, step, self._mesh.data_rank))  # dropout
@@ -59,7 +59,7 @@ class Gradients:
         return total.item()
 
     def _share_of_loss(self, samples: Sequence[Sample]) -> Tensor:
-        """The sum over the completion tokens of this rank's rows."""
+        """This rank's share of the loss."""
         mine = shard_rows(samples, self._mesh)
         # A rank without a row computes one all the same, for nothing: the others wait for its part in the reduction.
         rows = pad_rows(mine or samples[:1], self._model, self._mesh)
@@ -67,7 +67,7 @@ class Gradients:
         return self._model.base.cross_entropy(hidden, rows.targets).sum() * bool(mine)
 
     def clip(self, longest: float) -> float:
-        """Scale the gradients down to `longest`; returns their length before, over all ranks."""
+        """Clip the global gradient norm to `longest`; returns the norm before clipping."""
         cut = [p.grad for p in self._parameters if p.grad is not None and get_shard(p).dim is not None]
         whole = [p.grad for p in self._parameters if p.grad is not None and get_shard(p).dim is None]
         squares = nn.utils.get_total_norm(cut).square().to(self._mesh.device)
@@ -78,7 +78,7 @@ class Gradients:
 
 
 def _megatron_config(model: AnyModel, mesh: Mesh) -> TransformerConfig:
-    """What Megatron's reduction asks for: that sums stay sums, and that shares of gradients are summed over ranks."""
+    """Megatron's configuration: sums stay sums, and sequence-parallel gradients are summed over ranks."""
     config = model.base.config
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -93,5 +93,5 @@ def _megatron_config(model: AnyModel, mesh: Mesh) -> TransformerConfig:
 
 
 def _step_seed(seed: int, step: int, data_rank: int) -> int:
-    """The same on the ranks of one copy, another on each copy and in each step, whoever goes on from a checkpoint."""
+    """A seed for each step and data-parallel replica, equal on the replica's ranks, also after a resume."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {data_rank}".encode()).digest()[:7], "big")

@@ -1,4 +1,4 @@
-"""A run in the processes that torchrun started: which of them does what, from the recipe to the output folder."""
+"""Distributed training under torchrun, from the recipe to the output folder."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -35,10 +35,10 @@ def train_over_ranks(
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """Train, or go on with an interrupted training of the same settings; every process calls this with the same.
+    """Train, or resume an interrupted training of the same settings; every process calls this with the same arguments.
 
-    The first process writes the output folder, the same as one process would: an adapter that every server loads, or a
-    Hugging Face folder. Raises what `Trainer.fit` raises. should_stop: one process that says so stops all.
+    The first process writes the output folder, as a single process would: an adapter or a Hugging Face folder. Raises
+    what `Trainer.fit` raises. should_stop: true on one process stops all.
     """
     world, tensor = int(os.environ["WORLD_SIZE"]), config.parallel.tensor
     if world % tensor:
@@ -55,12 +55,12 @@ def train_on_mesh(
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """As `train_over_ranks`, in processes that have met already."""
+    """`train_over_ranks` on an initialized mesh."""
     return _Job(config, mesh, reporter or Reporter()).run(restart, should_stop)
 
 
 class _Job:
-    """What one process does."""
+    """The training job of one process."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh, reporter: Reporter) -> None:
         self._config, self._mesh, self._reporter = config, mesh, reporter
@@ -108,7 +108,7 @@ class _Job:
         return Start("resume")
 
     def _load_model(self) -> tuple[AnyModel, TrainableAdapter | None]:
-        """The model over the ranks, and a whole adapter that can take in what all ranks have in the end."""
+        """The sharded model, and a whole adapter into which the shards are gathered at the end."""
         config, mesh = self._config, self._mesh
         base = load_split_base(config.base, mesh, dtype=getattr(torch, config.dtype))
         base.recomputes = config.checkpoint_activations
@@ -127,7 +127,7 @@ class _Job:
         return model, whole
 
     def _train(self, run: ParallelRun, should_stop: Callable[[], bool]) -> None:
-        """All remaining steps. Raises TrainingError, TrainingInterrupted."""
+        """Train to the end. Raises TrainingError, TrainingInterrupted."""
         with self._reporter.training(run.progress.step, run.num_steps, several=False):
             run.begin()
             while not run.is_over:
@@ -140,13 +140,13 @@ class _Job:
         run.finish()
 
     def _any_rank(self, yes: bool) -> bool:
-        """Whether any process says so."""
+        """Whether it is true on any process."""
         flag = torch.tensor(float(yes), device=self._mesh.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
     def _write(self, run: ParallelRun, whole: TrainableAdapter | None) -> TrainingResult:
-        """Gather what was trained, and have the first process write it."""
+        """Gather the trained parameters; the first process writes them."""
         mesh, model = self._mesh, run.model
         if mesh.tensor_size > 1:
             if whole is not None and model.adapter is not None:

@@ -1,4 +1,4 @@
-"""Validation over all ranks, and the answers of a base that is cut over them."""
+"""Distributed validation, and greedy decoding of a tensor-parallel base."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from quiver_trainer.recipe.config import EvaluationSection
 
 
 class ParallelValidator(Validator):
-    """Validation over all ranks: each copy of the base measures its share of the samples."""
+    """A `Validator` that shards samples over the data-parallel group."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class ParallelValidator(Validator):
 
     @torch.no_grad()
     def loss_metrics(self, model: AnyModel) -> ValidationMetrics:
-        """Over all completion tokens of the samples, without dropout."""
+        """Teacher-forced metrics over all ranks, without dropout."""
         sums = torch.zeros(3, dtype=torch.float64)
         was_training = model.training
         model.eval()
@@ -53,7 +53,7 @@ class ParallelValidator(Validator):
         return ValidationMetrics(loss / count, right / count)
 
     def generation_metrics(self, model: AnyModel, tokenizer: Tokenizer) -> GeneratedMetrics:
-        """Greedy answers, from each copy of the base those to its share of the samples."""
+        """Metrics of greedy answers over all ranks."""
         longest = self.max_new_tokens
         if longest is None:
             longest = max(len(sample.tokens) - sample.num_prompt_tokens for sample in self.match_samples)
@@ -72,9 +72,9 @@ class ParallelValidator(Validator):
 def greedy_answers(
     model: AnyModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, mesh: Mesh
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, the same on every rank of a base that is cut.
+    """The greedy continuation of each prompt, the same on every tensor-parallel rank.
 
-    Where it is whole, decoded as a server does it. Where it is cut, by whole forward passes: for the few samples of a
+    An unsharded base decodes as a server does. A sharded one runs whole forward passes: enough for the few samples of a
     validation, not for serving.
     """
     if not prompts:
@@ -99,7 +99,7 @@ def greedy_answers(
 
 
 def _room(model: AnyModel, prompt: Sequence[int]) -> int:
-    """How many tokens may follow."""
+    """How many new tokens fit into the context."""
     return 1 << 30 if model.max_tokens is None else model.max_tokens - len(prompt)
 
 
@@ -107,7 +107,7 @@ def _room(model: AnyModel, prompt: Sequence[int]) -> int:
 def _next_tokens(
     model: AnyModel, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], mesh: Mesh
 ) -> list[int]:
-    """After what was written of each answer so far."""
+    """The argmax token after each answer so far."""
     if isinstance(model, T5):
         rows = [with_start(row, model.base) for row in written]
         source = pad_prompts(prompts, model.num_virtual_in("encoder"), mesh)

@@ -1,4 +1,4 @@
-"""A rank's share of a batch's rows, as padded tensors.
+"""The rows of one rank: sharding and padding.
 
 Shapes: B rows, S tokens of the longest, R completion tokens.
 """
@@ -18,7 +18,7 @@ from quiver_trainer.data.jsonl import Sample
 @dataclass(frozen=True)
 class Rows:
     """inputs: what the model's `hidden` takes. positions: [R], in its flattened output, those whose next token is
-    learnt; targets: [R], those tokens."""
+    predicted; targets: [R], those tokens."""
 
     inputs: tuple[Tensor, ...]
     positions: Tensor
@@ -26,14 +26,14 @@ class Rows:
 
 
 def shard_rows(samples: Sequence[Sample], mesh: Mesh) -> list[Sample]:
-    """The samples of this rank: every one belongs to one rank of the data-parallel group."""
+    """The samples of this rank of the data-parallel group."""
     return list(samples[mesh.data_rank :: mesh.data_size])
 
 
 def pad_rows(samples: Sequence[Sample], model: AnyModel, mesh: Mesh) -> Rows:
-    """On the mesh's device, padded on the right by id 0: nothing sees it.
+    """Tensors on the mesh's device, right-padded with id 0, which causal attention hides.
 
-    With sequence parallelism a sequence, its virtual tokens included, is long enough to be cut evenly.
+    With sequence parallelism the length, virtual tokens included, is rounded up to an even split.
     """
     if isinstance(model, T5):
         inputs, positions = _source_and_target(samples, model, mesh)
@@ -52,7 +52,7 @@ def pad_rows(samples: Sequence[Sample], model: AnyModel, mesh: Mesh) -> Rows:
 
 
 def _source_and_target(samples: Sequence[Sample], model: T5, mesh: Mesh) -> tuple[tuple[Tensor, ...], list[int]]:
-    """The prompt as source, the completion as target, one token late behind the start token."""
+    """The prompt as source, the completion as target, shifted right behind the start token."""
     sources = [sample.tokens[: sample.num_prompt_tokens] for sample in samples]
     targets = [with_start(sample.tokens[sample.num_prompt_tokens : -1], model.base) for sample in samples]
     padded = _pad(targets, model.num_virtual_in("decoder"), mesh)
@@ -62,17 +62,17 @@ def _source_and_target(samples: Sequence[Sample], model: T5, mesh: Mesh) -> tupl
 
 
 def with_start(target: Sequence[int], base: T5Base) -> list[int]:
-    """As a T5's decoder reads it."""
+    """The decoder input of a T5: the start token, then all but the last."""
     return [base.config.start_token_id, *target]
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], num_virtual: int, mesh: Mesh) -> Tensor:
-    """[B, S], on the mesh's device."""
+    """Right-padded prompts [B, S] on the mesh's device."""
     return _pad(prompts, num_virtual, mesh).to(mesh.device)
 
 
 def _positions(ranges: Sequence[tuple[int, int]], longest: int) -> list[int]:
-    """Of each row a range, in the flattened rows."""
+    """Ranges within each row as positions in the flattened rows."""
     return [i * longest + j for i, (start, end) in enumerate(ranges) for j in range(start, end)]
 
 

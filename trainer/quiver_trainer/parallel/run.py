@@ -1,7 +1,7 @@
-"""One run over all ranks: the run of one process, but for where gradients, measurements and checkpoints come from."""
+"""A distributed `Run`: overrides gradients, validation and checkpoints."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from quiver_peft.model import AnyModel
@@ -17,12 +17,11 @@ from quiver_trainer.parallel.checkpoint import DistributedBest, read_state, rest
 from quiver_trainer.parallel.gradients import Gradients
 from quiver_trainer.parallel.measure import ParallelValidator
 from quiver_trainer.recipe.config import TrainConfig
-from quiver_trainer.reports.progress import TrainRecord, ValidationRecord
 from quiver_trainer.reports.terminal import Reporter
 
 
 class ParallelRun(Run):
-    """Every rank has one, and takes the same steps. parameters: this rank's shares."""
+    """The run on one rank; all ranks take the same steps. parameters: this rank's shards."""
 
     def __init__(
         self,
@@ -41,10 +40,10 @@ class ParallelRun(Run):
         self._gradients = Gradients(model, mesh, self.parameters, config.seed)
         self.best = DistributedBest(self.run_directory.folder / "best", mesh)
         if not mesh.is_first:
-            self.run_directory = _ReadOnlyRunDirectory(config.output)
+            self.run_directory = RunDirectory(config.output, writes_metrics=False)
 
     def step(self) -> None:
-        """Learn from the next batch, or set `failure`: on all ranks or on none."""
+        """Train on the next batch, or set `failure`, on all ranks alike."""
         started = time.perf_counter()
         samples = self.next_samples()
         loss = self._gradients.compute(samples, self.progress.step, self.loss_scale)
@@ -52,32 +51,22 @@ class ParallelRun(Run):
         self.take_step(batches, loss, time.perf_counter() - started)
 
     def clip(self, longest: float) -> float:
-        """Over the gradients of all ranks."""
+        """Clip the norm over the gradients of all ranks."""
         return self._gradients.clip(longest)
 
     def resume(self) -> None:
-        """Go on from the distributed checkpoint, whose settings have been compared."""
+        """Resume from the distributed checkpoint, whose settings have been compared."""
         state = read_state(self.run_directory.distributed)
         assert state is not None
         _, self.progress = state
         restore(self.run_directory.distributed, self.parameters, self.optimizer, self._mesh, self.progress.step)
 
     def save(self) -> None:
-        """Every rank writes what it has."""
+        """Write the distributed checkpoint, each rank its shards."""
         write_checkpoint(
             self.run_directory.distributed, self.parameters, self.optimizer, self._mesh, self.progress, self.settings
         )
 
     def make_validator(self, validation: Dataset, mender: SpanCorruptor | None) -> Validator:
-        """Dealt over the copies of the base."""
+        """A validator that shards samples over the data-parallel group."""
         return ParallelValidator(self.config.evaluation, validation, mender, self.limits, self.num_steps, self._mesh)
-
-
-class _ReadOnlyRunDirectory(RunDirectory):
-    """Of a rank beside the one that writes."""
-
-    def write_metrics(self, records: Sequence[TrainRecord | ValidationRecord]) -> None:
-        """The first rank does."""
-
-    def append_metrics(self, record: TrainRecord | ValidationRecord) -> None:
-        """The first rank does."""

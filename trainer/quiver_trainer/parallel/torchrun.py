@@ -1,6 +1,6 @@
 """`torchrun`, but with the exit code of the process that failed first: `python -m quiver_trainer.parallel.torchrun`.
 
-torchrun itself ends with 1 whatever failed; whoever starts a run again must know a wrong recipe (2) from a lost node.
+torchrun itself exits with 1 whatever failed; a supervisor must tell a wrong recipe (2) from a lost node.
 """
 
 import sys

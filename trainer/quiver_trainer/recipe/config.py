@@ -1,4 +1,4 @@
-"""What a training run is told: one frozen, validated tree of settings, each with its meaning."""
+"""The configuration of a training run: a frozen, validated tree of settings with descriptions."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ class WeightedFile(Section):
 
 
 class DataSection(Section):
-    """The rows to learn from and to measure on."""
+    """Training and validation data."""
 
     train: Path | tuple[WeightedFile, ...] = Field(
         description='JSONL file of rows to learn from, {"prompt": ..., "completion": ...}, {"prompt_tokens": [...], '
@@ -38,7 +38,6 @@ class DataSection(Section):
 
     @property
     def train_files(self) -> tuple[WeightedFile, ...]:
-        """One or several."""
         return (WeightedFile(path=self.train),) if isinstance(self.train, Path) else self.train
 
     @field_validator("train")
@@ -87,7 +86,7 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """How the learning rate goes from step to step."""
+    """Learning-rate schedule."""
 
     kind: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="after warm-up: down along half a cosine or a line, or as it is"
@@ -99,7 +98,7 @@ class ScheduleSection(Section):
 
 
 class EvaluationSection(Section):
-    """Measuring on the validation rows; always also before the first and after the last step."""
+    """Validation; it always also runs before the first and after the last step."""
 
     interval_steps: int | None = Field(
         default=None, ge=1, description="steps from one to the next; null: a fifth of the run"
@@ -127,7 +126,7 @@ class EvaluationSection(Section):
 
 
 class ParallelSection(Section):
-    """How a run that torchrun started lies over its processes; what is left of them is data parallelism."""
+    """Parallel layout under torchrun; the remaining factor of the processes is data parallelism."""
 
     tensor: int = Field(
         default=1,
@@ -225,7 +224,7 @@ class TrainConfig(Section):
 
     @property
     def token_budget(self) -> int | None:
-        """Most tokens of a batch, or None when only the rows are limited."""
+        """Most tokens of a batch; None if only rows are limited."""
         if self.batch_tokens is None and self.batch_size is None:
             return DEFAULT_BATCH_TOKENS
         return self.batch_tokens

@@ -1,4 +1,4 @@
-"""The settings as text: every key with its default and meaning, and a run's settings as a commented recipe."""
+"""Recipe documentation: the keys with defaults and meanings, and a run's settings as a commented recipe."""
 
 import textwrap
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def list_settings() -> str:
 
 
 def to_recipe(config: TrainConfig) -> str:
-    """A run's settings, defaults included, as a recipe that gives the same run; each key with its meaning."""
+    """A run's settings, defaults included, as a commented recipe of the same run."""
     return "".join(_recipe_lines(config, 0))
 
 

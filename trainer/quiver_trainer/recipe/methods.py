@@ -1,4 +1,4 @@
-"""The sections of a recipe that describe an adapter: one for each method, with the defaults of its configuration."""
+"""Adapter sections of a recipe: one for each method, with the defaults of its PEFT config."""
 
 from typing import Annotated, Literal, Self
 
@@ -20,7 +20,7 @@ _PREFIX = PrefixPEFTConfig()
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown keys are errors: a misspelt one must never be ignored."""
+    """A group of settings. Unknown keys are errors, so that a misspelled one is never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""From a recipe (a YAML file plus key=value overrides) to a TrainConfig; errors name file and line, or the override."""
+"""Reads a recipe (YAML plus key=value overrides) into a TrainConfig; errors name file and line, or the override."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ _PATH_KEYS: tuple[KeyPath, ...] = (("base",), ("output",), ("data", "train"), ("
 
 @dataclass(frozen=True)
 class RawRecipe:
-    """What a YAML file says before it is validated. origins: {path of a key: the override or sweep that set it}."""
+    """A recipe before validation. origins: {path of a key: the override or sweep that set it}."""
 
     data: dict[str, Any]
     source: YamlSource
@@ -31,7 +31,7 @@ class RawRecipe:
     def overridden(self, overrides: Sequence[str], folder: Path | None = None) -> "RawRecipe":
         """A copy with key=value applied. Raises ConfigError.
 
-        folder: where relative paths in them start; None: the shell's.
+        folder: root of relative paths in them; None: the current folder.
         """
         data = copy.deepcopy(self.data)
         origins = dict(_apply_override(data, override, folder or Path.cwd()) for override in overrides)
@@ -91,7 +91,7 @@ def _read_text(path: Path) -> str:
 
 
 def _anchor(data: dict[str, Any], key: KeyPath, folder: Path) -> None:
-    """Makes one path absolute, in place; what is not text is left for validation to refuse."""
+    """Make one path absolute, in place; validation rejects non-strings later."""
     section: Any = data
     for part in key[:-1]:
         section = section.get(part) if isinstance(section, dict) else None
@@ -163,7 +163,7 @@ def _describe(details: ErrorDetails, raw: RawRecipe) -> str:
 
 
 def _key_path(location: tuple[int | str, ...], data: Any, missing: bool) -> KeyPath:
-    """Pydantic's location without what is not in the recipe: names of types, and the place in a list of one method."""
+    """Pydantic's location as a path of recipe keys: without type names and the index of a single method."""
     key: list[str] = []
     for depth, part in enumerate(location):
         if isinstance(data, dict) and (isinstance(part, int) or part == data.get("method")):

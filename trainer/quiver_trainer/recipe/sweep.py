@@ -1,4 +1,4 @@
-"""A recipe of many runs: `jobs`, each with what is its own, and `sweep`, each value of each key with each other.
+"""Recipes of several runs: `jobs` (overrides per run) and `sweep` (the product of lists of values).
 
 base: models/demo-base
 output: adapters                    # a folder for all of them, and for their comparison
@@ -32,7 +32,7 @@ _SHARED = ("base", "device", "dtype")
 
 @dataclass(frozen=True)
 class ManyRecipe:
-    """folder: where their comparison goes. pass_tokens: about how many tokens go through the base together."""
+    """Several runs. folder: of their comparison report. pass_tokens: tokens per forward pass, approximately."""
 
     configs: list[TrainConfig]
     folder: Path
@@ -40,7 +40,7 @@ class ManyRecipe:
 
 
 def load_recipes(path: Path, overrides: Sequence[str] = ()) -> TrainConfig | ManyRecipe:
-    """One run, or many where the file has `jobs` or `sweep`. Raises ConfigError.
+    """One run, or several if the file has `jobs` or `sweep`. Raises ConfigError.
 
     Overrides of `jobs`, `sweep`, `pass_tokens` and `output` change the file, others every run.
     """
@@ -71,7 +71,7 @@ def _runs(whole: RawRecipe, folder: Path) -> Iterator[RawRecipe]:
 
 
 def _jobs(whole: RawRecipe) -> Iterator[tuple[str, RawRecipe]]:
-    """Each job with what all share, by name; the one job of a mere sweep has none."""
+    """Each job merged with the shared keys, by name; "" without `jobs`."""
     shared = {key: value for key, value in whole.data.items() if key not in _OWN_KEYS}
     if "jobs" not in whole.data:
         yield "", replace(whole, data=shared)
@@ -88,7 +88,7 @@ def _jobs(whole: RawRecipe) -> Iterator[tuple[str, RawRecipe]]:
 
 
 def _swept(job: RawRecipe, sweep: Any, whole: RawRecipe) -> Iterator[tuple[str, RawRecipe]]:
-    """A job once for each combination of values, with what tells it from the others."""
+    """A job for each combination of swept values, with its label."""
     if sweep is None:
         yield "", replace(job, data=copy.deepcopy(job.data))
         return
@@ -102,7 +102,7 @@ def _swept(job: RawRecipe, sweep: Any, whole: RawRecipe) -> Iterator[tuple[str, 
 
 
 def _label(key: str, value: Any) -> str:
-    """Short, and fit for the name of a folder."""
+    """A short label, valid as a folder name."""
     if isinstance(value, dict):
         words = [str(v) for v in cast(dict[str, Any], value).values() if not isinstance(v, dict | list)]
     elif isinstance(value, list):
@@ -113,7 +113,7 @@ def _label(key: str, value: Any) -> str:
 
 
 def _merge(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key; an adapter is one thing."""
+    """Sections are merged key by key; `adapter` is replaced as a whole."""
     merged = dict(shared)
     for key, value in own.items():
         before = merged.get(key)

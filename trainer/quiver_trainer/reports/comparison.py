@@ -1,4 +1,4 @@
-"""Many runs side by side: one table and one picture of what each cost and what it reached."""
+"""Comparison report of several runs: a table and a plot of cost and quality."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ _COLOR = "#1f4e8c"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run. record: what its artefact says of its training; None: it failed."""
+    """One run. record: its training record; None if it failed."""
 
     name: str
     methods: str
@@ -27,7 +27,7 @@ class RunSummary:
 
 
 def comparison_table(runs: Sequence[RunSummary]) -> Table:
-    """For a terminal."""
+    """The comparison as a rich table."""
     table = Table(box=box.SIMPLE_HEAD)
     for i, heading in enumerate(_HEADINGS):
         table.add_column(heading, justify="left" if i < 2 else "right")
@@ -37,7 +37,7 @@ def comparison_table(runs: Sequence[RunSummary]) -> Table:
 
 
 def write_comparison(folder: Path, runs: Sequence[RunSummary]) -> None:
-    """The table as Markdown and the picture, into a folder that may hold an older comparison."""
+    """Write comparison.md and comparison.png into the folder, replacing older ones."""
     lines = [_HEADINGS, ["---", "---", *["---:"] * (len(_HEADINGS) - 2)], *(_cells(run) for run in runs)]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write_atomically(folder / TABLE_FILE, text.encode())
@@ -57,7 +57,7 @@ def _cells(run: RunSummary) -> list[str]:
 
 
 def _draw(runs: Sequence[RunSummary]) -> bytes:
-    """A PNG: a bar for each run's loss, and one for its exact matches where there are any."""
+    """A PNG: bars of each run's loss and, if measured, exact match."""
     # Here and not above: it takes a second, and is needed once, when all is done.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The learning curve as a picture: losses, and exact matches where they were measured."""
+"""Learning-curve plot: losses, and exact match if measured."""
 
 import io
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _GREY = "#5a6472"
 
 
 def draw_learning_curve(progress: Progress, title: str, exact_match_rows: int) -> bytes:
-    """A PNG. exact_match_rows: how many validation rows an exact match is a share of."""
+    """The plot as PNG bytes. exact_match_rows: validation rows behind the exact match."""
     # Here and not above: it takes a second, and is needed once, when all is done.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The model card in an adapter's folder: what it is, what it was made of, and how good it was, for people."""
+"""The model card (README.md) of an output folder: contents, training data and metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ _UNTOLD = ("method", "layer_selection", "rank_pattern", "alpha_pattern")
 def model_card(
     name: str, base_name: str, record: Mapping[str, Any], methods: Sequence[Mapping[str, Any]], curve_file: str
 ) -> str:
-    """Markdown. record: what the artefact says of its training. methods: the adapter's configurations; none: a base."""
+    """The card as Markdown. record: the training record. methods: of the adapter; empty for a base."""
     what = f"An adapter ({' + '.join(m['method'] for m in methods)}) for" if methods else "A fine-tuned"
     settings = record["settings"]
     sections = [

@@ -1,4 +1,4 @@
-"""How far a run is and what it has measured: everything of its state that is not a tensor."""
+"""Progress of a run: counters, averages and records; all of its state that is not a tensor."""
 
 import json
 import math
@@ -14,7 +14,7 @@ _KEPT_LOSS = 0.95
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """Averages over the steps since the record before. loss: nats per completion token. seconds: since the start."""
+    """Averages over the steps since the previous record. loss: nats per completion token. seconds: since the start."""
 
     step: int
     epoch: float
@@ -28,8 +28,8 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """Measured after `step` steps. exact_match: share of rows; rouge_l, bleu: in [0, 1]; None where no row was
-    generated. token_accuracy: share of completion tokens foretold from those before."""
+    """Validation metrics after `step` steps. exact_match: share of rows; rouge_l, bleu: in [0, 1]; None if nothing was
+    generated. token_accuracy: share of completion tokens that are the argmax."""
 
     step: int
     tokens: int
@@ -43,13 +43,13 @@ class ValidationRecord:
 
 @dataclass
 class Progress:
-    """Changed by the training loop only, after each step.
+    """Updated by the training loop after each step.
 
-    step: steps done. epoch, batch: where the next batch lies. tokens: seen so far, without padding.
-    seconds: spent training, evaluation and earlier parts of a resumed run included.
+    step: steps done. epoch, batch: position of the next batch. tokens: trained on so far, without padding.
+    seconds: training time, including validation and earlier parts of a resumed run.
     loss_sum, loss_tokens, window_tokens, window_seconds: since the last training record.
-    smoothed_loss, lowest_loss: the moving average of the training loss, and its lowest since it is warm.
-    loss_scale, steps_at_scale: see `Run`, float16. best_step: of the lowest validation loss.
+    smoothed_loss, lowest_loss: moving average of the training loss, and its minimum after warm-up.
+    loss_scale, steps_at_scale: see `Run`, float16. best_step: step of the lowest validation loss.
     """
 
     step: int = 0
@@ -71,7 +71,7 @@ class Progress:
     validation_records: list[ValidationRecord] = field(default_factory=list[ValidationRecord])
 
     def add_step(self, loss: float, num_targets: int, num_tokens: int, num_batches: int, seconds: float) -> None:
-        """One more step is done."""
+        """Count a finished step."""
         self.step += 1
         self.batch += num_batches
         self.tokens += num_tokens
@@ -87,16 +87,16 @@ class Progress:
 
     @property
     def loss_rise(self) -> float:
-        """How far the smoothed loss is above its lowest; 0 while the average is young."""
+        """How far the smoothed loss is above its minimum; 0 during warm-up."""
         return max(0.0, self.smoothed_loss - self.lowest_loss)
 
     @property
     def kept_validation(self) -> ValidationRecord | None:
-        """Of the weights with the lowest validation loss."""
+        """The validation record of the best weights."""
         return next((record for record in self.validation_records if record.step == self.best_step), None)
 
     def add_validation(self, record: ValidationRecord) -> bool:
-        """One more measurement; whether its loss is the lowest so far."""
+        """Append a record; returns whether its loss is the lowest so far."""
         best = min((r.validation_loss for r in self.validation_records), default=math.inf)
         self.validation_records.append(record)
         if record.validation_loss < best:
@@ -105,7 +105,7 @@ class Progress:
 
     @property
     def measured_since_best(self) -> int:
-        """Measurements since the lowest validation loss."""
+        """Validations since the lowest loss."""
         return sum(record.step > self.best_step for record in self.validation_records)
 
     def close_window(self, epoch: float, learning_rate: float, gradient_norm: float) -> TrainRecord:
@@ -125,12 +125,12 @@ class Progress:
         return record
 
     def to_json(self) -> dict[str, Any]:
-        """Everything; floats come back bit for bit."""
+        """The state as JSON; floats round-trip exactly."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Progress":
-        """What `to_json` gave."""
+        """The inverse of `to_json`."""
         fields = dict(value)
         fields["train_records"] = [TrainRecord(**record) for record in value["train_records"]]
         fields["validation_records"] = [ValidationRecord(**record) for record in value["validation_records"]]
@@ -143,5 +143,5 @@ def record_interval(num_steps: int) -> int:
 
 
 def to_jsonl(records: Sequence[TrainRecord | ValidationRecord]) -> str:
-    """One line for each record, in order of their steps."""
+    """The records as JSON lines, ordered by step."""
     return "".join(json.dumps(asdict(record)) + "\n" for record in sorted(records, key=lambda r: r.step))

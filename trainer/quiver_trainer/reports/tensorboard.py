@@ -1,7 +1,7 @@
-"""Metrics for TensorBoard: one event file for each start of a run, in the format of TensorFlow's summaries.
+"""TensorBoard event files, one for each start of a run, in TensorFlow's record format.
 
 A file is a row of records, each its length, the length's checksum, an `Event` message (tensorflow's event.proto) and
-the message's checksum. Five fields are all that scalars need, so no library is.
+the message's checksum. Scalars need five fields, so no library is used.
 """
 
 import struct
@@ -30,7 +30,7 @@ class EventFile:
         self._append(_field(3, b"brain.Event:2"))  # file_version
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """What was measured after a step, by name."""
+        """Append the scalars of a step."""
         values = b"".join(
             _field(1, _field(1, name.encode()) + _key(2, 5) + struct.pack("<f", value))  # Value: tag, simple_value
             for name, value in scalars.items()
@@ -53,7 +53,7 @@ def crc32c(data: bytes) -> int:
 
 
 def _masked_checksum(data: bytes) -> bytes:
-    """As TensorFlow's record files have it: turned by 15 bits and moved."""
+    """The CRC as TensorFlow masks it: rotated by 15 bits plus a constant."""
     checksum = crc32c(data)
     return struct.pack("<I", ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 

@@ -1,4 +1,4 @@
-"""What people see of a run: a progress bar and a table in a terminal, plain lines anywhere else."""
+"""Terminal output of a run: a progress bar and a table in a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -17,9 +17,10 @@ _LINES_PER_RUN = 10
 
 
 class Reporter:
-    """Prints to standard output, warnings to standard error. quiet: nothing but warnings."""
+    """Prints to standard output, warnings to standard error. quiet: only warnings. warns: False: no warnings either."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, warns: bool = True) -> None:
+        self._warns = warns
         # A pipe has no width: do not break lines to fit one.
         width = None if sys.stdout.isatty() else _PIPE_WIDTH
         self._console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, width=width)
@@ -33,16 +34,17 @@ class Reporter:
         self._seconds = 0.0
 
     def note(self, text: str) -> None:
-        """One line."""
+        """Print a line."""
         self._console.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """One line that must not be overlooked."""
-        self._errors.print(f"warning: {text}", style="yellow")
+        """Print a warning."""
+        if self._warns:
+            self._errors.print(f"warning: {text}", style="yellow")
 
     @contextmanager
     def reading(self, path: Path) -> Generator[Callable[[], None]]:
-        """Counts the rows of a file while it is read: what it gives is to be called after each."""
+        """Show a row counter for a file. Yields a function to call after each row."""
         columns = (TextColumn("reading {task.description}"), TextColumn("{task.completed:,.0f} rows"))
         quiet = not self._console.is_terminal or self._console.quiet
         with Progress(*columns, console=self._console, disable=quiet, transient=True) as progress:
@@ -51,7 +53,7 @@ class Reporter:
 
     @contextmanager
     def training(self, first_step: int, num_steps: int, *, several: bool) -> Generator[None]:
-        """Shows progress from step `first_step` to `num_steps` while it lasts: those of all runs where there are
+        """Show a progress bar from step `first_step` to `num_steps`, summed over all runs if there are
         several."""
         self._several, self._num_steps = several, num_steps
         self._first_step, self._step, self._seconds = first_step, first_step, 0.0
@@ -74,7 +76,7 @@ class Reporter:
                 self._progress = None
 
     def step(self, name: str, loss: float, num_tokens: int, seconds: float) -> None:
-        """After each step of a run. loss: of its batch; num_tokens, seconds: of this step alone."""
+        """Report a finished step. loss: of its batch; num_tokens, seconds: of this step alone."""
         self._step += 1
         self._seconds += seconds
         step, rate = self._step, num_tokens / max(seconds, 1e-9)
@@ -90,7 +92,7 @@ class Reporter:
 
     @contextmanager
     def validating(self) -> Generator[None]:
-        """Shows that the bar stands still for a reason."""
+        """Label the progress bar as validating."""
         if self._progress is not None:
             self._progress.update(self._task, description="validating")
         yield
@@ -98,7 +100,7 @@ class Reporter:
             self._progress.update(self._task, description="training")
 
     def validation(self, name: str, record: ValidationRecord) -> None:
-        """One line for each measurement of a run."""
+        """Print the line of a validation."""
         shares = (
             ("token accuracy", record.token_accuracy),
             ("exact match", record.exact_match),
@@ -109,24 +111,14 @@ class Reporter:
         self.note(f"{self._of(name)}step {record.step}  validation loss {record.validation_loss:.3f}{told}")
 
     def show(self, table: Table) -> None:
-        """A table of someone else's."""
+        """Print a prepared table."""
         self._console.print(table)
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
-        """Names and values, at the end."""
+        """Print names and values as a table."""
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows.items():
             table.add_row(name, value)
         self._console.print(table)
-
-
-class SilentReporter(Reporter):
-    """Of a process beside the one that reports."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-
-    def warn(self, text: str) -> None:
-        """It is said already."""
