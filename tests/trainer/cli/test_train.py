@@ -69,7 +69,7 @@ def test_what_is_wrong_is_said_before_anything_starts(
     recipe.write_text(recipe.read_text().replace(old, new))
     if not message:
         recipe.write_text(recipe.read_text() + "device: cuda:77\n")
-        message = "device: cuda:77 does not exist"
+        message = "device 'cuda:77' does not exist"
     result = quiver("train", recipe, code=2)
     assert result.stderr.startswith("quiver train: ") and message in result.stderr
     assert not (tmp_path / "out").exists()

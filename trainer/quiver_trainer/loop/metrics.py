@@ -52,7 +52,7 @@ def completion_loss(model: AnyModel, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """Teacher-forced. loss: mean cross-entropy of completion tokens, nats. token_accuracy: share that are the argmax."""
+    """Teacher-forced. loss: mean cross-entropy of completion tokens, nats. token_accuracy: share that is the argmax."""
 
     loss: float
     token_accuracy: float
