@@ -37,7 +37,15 @@ def _serve(
         int, typer.Option(help="HTTP port of /metrics, /livez, /readyz; -1: none.", min=-1, max=65535)
     ] = 9464,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU where there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="What is computed in: float32, bfloat16, float16; auto: float32 on a CPU.")
+    ] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="How weights are stored: auto keeps the checkpoint's 16 bits; dtype: as --dtype.")
+    ] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="How keys and values are cached: float32, bfloat16, float16; auto: as --dtype.")
+    ] = "auto",
     kv_memory_mib: Annotated[int, typer.Option(help="Memory for keys and values.", min=1)] = 512,
     adapter_memory_mib: Annotated[int, typer.Option(help="Memory for resident adapters.", min=1)] = 256,
     adapter_host_memory_mib: Annotated[

@@ -63,15 +63,23 @@ def load(config: ServerConfig) -> tuple[GPTBase | T5Base, Tokenizer]:
         if not is_url(place) and not Path(place).is_dir():
             raise QuiverError(f"--adapters {place}: no such folder; make it, it may be empty")
     device = choose_device(config.device)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtypes["auto"] = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if config.dtype not in dtypes:
-        raise QuiverError(f"--dtype {config.dtype}: must be one of {', '.join(dtypes)}")
-    base = load_base(config.base, dtype=dtypes[config.dtype], device=device)
+    dtype = _dtype("--dtype", config.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if config.weights not in ("auto", "dtype"):
+        raise QuiverError(f"--weights {config.weights}: must be auto or dtype")
+    keep_storage = config.weights == "auto" and device.type == "cpu"
+    base = load_base(config.base, dtype=dtype, keep_storage=keep_storage, device=device)
     if device.type == "cpu":
         pack(base)
         configure_process()
     return base, Tokenizer(config.base)
+
+
+def _dtype(option: str, name: str, auto: torch.dtype) -> torch.dtype:
+    """Raises QuiverError for a type that is not known."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": auto}
+    if name not in dtypes:
+        raise QuiverError(f"{option} {name}: must be one of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def build(
@@ -133,14 +141,17 @@ def build(
 
 def _make_kv(config: ServerConfig, base: GPTBase | T5Base) -> PagedKV:
     """As many blocks as --kv-memory-mib holds. Raises QuiverError where that is none."""
-    weight = base.embedding.weight
-    block_bytes = BLOCK_TOKENS * PagedKV.bytes_per_token(base.config, base.compute_dtype)
+    device = base.embedding.weight.device
+    dtype = _dtype("--kv-dtype", config.kv_dtype, base.compute_dtype)
+    if dtype != base.compute_dtype and (device.type != "cpu" or base.compute_dtype != torch.float32):
+        raise QuiverError(f"--kv-dtype {config.kv_dtype}: only a CPU that computes in float32 caches in another type")
+    block_bytes = BLOCK_TOKENS * PagedKV.bytes_per_token(base.config, dtype)
     num_blocks = config.kv_memory_mib * _MIB // block_bytes
     if not num_blocks:
         raise QuiverError(
             f"--kv-memory-mib {config.kv_memory_mib}: one block of {BLOCK_TOKENS} tokens takes {block_bytes} bytes"
         )
-    return PagedKV(base.config, num_blocks, BLOCK_TOKENS, base.compute_dtype, weight.device)
+    return PagedKV(base.config, num_blocks, BLOCK_TOKENS, dtype, device)
 
 
 def _limits(config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, kv_tokens: int) -> Limits:

@@ -24,6 +24,8 @@ class ServerConfig:
     metrics_port: int
     device: str
     dtype: str
+    weights: str
+    kv_dtype: str
     kv_memory_mib: int
     adapter_memory_mib: int
     adapter_host_memory_mib: int

@@ -115,6 +115,9 @@ def test_the_process_that_cannot_serve(tmp_path: Path) -> None:
     [
         (["--base", "{tmp}"], 2, "config.json: no such file"),
         (["--adapters", "{tmp}/nowhere"], 2, "nowhere: no such folder; make it, it may be empty"),
+        (["--weights", "int3"], 2, "--weights int3: must be auto or dtype"),
+        (["--kv-dtype", "float8"], 2, "--kv-dtype float8: must be one of float32, bfloat16, float16, auto"),
+        (["--dtype", "bfloat16", "--kv-dtype", "float16"], 2, "only a CPU that computes in float32 caches in another"),
         (["--dtype", "float8"], 2, "--dtype float8: must be one of float32, bfloat16, float16, auto"),
         (["--device", "quantum"], 2, "quantum"),
         (["--port", "{taken}"], 1, "{taken}"),

@@ -22,7 +22,7 @@ def model_message(
         architecture=base.config.family,
         vocab_size=limits.vocab_size,
         context_length=limits.context_length,
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=str(base.compute_dtype).removeprefix("torch."),
         device=str(weight.device),
         fingerprint=base.fingerprint,
         parameters=base.num_parameters,
