@@ -16,10 +16,10 @@ MINUTES ?= 30
 SUFFIX := $(if $(filter t5,$(BASE)),-t5)
 
 .PHONY: help setup demo serve test test-fast test-deploy reliability soak lint bench bench-train bench-peers lock proto \
-  demo-base clean
+  proto-released demo-base clean
 
 help:  ## What can be done here.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,7 @@ lint: setup  ## Formatting, types, import arrows, the wire contract.
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
+	$(BIN)/buf breaking --against proto/released.binpb
 
 test: lint  ## Everything that CI runs: lint and all tests, a file to a core.
 	$(PYTEST)
@@ -97,6 +98,9 @@ lock:  ## Take the newest versions of what Quiver stands on, and write them to .
 proto: setup  ## Regenerate the committed gRPC stubs.
 	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto \
 	  --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/quiver/v1/*.proto
+
+proto-released: setup  ## After a release: its wire is what `make lint` holds later changes against.
+	$(BIN)/buf build --exclude-source-info --output proto/released.binpb
 
 demo-base: setup  ## Make the bundled demo base from nothing (about half an hour; the repository holds the result).
 	$(BIN)/python -m quiver_demo.pretrain.$(if $(filter t5,$(BASE)),t5,gpt) trainer/demo/base$(SUFFIX)

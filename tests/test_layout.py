@@ -1,10 +1,14 @@
-"""The house keeps its shape: packages, arrows, sizes, and what may be imported from where."""
+"""The layout of the repository: one package per room, module sizes, and imports that work in any order.
+
+`make lint` checks the rest: the arrows between packages (import-linter) and docstrings of modules (ruff).
+"""
 
 import ast
 import importlib.metadata
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +23,10 @@ PACKAGES = {
     "trainer": "quiver_trainer",
     "trainer/demo": "quiver_demo",
 }
-MAX_FILE_LINES = 300
-MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 275
+MAX_FUNCTION_LINES = 50  # without signature and docstring
+MAX_MODULES = 16  # of one package, without its sub-packages
+LARGER_PACKAGES = {"peft/quiver_peft/base": 20}
 
 
 def sources() -> list[Path]:
@@ -70,37 +76,10 @@ def test_hugging_face_peft_is_not_hidden() -> None:
     assert out.stdout.split() == ["peft.tuners.lora.config", "True"], out.stderr
 
 
-# Imports every module in a process of its own: forked, after the third-party imports have been paid for once.
-_IMPORT_EACH = """
-import importlib, os, sys, traceback
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        pass  # it is told below
-for name in [name for name in sys.modules if name.partition(".")[0].startswith("quiver")]:
-    del sys.modules[name]
-failed = 0
-for name in sys.argv[1:]:
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            importlib.import_module(name)
-        except BaseException:
-            print(f"cannot import {name} first:")
-            traceback.print_exc(limit=-2, file=sys.stdout)
-            sys.stdout.flush()
-            os._exit(1)
-        os._exit(0)
-    failed += os.waitpid(child, 0)[1] != 0
-sys.exit(failed)
-"""
-
-
 def test_every_module_can_be_the_first_to_be_imported() -> None:
-    """No import circle that only works when somebody else went first."""
-    out = run(sys.executable, "-c", _IMPORT_EACH, *(module_name(path) for path in sources()))
+    """No import circle that only works after another module was imported."""
+    script = ROOT / "tests" / "support" / "import_each_first.py"
+    out = run(sys.executable, str(script), *(module_name(path) for path in sources()))
     assert out.returncode == 0, out.stdout + out.stderr
 
 
@@ -113,16 +92,12 @@ def test_the_client_needs_no_torch() -> None:
     assert out.returncode == 0, out.stderr
 
 
-def test_the_arrows_run_down_only() -> None:
-    out = run(str(Path(sys.executable).parent / "lint-imports"), "--no-cache")
-    assert out.returncode == 0, out.stdout + out.stderr
-    assert "Contracts: 0 kept" not in out.stdout
-
-
 def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Name and lines of each function's body."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+            body = node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body
+            yield node.name, (node.end_lineno or node.lineno) - body[0].lineno + 1
 
 
 def test_files_and_functions_stay_small() -> None:
@@ -140,10 +115,12 @@ def test_files_and_functions_stay_small() -> None:
     assert too_long == []
 
 
-def test_every_module_says_its_one_purpose() -> None:
-    assert [
-        str(path.relative_to(ROOT)) for path in sources() if not ast.get_docstring(ast.parse(path.read_text()))
-    ] == []
+def test_packages_stay_small() -> None:
+    num_modules = Counter(str(path.parent.relative_to(ROOT)) for path in sources() if path.name != "__init__.py")
+    too_large = {
+        package: number for package, number in num_modules.items() if number > LARGER_PACKAGES.get(package, MAX_MODULES)
+    }
+    assert too_large == {}
 
 
 def test_tests_have_no_packages() -> None:

@@ -46,7 +46,7 @@ def test_measures_once_and_goes_on(tmp_path: Path) -> None:
 
 def test_no_gpu_is_an_error() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("needs a machine without a GPU: run `make test` there")
     done = run_script("--out", "unused.json")
     assert done.returncode == 2
     assert "finds no GPU" in done.stderr

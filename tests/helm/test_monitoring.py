@@ -69,7 +69,7 @@ def test_alerts_and_scaling_look_at_their_own_release_alone() -> None:
 def promtool(*arguments: str | Path, folder: Path) -> str:
     path = tools.promtool()
     if path is None:
-        pytest.skip("promtool is not installed, and apt-get could not download Debian's prometheus package")
+        pytest.skip("needs promtool: `apt-get install prometheus`, or a network for apt-get to download it")
     result = subprocess.run([path, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -56,7 +56,7 @@ class Podman:
 def usable_podman() -> Generator[Podman]:
     """Podman with the stand-in image in its storage. Skips where containers cannot run."""
     if shutil.which("podman") is None:
-        pytest.skip("podman is not installed: the Deployment is not run in a container")
+        pytest.skip("needs podman: `apt-get install podman runc catatonit iptables`, as .ci/run does")
     # A short path: podman keeps sockets in it.
     with tempfile.TemporaryDirectory(prefix="quiver-") as text:
         podman = Podman(Path(text))
@@ -65,7 +65,7 @@ def usable_podman() -> Generator[Podman]:
             "run", "--rm", "--publish", "1", "--volume", "/usr:/usr:ro", "--entrypoint", "/usr/bin/true", IMAGE
         )
         if trial.returncode:
-            pytest.skip(f"podman cannot run a container here: {trial.stderr.strip()[-300:]}")
+            pytest.skip(f"needs a machine where podman can run a container; here: {trial.stderr.strip()[-300:]}")
         try:
             yield podman
         finally:

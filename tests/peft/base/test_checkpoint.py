@@ -186,7 +186,7 @@ print(sum(p.numel() * p.element_size() for p in base.parameters()), peak - befor
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' own account of memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads /proc/self/status")
 def test_reading_never_holds_the_weights_twice(tmp_path: Path) -> None:
     """Anonymous memory, which is what a copy takes; the mapped file is the kernel's to drop."""
     tiny_llama(tmp_path, hidden_size=1024, intermediate_size=4096, dtype=torch.float32)

@@ -24,7 +24,7 @@ LENGTHS = [7, 3, 40, 1, 20, 12]
 @pytest.fixture(autouse=True)
 def needs_kernels() -> None:
     if library() is None:
-        pytest.skip("nothing is packed without the compiled kernels")
+        pytest.skip("needs the compiled kernels: an x86-64 processor with AVX2, g++, and QUIVER_KERNELS unset")
 
 
 @torch.inference_mode()

@@ -66,7 +66,7 @@ def test_logits_are_those_of_fp32_weights_bit_for_bit(
 @pytest.mark.parametrize("tied", [True, False])
 def test_half_the_bytes_are_held_and_a_tied_head_once(tied: bool, tmp_path: Path) -> None:
     if library() is None:
-        pytest.skip("nothing is packed without the compiled kernels")
+        pytest.skip("needs the compiled kernels: an x86-64 processor with AVX2, g++, and QUIVER_KERNELS unset")
     tiny_llama(tmp_path, tie_word_embeddings=tied)
     narrow(tmp_path, torch.bfloat16)
     num_bytes: list[int] = []

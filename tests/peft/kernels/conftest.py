@@ -13,7 +13,7 @@ def cpp() -> Generator[Library]:
     """The compiled kernels with two threads, gradients off: what serving has."""
     found = library()
     if found is None:
-        pytest.skip("the compiled kernels are off or unavailable")
+        pytest.skip("needs the compiled kernels: an x86-64 processor with AVX2, g++, and QUIVER_KERNELS unset")
     found.set_num_threads(2)
     with torch.inference_mode():
         yield found

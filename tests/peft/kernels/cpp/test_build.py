@@ -33,7 +33,7 @@ def needs_avx2() -> None:
     try:
         instruction_set_flags()
     except BuildError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"needs an x86-64 processor with AVX2: {error}")
 
 
 @pytest.fixture

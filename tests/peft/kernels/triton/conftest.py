@@ -6,7 +6,12 @@ import torch
 
 @pytest.fixture(
     params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled instead")),
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.skipif(
+                torch.cuda.is_available(), reason="interprets the kernels: run `make test` where there is no GPU"
+            ),
+        ),
         pytest.param("cuda", marks=pytest.mark.cuda),
     ]
 )
