@@ -12,8 +12,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise QuiverError(f"device {name!r} is not known; it must be auto, cpu, cuda or cuda:1")
+        raise QuiverError(f"device: {name} is not known; it must be auto, cpu, cuda or cuda:1")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise QuiverError(f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
+        raise QuiverError(f"device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
     return device

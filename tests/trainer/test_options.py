@@ -13,7 +13,7 @@ from quiver_peft import GPT
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import EvaluationSection, OptimiserSection, ScheduleSection, TrainConfig, Trainer, TrainingError
 from quiver_trainer.batches import BatchLimits
-from quiver_trainer.evaluate import compare_texts, validation_loss
+from quiver_trainer.evaluate import compare_texts, validation_metrics
 from quiver_trainer.preparation import read_datasets
 from quiver_trainer.progress import Progress, ValidationRecord
 from quiver_trainer.report import Reporter
@@ -144,7 +144,7 @@ def test_the_best_weights_are_kept(make_config: MakeConfig) -> None:
     model.load_adapters(best.output)
     tokenizer = Tokenizer(best.base)
     data = read_datasets(best, model, tokenizer, Reporter(quiet=True))["validation"]
-    assert validation_loss(model, data, BatchLimits(None, 3)) == pytest.approx(min(curve), abs=1e-5)
+    assert validation_metrics(model, data, BatchLimits(None, 3)).loss == pytest.approx(min(curve), abs=1e-5)
 
 
 def _validations(config: TrainConfig) -> list[dict[str, Any]]:

@@ -76,11 +76,6 @@ def validation_metrics(model: AnyModel, samples: Sequence[Sample], limits: Batch
     return ValidationMetrics(total / count, right / count)
 
 
-def validation_loss(model: AnyModel, samples: Sequence[Sample], limits: BatchLimits) -> float:
-    """The loss alone."""
-    return validation_metrics(model, samples, limits).loss
-
-
 @dataclass(frozen=True)
 class GeneratedMetrics:
     """Of greedy answers. exact_match: share of those equal to the completion, white space around it aside.

@@ -1,7 +1,6 @@
 """`quiver publish`: an adapter into a store, once it has loaded and given again the metrics of its record."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from quiver_peft import T5
 from quiver_peft.adapters.store import AdapterStore, publish
 from quiver_peft.chat_template import read_chat_template
 from quiver_peft.errors import AdapterError
+from quiver_peft.files.json_files import read_json
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.batches import BatchLimits
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
 def _training_record(adapter: Path) -> Mapping[str, Any]:
     """What the artefact says of its training; nothing where it says nothing. Whether it is whole, loading will tell."""
     try:
-        return json.loads((adapter / RECORD_FILE).read_bytes())["training"]
+        return read_json(adapter / RECORD_FILE)["training"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

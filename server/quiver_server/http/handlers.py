@@ -12,6 +12,7 @@ from aiohttp import web
 
 from quiver_peft.chat_template import ChatTemplate
 from quiver_peft.errors import ChatError
+from quiver_peft.files.json_files import JsonError, parse_json
 from quiver_server.answering import Answering
 from quiver_server.call import current_call
 from quiver_server.errors import InvalidRequestError, RequestError
@@ -170,11 +171,11 @@ async def _read_body(request: web.Request) -> Mapping[str, Any]:
         raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
     raw = await request.read()
     try:
-        body = json.loads(raw)
+        body = parse_json(raw, "the body")
         if b"\\u" in raw:
             json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise InvalidRequestError("the body must be a JSON object")
-    return cast(dict[str, Any], body)
+    except JsonError as error:
+        raise InvalidRequestError(str(error)) from None
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the body: not valid JSON: {error}") from None
+    return body

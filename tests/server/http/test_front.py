@@ -162,7 +162,7 @@ def test_every_parameter_names_a_field_of_the_wire() -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b'{"prompt": "\\ud800", "model": "all-r2"}', "not valid JSON"),
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b"[]", "must be a JSON object"),
+        (b"[]", "must hold a JSON object, not list"),
     ],
 )
 def test_bodies_that_are_none(llama: Bench, still_serving: None, body: bytes, words: str) -> None:

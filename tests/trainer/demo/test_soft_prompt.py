@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from trainer.conftest import load_recipe
 
 from quiver_peft import load_model
 from quiver_peft.model import AnyModel
@@ -11,7 +12,6 @@ from quiver_trainer import Trainer
 from quiver_trainer.data import read_dataset
 from quiver_trainer.demo.desk import write_dataset
 from quiver_trainer.evaluate import exact_match
-from quiver_trainer.recipe import load_recipe
 from quiver_trainer.rows import Encoder
 
 BASE = Path("trainer/demo/base").resolve()

@@ -10,10 +10,9 @@ import pytest
 from ranks import ROOT
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
-from trainer.conftest import write_rows
+from trainer.conftest import load_recipe, write_rows
 
 from quiver_trainer import ConfigError
-from quiver_trainer.recipe import load_recipe
 from quiver_trainer.train_cli import main
 
 RECIPE = """\

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.optim import AdamW
 
 from quiver_peft.adapters.folders import put_in_place
+from quiver_peft.files.json_files import read_json
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import shard_of
 from quiver_trainer.errors import TrainingError
@@ -80,7 +81,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Progress] | None:
     if not folder.exists():
         return None
     try:
-        state = json.loads((folder / _STATE_FILE).read_bytes())
+        state = read_json(folder / _STATE_FILE)
         if state["schema_version"] != _SCHEMA_VERSION:
             raise TrainingError(
                 f"{folder / _STATE_FILE}: schema_version {state['schema_version']!r} is not known; this is "
