@@ -36,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = GPT.from_pretrained(root / "base")
     model.add_adapter(LoraPEFTConfig(adapter_dim=2))
     model.save_adapter(root / "adapter")
-    for name, text in {"rows.jsonl": ROW, "bad.jsonl": "{", "recipe.yaml": RECIPE, "file": ""}.items():
+    files = {"rows.jsonl": ROW, "bad.jsonl": "{", "deep.jsonl": "[" * 100_000, "recipe.yaml": RECIPE, "file": ""}
+    for name, text in files.items():
         (root / name).write_text(text)
     return root
 
@@ -70,6 +71,7 @@ MISTAKES = [
     ["train", "{tmp}/recipe.yaml", "epochs=none"],
     ["train", "{tmp}/recipe.yaml", "base={tmp}"],
     ["train", "{tmp}/recipe.yaml", "data.train={tmp}/bad.jsonl"],
+    ["train", "{tmp}/recipe.yaml", "data.train={tmp}/deep.jsonl"],
     predict("--max-new-tokens", "0"),
     predict("--device", "quantum"),
     predict("--base", "{tmp}/nowhere"),

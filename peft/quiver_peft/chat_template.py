@@ -16,6 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quiver_peft.errors import ChatError, CheckpointError
+from quiver_peft.files.json_files import JsonError, read_json
 
 _CONFIG_FILE = "tokenizer_config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -67,10 +68,12 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     """The template of a base folder, if it has one. Raises CheckpointError for one that cannot be read."""
     config_path, template_path = folder / _CONFIG_FILE, folder / _TEMPLATE_FILE
     try:
-        config: Any = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+        config = read_json(config_path) if config_path.is_file() else {}
         special_tokens = _special_tokens(config)
         named = _named(config.get("chat_template"))
         own = template_path.read_text("utf-8") if template_path.is_file() else None
+    except JsonError as error:
+        raise CheckpointError(str(error)) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{config_path}: not readable: {type(error).__name__}: {error}") from None
     if own is not None:  # wins over the other file's, as in transformers

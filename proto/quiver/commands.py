@@ -38,7 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapters_app, name="adapters")
-app.add_typer(adapters_app, name="adapter", hidden=True)
 
 
 def _print_version(wanted: bool) -> None:

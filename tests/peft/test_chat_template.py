@@ -99,8 +99,9 @@ def test_what_stops_a_template_is_the_requests_own_failure(tmp_path: Path, templ
     [
         ('{"chat_template": "{% for %}"}', "tokenizer_config.json: the chat template, line 1: "),
         ('{"chat_template": [{"name": "default"}]}', "tokenizer_config.json: not readable: KeyError"),
-        ("[]", "tokenizer_config.json: not readable: "),
-        ("{", "tokenizer_config.json: not readable: JSONDecodeError"),
+        ("[]", "tokenizer_config.json: must hold a JSON object"),
+        ("{", "tokenizer_config.json: not valid JSON: "),
+        ("[" * 100_000, "tokenizer_config.json: not valid JSON: nested deeper"),
     ],
 )
 def test_a_template_that_cannot_be_read(tmp_path: Path, config: str, words: str) -> None:

@@ -153,6 +153,7 @@ def test_wrong_usage_ends_with_2(tmp_path: Path) -> None:
         (["adapters", "alias", "live", "x", "--delete"], "give either a TARGET or --delete"),
         (["adapters", "unload", "x", "--running", "sometimes"], "is not one of"),
         (["shoot"], "No such command"),
+        (["adapter", "list"], "No such command"),
     ):
         run = _quiver(*arguments)
         assert (run.returncode, message in run.stderr) == (2, True), (arguments, run.stderr)
@@ -265,7 +266,7 @@ def test_results_in_json_are_what_the_client_answers(server: ScriptedServer, cli
 
 
 def test_aliases_are_moved_and_deleted(server: ScriptedServer) -> None:
-    _succeeds(_quiver("adapter", "load", "support", server=server))
+    _succeeds(_quiver("adapters", "load", "support", server=server))
     moved = _succeeds(_quiver("adapters", "alias", "live", "support", server=server))
     shown = _succeeds(_quiver("adapters", "show", "support", server=server))
     deleted = _succeeds(_quiver("adapters", "alias", "live", "--delete", server=server))

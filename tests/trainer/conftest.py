@@ -10,6 +10,7 @@ import torch
 from support.tiny import tiny_llama, tiny_tokenizer
 
 from quiver_trainer import DataSection, EvaluationSection, TrainConfig
+from quiver_trainer.recipe.sweep import load_recipes
 
 torch.set_num_threads(1)  # tiny products: threads cost more than they give
 
@@ -28,6 +29,13 @@ def write_rows(path: Path, rows: Sequence[tuple[str, str]] = ROWS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"prompt": p, "completion": f" {c}"}) + "\n" for p, c in rows))
     return path
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A recipe of one run, as `quiver train` reads it."""
+    config = load_recipes(path, overrides)
+    assert isinstance(config, TrainConfig)
+    return config
 
 
 @pytest.fixture(scope="session")

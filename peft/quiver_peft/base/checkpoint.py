@@ -4,7 +4,6 @@ Peak memory of reading: the model and one tensor (safetensors files are memory-m
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from quiver_peft.base.families import FAMILIES
 from quiver_peft.base.family import TensorMapping
 from quiver_peft.base.sites import Linear
 from quiver_peft.errors import CheckpointError
+from quiver_peft.files import json_files
+from quiver_peft.files.json_files import JsonError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -30,14 +31,13 @@ ShardSlice = Callable[[TensorMapping, Tensor], Tensor]
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json_files.read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a base is a Hugging Face folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return value  # pyright: ignore[reportUnknownVariableType]
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable: {error.strerror}") from None
+    except JsonError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

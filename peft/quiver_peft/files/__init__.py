@@ -1,1 +1,1 @@
-"""Atomic replacement of files and folders, and change stamps."""
+"""Files: atomic replacement, change stamps, and JSON that users wrote."""

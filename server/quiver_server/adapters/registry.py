@@ -17,6 +17,7 @@ from typing import Any
 from quiver_peft.adapters.store.store import ADAPTER_ID, REVISION
 from quiver_peft.errors import QuiverError
 from quiver_peft.files.atomic_folder import sync_folder
+from quiver_peft.files.json_files import JsonError, read_json
 from quiver_server.adapters.revision import RevisionKey
 from quiver_server.errors import RequestError
 
@@ -106,11 +107,11 @@ def _lock(folder: Path) -> int:
 
 def _read(path: Path) -> RegistryState:
     try:
-        content: Any = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError:
         return RegistryState()
-    except (ValueError, RecursionError) as error:
-        raise QuiverError(f"{path}: not valid JSON: {error}; mend it, or move it away to begin anew") from None
+    except JsonError as error:
+        raise QuiverError(f"{error}; mend it, or move it away to begin anew") from None
     try:
         version = content["schema_version"]
         aliases = {str(name): _read_revision_key(text) for name, text in content["aliases"].items()}

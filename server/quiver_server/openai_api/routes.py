@@ -11,6 +11,7 @@ from typing import Any, cast
 from aiohttp import web
 
 from quiver_peft.chat_template import ChatTemplate
+from quiver_peft.files.json_files import JsonError, parse_json
 from quiver_server.errors import InvalidRequestError, RequestError
 from quiver_server.openai_api.choices import Choices
 from quiver_server.openai_api.errors import dumps, error_body, error_response
@@ -135,11 +136,11 @@ async def _read_body(request: web.Request) -> Mapping[str, Any]:
         raise web.HTTPUnsupportedMediaType(text="the body must be JSON, with Content-Type: application/json")
     raw = await request.read()
     try:
-        body = json.loads(raw)
+        body = parse_json(raw, "the body")
         if b"\\u" in raw:
-            json.dumps(body, ensure_ascii=False).encode()  # refuses half a surrogate pair
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise InvalidRequestError("the body must be a JSON object")
-    return cast(dict[str, Any], body)
+            json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except JsonError as error:
+        raise InvalidRequestError(str(error)) from None
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the body: not valid JSON: {error}") from None
+    return body

@@ -123,7 +123,7 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "fragment"),
-    [("{", "not readable as JSON"), ("[1]", "must hold a JSON object"), ("{}", "model_type None")],
+    [("{", "not valid JSON"), ("[1]", "must hold a JSON object"), ("{}", "model_type None")],
 )
 def test_a_config_that_is_no_object(content: str, fragment: str, folder: Path) -> None:
     (folder / "config.json").write_text(content)
@@ -132,7 +132,7 @@ def test_a_config_that_is_no_object(content: str, fragment: str, folder: Path) -
 
 def test_a_config_that_is_no_text(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"\xff\xfe\x00")
-    refused(folder, str(folder / "config.json"), "not readable as JSON")
+    refused(folder, str(folder / "config.json"), "not valid JSON")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])

@@ -75,7 +75,7 @@ def test_one_folder_is_one_servers(tmp_path: Path) -> None:
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[]", "not a registry"),
+        ("[]", "must hold a JSON object, not list"),
         ({"aliases": 5}, "not a registry"),
         ({"aliases": {"live": "support"}}, "not a registry"),
         ({"aliases": {"live": "../x@" + "1" * 64}}, "not a registry"),

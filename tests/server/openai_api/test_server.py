@@ -162,7 +162,7 @@ def test_every_parameter_sets_a_field_of_the_request() -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b'{"prompt": "\\ud800", "model": "all-r2"}', "not valid JSON"),
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b"[]", "must be a JSON object"),
+        (b"[]", "must hold a JSON object, not list"),
     ],
 )
 def test_invalid_json_bodies_are_rejected(llama: ServerFixture, still_serving: None, body: bytes, words: str) -> None:

@@ -79,7 +79,7 @@ def test_a_bad_row_is_named_with_file_and_line(recipe: Path, tmp_path: Path) -> 
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"prompt": "half a row"')
     result = quiver("train", recipe, code=2)
-    assert "train.jsonl:7: not JSON:" in result.stderr
+    assert "train.jsonl:7: not valid JSON:" in result.stderr
 
 
 def test_a_base_that_is_none_is_named(recipe: Path, tmp_path: Path) -> None:

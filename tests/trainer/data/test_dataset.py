@@ -24,8 +24,12 @@ def encoder(base_folder: Path, max_length: int | None = 99) -> Encoder:
 REFUSED: list[tuple[bytes, str]] = [
     (b"", r"rows.jsonl: holds no rows; each line must be an object such as"),
     (b"\n \n", r"rows.jsonl: holds no rows"),
-    (f"{GOOD}\n{{".encode(), r"rows.jsonl:2: not JSON: .*; each line must be an object such as"),
-    (f"{GOOD}\n\n[1, 2]".encode(), r"rows.jsonl:3: must be an object such as .*, not \[1, 2\]"),
+    (f"{GOOD}\n{{".encode(), r"rows.jsonl:2: not valid JSON: .*; each line must be an object such as"),
+    (f"{GOOD}\n\n[1, 2]".encode(), r"rows.jsonl:3: must hold a JSON object, not list; each line must be an object"),
+    *(
+        (f'{GOOD}\n{{"prompt": {"[" * depth}{"]" * depth}}}'.encode(), r"rows.jsonl:2: not valid JSON: nested deeper")
+        for depth in (900, 950, 980, 100_000)
+    ),
     (b'{"completion": "b"}', r"rows.jsonl:1: the key 'prompt' is missing; keys here: completion"),
     (b'{"prompt": "a", "answer": "b"}', r"rows.jsonl:1: the key 'completion' is missing; keys here: answer, prompt"),
     (b"{}", r"rows.jsonl:1: the key 'prompt' is missing; keys here: none"),
@@ -38,7 +42,7 @@ REFUSED: list[tuple[bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), REFUSED)
+@pytest.mark.parametrize(("content", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_bad_rows_are_refused(content: bytes, message: str, base_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)

@@ -4,12 +4,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from trainer.conftest import load_recipe
 
 from quiver_demo import run_demo
 from quiver_demo.dataset import write_dataset
 from quiver_peft import load_model
 from quiver_trainer import Trainer
-from quiver_trainer.recipe.reader import load_recipe
 
 
 def train_a_little(work: Path, task: str, output: Path, configs: str) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from trainer.conftest import load_recipe
 
 from quiver_demo.dataset import write_dataset
 from quiver_peft import load_model
@@ -12,7 +13,6 @@ from quiver_trainer import Trainer
 from quiver_trainer.data.dataset import read_dataset
 from quiver_trainer.data.jsonl import Encoder
 from quiver_trainer.loop.metrics import exact_match
-from quiver_trainer.recipe.reader import load_recipe
 
 BASE = Path("trainer/demo/base").resolve()
 RECIPE = f"""

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import MAX_POSITIONS
-from trainer.conftest import ROWS
+from trainer.conftest import ROWS, load_recipe
 
 from quiver_peft import GPT
 from quiver_trainer import ConfigError, OptimizerSection, TrainConfig, Trainer
-from quiver_trainer.recipe.reader import load_recipe
 
 MakeConfig = Callable[..., TrainConfig]
 LEARNS: dict[str, tuple[list[dict[str, Any]], float]] = {

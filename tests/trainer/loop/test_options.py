@@ -14,7 +14,7 @@ from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer import EvaluationSection, OptimizerSection, ScheduleSection, TrainConfig, Trainer, TrainingError
 from quiver_trainer.data.batching import BatchLimits
 from quiver_trainer.loop.datasets import read_datasets
-from quiver_trainer.loop.metrics import compare_texts, validation_loss
+from quiver_trainer.loop.metrics import compare_texts, validation_metrics
 from quiver_trainer.loop.run import Run
 from quiver_trainer.reports.progress import Progress, ValidationRecord
 from quiver_trainer.reports.terminal import Reporter
@@ -144,7 +144,7 @@ def test_the_best_weights_are_kept(make_config: MakeConfig) -> None:
     model.load_adapters(best.output)
     tokenizer = Tokenizer(best.base)
     data = read_datasets(best, model, tokenizer, Reporter(quiet=True))["validation"]
-    assert validation_loss(model, data, BatchLimits(None, 3)) == pytest.approx(min(curve), abs=1e-5)
+    assert validation_metrics(model, data, BatchLimits(None, 3)).loss == pytest.approx(min(curve), abs=1e-5)
 
 
 def _validations(config: TrainConfig) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def test_changed_data_do_not_go_on(make_config: MakeConfig) -> None:
         Trainer(config).fit(new_model(config))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage", "nested"])
 def test_a_damaged_checkpoint_is_refused(damage: str, make_config: MakeConfig) -> None:
     config = long_config(make_config, "out")
     with pytest.raises(TrainingInterrupted):
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, make_config: MakeConfig) -
     elif damage == "remove":
         tensors.unlink()
     else:
-        (checkpoint / "state.json").write_text("{")
+        (checkpoint / "state.json").write_text("{" if damage == "garbage" else "[" * 100_000)
     with pytest.raises(TrainingError, match=r"not a whole checkpoint .*start over with --restart"):
         Trainer(config).fit(new_model(config))
 

@@ -137,6 +137,7 @@ def test_a_folder_of_something_else_is_not_overwritten(make_config: MakeConfig) 
     config = make_config()
     config.output.mkdir()
     (config.output / "letter.txt").write_text("dear diary")
+    (config.output / "quiver.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="exists and is not the result of a training; choose another output"):
         Trainer(config, restart=True).fit(new_model(config))
     assert (config.output / "letter.txt").read_text() == "dear diary"

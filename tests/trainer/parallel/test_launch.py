@@ -10,11 +10,10 @@ import pytest
 from safetensors.torch import load_file
 from support.ranks import ROOT
 from support.tiny import tiny_llama, tiny_tokenizer
-from trainer.conftest import write_rows
+from trainer.conftest import load_recipe, write_rows
 
 from quiver_trainer import ConfigError
 from quiver_trainer.cli.train import main
-from quiver_trainer.recipe.reader import load_recipe
 
 RECIPE = """\
 base: base

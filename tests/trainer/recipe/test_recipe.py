@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from trainer.conftest import load_recipe
 
 from quiver_trainer import ConfigError
 from quiver_trainer.recipe.help import list_settings, to_recipe
 from quiver_trainer.recipe.methods import LoraSection
-from quiver_trainer.recipe.reader import load_recipe
 from quiver_trainer.recipe.sweep import ManyRecipe, load_recipes
 
 RECIPE = """\
@@ -80,6 +80,7 @@ REFUSED: list[tuple[str, str, str]] = [
     ("output: adapters/routing", "output: adapters/ro uting", r"recipe.yaml:2: output: the folder's name must match"),
     ("base: models/base", "base: models/base\nseed: -1", r"recipe.yaml:2: seed: should be greater than or equal to 0"),
     ("base: models/base", "base: models/base\nbase: again", r"recipe.yaml:2: base is given twice, first in line 1"),
+    ("base: models/base", "base: " + "[" * 9000, r"recipe.yaml: not valid YAML: nested too deeply"),
     ("base: models/base", "base: [", r"recipe.yaml:\d+: not valid YAML: "),
     ("base: models/base", "base: models/base\ndevice: tpu", r"recipe.yaml:2: device: .*, not \"tpu\""),
     ("adapter:\n  method: lora\n  adapter_dim: 4\n", "", r"recipe.yaml: adapter is required; write `adapter: null`"),
@@ -94,7 +95,7 @@ REFUSED: list[tuple[str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "message"), REFUSED)
+@pytest.mark.parametrize(("old", "new", "message"), REFUSED, ids=lambda text: text[:40])
 def test_bad_recipes_are_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
     assert old in RECIPE
     with pytest.raises(ConfigError, match=message):

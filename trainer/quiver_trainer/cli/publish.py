@@ -1,7 +1,6 @@
 """`quiver publish`: puts an adapter into a store after it loaded and reproduced its recorded metrics."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from quiver_peft.adapters.store.store import AdapterStore, publish
 from quiver_peft.chat_template import read_chat_template
 from quiver_peft.device import choose_device
 from quiver_peft.errors import AdapterError
+from quiver_peft.files.json_files import read_json
 from quiver_peft.model import AnyModel, load_model
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.command import command_parser, run_command
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
 def _training_record(adapter: Path) -> Mapping[str, Any]:
     """The training record of the folder's quiver.json; empty without one. Loading checks the rest."""
     try:
-        return json.loads((adapter / RECORD_FILE).read_bytes())["training"]
+        return read_json(adapter / RECORD_FILE)["training"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

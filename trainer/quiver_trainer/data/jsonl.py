@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from quiver_peft.chat_template import ChatTemplate, Message
 from quiver_peft.errors import ChatError
+from quiver_peft.files.json_files import JsonError, parse_json
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.errors import DataError
 
@@ -157,14 +158,11 @@ class Encoder:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode())
+        return parse_json(line.decode(), where)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start} of the line") from None
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}; each line must be an object such as {EXAMPLE}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: must be an object such as {EXAMPLE}, not {_shorten(value)}")
-    return value  # pyright: ignore[reportUnknownVariableType]
+    except JsonError as error:
+        raise DataError(f"{error}; each line must be an object such as {EXAMPLE}") from None
 
 
 def _shorten(value: object) -> str:

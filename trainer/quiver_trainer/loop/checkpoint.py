@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from quiver_peft.files.atomic_folder import replace_folder
+from quiver_peft.files.json_files import read_json
 from quiver_trainer.errors import TrainingError
 from quiver_trainer.loop.rng import RunRng
 from quiver_trainer.reports.progress import Progress
@@ -59,7 +60,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     if not folder.exists():
         return None
     try:
-        state = json.loads((folder / _STATE_FILE).read_bytes())
+        state = read_json(folder / _STATE_FILE)
         if state["schema_version"] != _SCHEMA_VERSION:
             raise TrainingError(
                 f"{folder / _STATE_FILE}: schema_version {state['schema_version']!r} is not known; this is "

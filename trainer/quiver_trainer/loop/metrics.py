@@ -74,10 +74,6 @@ def validation_metrics(model: AnyModel, samples: Sequence[Sample], limits: Batch
     return ValidationMetrics(total / count, right / count)
 
 
-def validation_loss(model: AnyModel, samples: Sequence[Sample], limits: BatchLimits) -> float:
-    return validation_metrics(model, samples, limits).loss
-
-
 @dataclass(frozen=True)
 class GeneratedMetrics:
     """Metrics of greedy answers. exact_match: share equal to the completion after stripping white space.

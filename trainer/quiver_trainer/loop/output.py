@@ -13,6 +13,7 @@ import torch
 from quiver_peft.base.checkpoint import save_checkpoint
 from quiver_peft.base.families import FAMILIES
 from quiver_peft.files.atomic_folder import replace_folder
+from quiver_peft.files.json_files import parse_json
 from quiver_peft.model import AnyModel
 from quiver_peft.tokenizer import Tokenizer
 from quiver_trainer.data.dataset import Dataset
@@ -113,7 +114,7 @@ def write_base(
         for path in base_folder.glob(pattern)
         if path.is_file() and path.name not in _NOT_COMPANIONS
     }
-    config: dict[str, Any] = json.loads(companions["config.json"])
+    config = parse_json(companions["config.json"], str(base_folder / "config.json"))
     config["dtype"] = "float32"
     config.pop("torch_dtype", None)  # the older name of the same
     companions["config.json"] = (json.dumps(config, indent=2) + "\n").encode()

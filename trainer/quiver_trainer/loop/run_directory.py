@@ -5,14 +5,14 @@ adapters/.routing.training     while training: checkpoint, metrics.jsonl, lock. 
 """
 
 import fcntl
-import json
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from quiver_peft.files.json_files import read_json
 from quiver_trainer.errors import ConfigError
 from quiver_trainer.loop.checkpoint import read_checkpoint
 from quiver_trainer.loop.fingerprint import differences
@@ -78,13 +78,13 @@ class RunDirectory:
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return None
         try:
-            result = json.loads((self.output / RECORD_FILE).read_bytes())
+            result = read_json(self.output / RECORD_FILE)
             _ = result["training"]["settings"].keys()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(
                 f"{self.output}: exists and is not the result of a training; choose another output"
             ) from None
-        return cast(dict[str, Any], result)
+        return result
 
     @contextmanager
     def lock(self) -> Generator[None]:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.optim import AdamW
 
 from quiver_peft.files.atomic_folder import rename_into_place
+from quiver_peft.files.json_files import read_json
 from quiver_peft.parallel.mesh import Mesh
 from quiver_peft.parallel.shards import get_shard
 from quiver_trainer.errors import TrainingError
@@ -79,7 +80,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Progress] | None:
     if not folder.exists():
         return None
     try:
-        state = json.loads((folder / _STATE_FILE).read_bytes())
+        state = read_json(folder / _STATE_FILE)
         if state["schema_version"] != _SCHEMA_VERSION:
             raise TrainingError(
                 f"{folder / _STATE_FILE}: schema_version {state['schema_version']!r} is not known; this is "

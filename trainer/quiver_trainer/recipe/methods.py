@@ -1,10 +1,10 @@
-"""Adapter sections of a recipe: one for each method, with the defaults of its PEFT config."""
+"""TrainableAdapter sections of a recipe: one for each method, with the defaults of its PEFT config."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from quiver_peft.adapters.methods.bottleneck import CanonicalAdaptersPEFTConfig
+from quiver_peft.adapters.methods.bottleneck import PLACES, CanonicalAdaptersPEFTConfig
 from quiver_peft.adapters.methods.configs import PEFTConfig
 from quiver_peft.adapters.methods.ia3 import IA3PEFTConfig
 from quiver_peft.adapters.methods.lora import LoraPEFTConfig
@@ -115,8 +115,15 @@ class CanonicalSection(MethodSection):
     )
     weight_tying: bool = Field(default=_CANONICAL.weight_tying, description="one bottleneck for all layers")
     layer_selection: tuple[int, ...] | None = Field(default=None, description=_LAYERS)
-    places: tuple[Literal["attention", "mlp"], ...] = Field(
-        default=("attention", "mlp"), description="after which sub-layers"
+    places: tuple[Literal["attention", "mlp", "cross_attention"], ...] = Field(
+        default=PLACES, description="after which sub-layers; cross_attention: of a T5's decoder"
+    )
+    bias: bool = Field(default=_CANONICAL.bias, description="of both linears")
+    scale: float = Field(default=_CANONICAL.scale, description="on what is added")
+    source: Literal["output", "output_before_bias", "sum", "residual"] = Field(
+        default=_CANONICAL.source,
+        description="what enters: the sub-layer's output, with or without its last bias; its sum with the residual "
+        "(Pfeiffer et al. 2021); or the residual alone, beside the sub-layer (He et al. 2022)",
     )
 
     def to_peft(self) -> PEFTConfig:

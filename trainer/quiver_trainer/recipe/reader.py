@@ -51,14 +51,6 @@ class RawRecipe:
             raise ConfigError("\n".join(dict.fromkeys(messages))) from None
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The validated settings. Relative paths start where they are written: at the YAML file, or at the shell's folder.
-
-    Raises ConfigError, one line for each problem.
-    """
-    return read_raw(path).overridden(overrides).validated()
-
-
 def read_raw(path: Path) -> RawRecipe:
     """A YAML file's content with its paths made absolute. Raises ConfigError."""
     source = parse_yaml(_read_text(path), str(path))

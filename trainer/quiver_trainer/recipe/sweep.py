@@ -40,8 +40,9 @@ class ManyRecipe:
 
 
 def load_recipes(path: Path, overrides: Sequence[str] = ()) -> TrainConfig | ManyRecipe:
-    """One run, or several if the file has `jobs` or `sweep`. Raises ConfigError.
+    """One run, or many where the file has `jobs` or `sweep`. Raises ConfigError, one line for each problem.
 
+    Relative paths start where they are written: at the YAML file, or at the shell's folder.
     Overrides of `jobs`, `sweep`, `pass_tokens` and `output` change the file, others every run.
     """
     raw = read_raw(path)

@@ -35,6 +35,7 @@ from quiver_peft.adapters.weights import AdapterWeights
 from quiver_peft.base.base import Base
 from quiver_peft.errors import AdapterError, BaseMismatchError
 from quiver_peft.files.atomic_folder import replace_folder
+from quiver_peft.files.json_files import JsonError, parse_json
 
 SCHEMA_VERSION = 1
 
@@ -125,12 +126,9 @@ def _with_dropout_position(configs: Sequence[PEFTConfig], record: Mapping[str, A
 
 def _parse_json(path: str, data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value  # pyright: ignore[reportUnknownVariableType]
+        return parse_json(data, path)
+    except JsonError as error:
+        raise AdapterError(str(error)) from None
 
 
 def _parse_tensors(path: str, data: bytes) -> dict[str, Tensor]:

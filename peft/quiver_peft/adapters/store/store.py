@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from quiver_peft.adapters.formats.adapter_files import (
     CONFIG_FILE,
@@ -29,6 +28,7 @@ from quiver_peft.adapters.formats.adapter_files import (
 from quiver_peft.adapters.store.files import LocalFiles, RemoteFiles, Stamp, StoreFiles, open_files
 from quiver_peft.errors import AdapterError, StoreUrlError
 from quiver_peft.files.atomic_folder import replace_folder
+from quiver_peft.files.json_files import JsonError, parse_json
 
 ADAPTER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 REVISION = re.compile(r"[0-9a-f]{64}")
@@ -175,10 +175,10 @@ def _write_manifest(revision: str, content: Mapping[str, bytes]) -> bytes:
 def _parse_manifest(path: str, data: bytes) -> tuple[str, dict[str, str]]:
     """The revision, and the digests of its files by name. Raises AdapterError."""
     try:
-        manifest: Any = json.loads(data)
+        manifest = parse_json(data, path)
         version, revision = manifest["schema_version"], manifest["revision"]
         files = {str(name): str(item["sha256"]) for name, item in manifest["files"].items()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (JsonError, KeyError, TypeError, AttributeError):
         raise AdapterError(f"{path}: not a manifest: schema_version, revision, files") from None
     if version != _SCHEMA_VERSION:
         raise AdapterError(f"{path}: schema_version {version!r} is not known; this is {_SCHEMA_VERSION}")
