@@ -101,7 +101,8 @@ import sys
 from pathlib import Path
 from support.crash_tests import kill_often
 from quiver_peft.adapters.formats.adapter_files import AdapterFiles
-from quiver_server.adapters.disk_cache import DiskCache, Exact
+from quiver_server.adapters.disk_cache import DiskCache
+from quiver_server.adapters.revision import RevisionKey
 
 def open_cache():
     return DiskCache(Path(sys.argv[1]) / "cache", 400_000, lambda exact: False)
@@ -111,7 +112,7 @@ def write(say):
     for number in range(10**9):
         files = AdapterFiles("", str(number).encode(), "adapter_model.safetensors", b"x" * 50_000, None)
         cache.put("a", files)
-        cache.set_current(Exact("a", files.revision))
+        cache.set_current(RevisionKey("a", files.revision))
         say(number)
 
 def check(said):
@@ -119,7 +120,7 @@ def check(said):
     revisions = cache.revisions("a")
     assert len(revisions) >= 1 and cache.num_bytes <= 400_000
     for revision in revisions:
-        found = cache.get(Exact("a", revision))
+        found = cache.get(RevisionKey("a", revision))
         assert found is not None and found.revision == revision and len(found.weights) == 50_000
     folder = Path(sys.argv[1]) / "cache" / "a"
     assert {path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()} == set(revisions)

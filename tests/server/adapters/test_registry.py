@@ -98,8 +98,8 @@ _KILLED = """
 import asyncio, sys
 from pathlib import Path
 from support.crash_tests import kill_often
-from quiver_server.adapters.disk_cache import Exact
 from quiver_server.adapters.registry import Registry
+from quiver_server.adapters.revision import RevisionKey
 
 last = [0]
 
@@ -107,14 +107,14 @@ def write(say):
     async def move():
         registry = Registry(Path(sys.argv[1]))
         for number in range(last[0] + 1, 10**9):
-            await registry.set_alias("live", Exact("support", f"{number:064x}"))
+            await registry.set_alias("live", RevisionKey("support", f"{number:064x}"))
             say(number)
     asyncio.run(move())
 
 def check(said):
     registry = Registry(Path(sys.argv[1]))
     registry.close()
-    found, answered = int(registry.decided.aliases["live"].revision, 16), int(said[-1])
+    found, answered = int(registry.state.aliases["live"].revision, 16), int(said[-1])
     assert answered > last[0] and answered <= found <= answered + 1, (last, answered, found)
     last[0] = found
 
