@@ -85,10 +85,8 @@ def _dtype(option: str, name: str, auto: torch.dtype) -> torch.dtype:
 def build(
     config: ServerConfig, base: GPTBase | T5Base, tokenizer: Tokenizer, on_dead: Callable[[], None]
 ) -> Components:
-    """The parts, unstarted. Called in the event loop that will serve. on_dead: called there if the engine ends."""
-    loop = asyncio.get_running_loop()
-    kv = _make_kv(config, base)
-    weight = base.embedding.weight
+    """The components, not started. Called in the server's event loop. on_dead: called there if the engine ends."""
+    loop, kv, weight = asyncio.get_running_loop(), _make_kv(config, base), base.embedding.weight
     if weight.is_cuda:
         group = base.config.num_heads // base.config.num_kv_heads
         # Now, not at the first request.
